@@ -1,0 +1,1 @@
+"""Prompts: the grammar of GenEval-style requests, the files that hold them, and the program that makes them."""

@@ -1,0 +1,186 @@
+"""Prompt files. `load_prompts(path)` reads all of them, `dump_prompt(prompt)` makes a row; nothing is downloaded.
+
+    .txt            one prompt a line; the fields are what `data.grammar` recognises
+    .jsonl, .json   JSON Lines in T2I-R1's field names (or GenEval's evaluation_metadata.jsonl)
+
+T2I-R1's task types become the grammar's tasks where the two mean the same; "shape", "texture", "complex" and "non"
+stay as they are. A row that has nothing but a `prompt` is read by the grammar, like a line of text.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+from data.grammar import RELATIONS, TASKS, read
+from interfaces import Prompt
+
+log = logging.getLogger(__name__)
+
+_METADATA = ("task_type", "nouns", "attr_nouns", "spatial_info", "numeracy_info")
+_OTHER_TASKS = ("shape", "texture", "complex", "non")  # T2I-R1 has them, GenEval does not
+_TASK_TYPES = {  # task -> T2I-R1's task_type; back again by the number of nouns
+    "single_object": "object",
+    "two_object": "object",
+    "counting": "numeracy",
+    "colors": "color",
+    "position": "spatial",
+    "color_attr": "color",
+}
+
+
+class DataError(ValueError):
+    """A prompt file cannot be used. The message is one line and says what to do."""
+
+
+def load_prompts(path: str | Path) -> list[Prompt]:
+    """All prompts of a file in its order; a text that comes twice is kept once and the number of those is logged.
+
+    Args:
+        path: a `.txt`, `.jsonl` or `.json` file in UTF-8, with or without BOM, with any line ends.
+
+    Raises:
+        DataError: missing, empty or unreadable file, unknown extension, or a bad row (with its line number).
+    """
+    path = Path(path)
+    if path.suffix not in (".txt", ".jsonl", ".json"):
+        raise DataError(f"{path}: unknown extension {path.suffix!r}; give a .txt, .jsonl or .json file of prompts")
+    prompts = [_parse(line, path, number) for number, line in _lines(path)]
+    unique: dict[str, Prompt] = {}
+    for prompt in prompts:
+        unique.setdefault(prompt.text, prompt)
+    if len(unique) < len(prompts):
+        log.warning("%s: %d duplicated prompts left out, %d kept", path, len(prompts) - len(unique), len(unique))
+    return list(unique.values())
+
+
+def dump_prompt(prompt: Prompt) -> dict:
+    """The JSON Lines row that `load_prompts` reads back as an equal prompt; absent fields are left out.
+
+    Holds for prompts of the grammar and of `load_prompts`: T2I-R1's names tell "single_object" from "two_object", and
+    "colors" from "color_attr", only by the number of nouns.
+    """
+    row = {"prompt": prompt.text, "task_type": _TASK_TYPES.get(prompt.task, prompt.task), "nouns": list(prompt.nouns)}
+    if prompt.attr_nouns:
+        row["attr_nouns"] = list(prompt.attr_nouns)
+    if prompt.spatial:
+        row["spatial_info"] = dict(zip(("obj1", "locality", "obj2"), prompt.spatial, strict=True))
+    if prompt.counts:
+        row["numeracy_info"] = [{"obj_name": name, "num": number} for name, number in prompt.counts]
+    return row
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(line number from 1, line without outer blanks) of each line that is not blank."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: not UTF-8 (byte {error.start}); convert it, e.g. iconv -f latin1 -t utf-8 {path}"
+        ) from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path given as --data") from error
+    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise DataError(f"{path}: no prompts in it; write one prompt a line")
+    yield from lines
+
+
+def _parse(line: str, path: Path, number: int) -> Prompt:
+    if path.suffix == ".txt":
+        return read(line)
+    where = f"{path}, line {number}"
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON ({error}); write one JSON object a line") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: a {type(row).__name__}, not an object; write one JSON object a line (JSON Lines)")
+    text = row.get("prompt")
+    if not isinstance(text, str) or not text.strip():
+        raise DataError(f"{where}: prompt is {text!r}; give each row a non-empty string 'prompt'")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise DataError(f"{where}: prompt holds half a surrogate pair ({ascii(text)[:60]}); write it as UTF-8")
+    try:
+        return _from_row(text.strip(), row)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        reason = str(error) if isinstance(error, DataError) else f"{type(error).__name__} {error}"
+        raise DataError(f"{where}: {reason}; the row's format is in data/README.md") from error
+
+
+def _from_row(text: str, row: dict) -> Prompt:
+    if "tag" in row and "include" in row:
+        return _from_geneval(text, row)
+    if all(row.get(field) is None for field in _METADATA):
+        return read(text)
+    nouns = _names(row, "nouns")
+    task, spatial, counts = _task(row, len(nouns)), _spatial(row, nouns), _counts(row, nouns)
+    missing = {"position": spatial is None and "spatial_info", "counting": not counts and "numeracy_info"}.get(task)
+    if missing or (task and not nouns):
+        raise DataError(f"task_type {row['task_type']!r} without {missing or 'nouns'}")
+    return Prompt(text, task, nouns, _names(row, "attr_nouns"), spatial, counts)
+
+
+def _from_geneval(text: str, row: dict) -> Prompt:
+    """GenEval's metadata: `include` lists the things to be seen; in a position prompt the subject comes last."""
+    items = row["include"]
+    spatial = None
+    if row["tag"] not in TASKS:
+        raise DataError(f"tag is {row['tag']!r}, known are {', '.join(TASKS)}")
+    if row["tag"] == "position":
+        relation, target = items[-1]["position"]
+        items = [items[-1], items[target]]
+        spatial = (items[0]["class"], relation, items[1]["class"])
+    colored = any("color" in item for item in items)
+    return Prompt(
+        text,
+        row["tag"],
+        tuple(item["class"] for item in items),
+        tuple(f"{item.get('color', '')} {item['class']}".lstrip() for item in items) if colored else (),
+        spatial,
+        tuple((item["class"], item["count"]) for item in items) if row["tag"] == "counting" else (),
+    )
+
+
+def _task(row: dict, n_nouns: int) -> str:
+    task_type = row.get("task_type") or ""
+    if task_type in ("", *TASKS, *_OTHER_TASKS):
+        return task_type
+    tasks = [task for task, name in _TASK_TYPES.items() if name == task_type]
+    if not tasks:
+        known = ", ".join((*dict.fromkeys(_TASK_TYPES.values()), *_OTHER_TASKS, *TASKS))
+        raise DataError(f"task_type is {task_type!r}, known are {known}")
+    return tasks[0] if n_nouns <= 1 else tasks[-1]
+
+
+def _names(row: dict, field: str) -> tuple[str, ...]:
+    names = row.get(field) or []
+    if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
+        raise DataError(f"{field} is {names!r}, not a list of non-empty strings")
+    return tuple(" ".join(name.lower().split()) for name in names)
+
+
+def _spatial(row: dict, nouns: tuple[str, ...]) -> tuple[str, str, str] | None:
+    info = row.get("spatial_info")
+    if info is None:
+        return None
+    if info["locality"] not in RELATIONS:
+        raise DataError(f"locality is {info['locality']!r}, known are {', '.join(RELATIONS)}")
+    return _known(info["obj1"], nouns), RELATIONS[info["locality"]], _known(info["obj2"], nouns)
+
+
+def _counts(row: dict, nouns: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
+    counts = tuple((_known(item["obj_name"], nouns), item["num"]) for item in row.get("numeracy_info") or ())
+    for name, number in counts:
+        if type(number) is not int or number < 1:
+            raise DataError(f"num of {name!r} is {number!r}, not a whole number from 1")
+    return counts
+
+
+def _known(name: object, nouns: tuple[str, ...]) -> str:
+    noun = " ".join(str(name).lower().split())
+    if noun not in nouns:
+        raise DataError(f"{name!r} is not among its nouns {list(nouns)}")
+    return noun

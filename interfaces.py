@@ -1,0 +1,87 @@
+"""All that crosses a wall: a prompt, one rollout, and the two protocols that turn a rewrite into a score.
+
+No torch here: images are PIL at every border, tensors stay inside the part that made them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the user asked for. Rewards judge against `text` and these fields, never against a rewrite.
+
+    Attributes:
+        text: the user's words.
+        task: kind of request, one of `data.grammar.TASKS` ("" if the grammar does not know the text).
+        nouns: object names, singular, lower case, no article ("teddy bear").
+        attr_nouns: attribute + noun in the order of `nouns` ("purple teddy bear"); empty if none was asked for.
+        spatial: (object 1, relation, object 2), read "object 1 [is] relation object 2"; None if no relation.
+        counts: (object, number) pairs; empty if no number was asked for.
+    """
+
+    text: str
+    task: str = ""
+    nouns: tuple[str, ...] = ()
+    attr_nouns: tuple[str, ...] = ()
+    spatial: tuple[str, str, str] | None = None
+    counts: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def id(self) -> str:
+        """16 hex digits of the text's SHA-256: the same prompt has the same id in every run and file."""
+        return hashlib.sha256(self.text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One rollout. `rewrite is None`: the answer could not be read, nothing was drawn, `images == ()`.
+
+    Attributes:
+        prompt: what the user asked for.
+        completion: the policy's whole text.
+        rewrite: the text given to the renderer, or None.
+        images: one RGB picture per seed; None where the renderer failed (the sample is then absent, not bad).
+    """
+
+    prompt: Prompt
+    completion: str
+    rewrite: str | None
+    images: tuple[Image.Image | None, ...] = ()
+
+
+class Renderer(Protocol):
+    """rewrite + seed -> image. Frozen. A row's picture does not depend on the rest of the batch."""
+
+    def __call__(self, texts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image | None]:
+        """Draw `texts[i]` from noise `seeds[i]`; None where a row could not be drawn. Same length as `texts`."""
+        ...
+
+    def count_tokens(self, text: str) -> int:
+        """Length of `text` in the renderer's own tokens (its longest-context text encoder, before truncation)."""
+        ...
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of a text that the renderer reads; what is beyond is cut."""
+        ...
+
+
+class Reward(Protocol):
+    """Samples -> one float each, or None where no score could be had (absent is not zero).
+
+    Called with whole groups: samples of one prompt are adjacent. A reward with `needs_images` is only given samples
+    whose images are all there and averages over a sample's images; the others also see unreadable answers.
+    """
+
+    name: str
+    range: tuple[float, float]
+    needs_images: bool
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float | None]: ...

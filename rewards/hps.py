@@ -1,0 +1,222 @@
+"""HPS v2.1 (Human Preference Score): cosine of a picture and the ORIGINAL prompt in a CLIP tuned on human choices.
+
+`<f_image, f_text>`, both L2-normalised; no logit scale, no times 100, no offset. Scores lie in [-1, 1] (about 0.27 for
+a usual picture) and compare only among pictures of one prompt. Source: HPSv2, arXiv 2306.09341, and its released code,
+of which two habits are left out: downloading other weights first to overwrite them, and leaving a non-square picture
+whose longest side already fits unpadded.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from PIL import Image
+from safetensors import SafetensorError
+from torchvision.transforms.v2 import functional as tv
+
+from interfaces import Sample
+from rewards import RewardError
+
+DEFAULT_REPO, DEFAULT_FILE = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
+DEFAULT = f"{DEFAULT_REPO}/{DEFAULT_FILE}"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+Loaded = tuple[torch.nn.Module, Callable[[list[str]], torch.Tensor], Sequence[float], Sequence[float]]
+PREPROCESSING = {"resize_mode": "longest", "interpolation": "bicubic", "fill_color": 0, "mode": "RGB"}
+
+
+class HPS:
+    """Preference score of a sample's pictures for its original prompt; the mean over its pictures.
+
+    A frozen model, deliberately not an `nn.Module`: nothing can prepare, shard or train it.
+
+    Args:
+        path: `DEFAULT` (read from the hub's local cache, never fetched unasked), a checkpoint file with the weights
+            under `state_dict` (HPS v2.x, architecture `model_name`), or a folder in open_clip's own layout:
+            `open_clip_config.json` with `model_cfg` and `preprocess_cfg`, `open_clip_model.safetensors`, and
+            `tokenizer.json` with `tokenizer_config.json` if `text_cfg` has an `hf_tokenizer_name`.
+        device: where the model runs.
+        dtype: "float32", or "float16"/"bfloat16": autocast over float32 weights, as in the released code.
+        batch_size: pictures, or texts, per forward pass.
+        model_name: open_clip architecture of a checkpoint file; a folder's configuration names its own.
+
+    Raises:
+        RewardError: no checkpoint at `path`, or one that is not what the configuration says.
+        ValueError: an unknown `dtype` or a `batch_size` below 1.
+    """
+
+    name = "hps"
+    range = (-1.0, 1.0)
+    needs_images = True
+
+    def __init__(
+        self,
+        path: str | Path = DEFAULT,
+        *,
+        device: str | torch.device,
+        dtype: str = "float32",
+        batch_size: int = 32,
+        model_name: str = "ViT-H-14",
+    ):
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}, must be at least 1")
+        self.device, self.dtype, self.batch_size = torch.device(device), DTYPES[dtype], batch_size
+        path = _locate(path)
+        loaded = _load_folder(path) if path.is_dir() else _load_file(path, model_name)
+        model, self.tokenize, mean, std = loaded
+        _check_whole(model, path)
+        self.model = model.to(self.device).eval().requires_grad_(False)
+        self.size = _square_size(model, path)
+        self.mean = torch.tensor(mean, device=self.device).view(3, 1, 1)
+        self.std = torch.tensor(std, device=self.device).view(3, 1, 1)
+
+    @torch.inference_mode()
+    def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
+        """One score in [-1, 1] per sample, None where it is not finite.
+
+        Each distinct prompt and each distinct picture (the same PIL object) is encoded once, in batches.
+
+        Raises:
+            ValueError: a sample without pictures, or with one that failed; the caller leaves such samples out.
+        """
+        for sample in samples:
+            if not sample.images or any(image is None for image in sample.images):
+                raise ValueError(
+                    f"prompt {sample.prompt.id} ({sample.prompt.text!r}) came with images {sample.images}: give hps "
+                    "only samples whose pictures are all there"
+                )
+        if not samples:
+            return []
+        texts = list(dict.fromkeys(sample.prompt.text for sample in samples))
+        images = list({id(image): image for sample in samples for image in sample.images}.values())
+        text_row = {text: row for row, text in enumerate(texts)}
+        image_row = {id(image): row for row, image in enumerate(images)}
+        text_TD, image_ID = self.encode_texts(texts), self.encode_images(images)
+        scores = []
+        for sample in samples:
+            rows = [image_row[id(image)] for image in sample.images]
+            score = (image_ID[rows] @ text_TD[text_row[sample.prompt.text]]).mean().item()
+            scores.append(score if math.isfinite(score) else None)
+        return scores
+
+    @torch.inference_mode()
+    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """(T, D) float32 unit features on the CPU; what is beyond the model's context (77 tokens) is cut."""
+        batches = []
+        for start in range(0, len(texts), self.batch_size):
+            tokens = self.tokenize(list(texts[start : start + self.batch_size])).to(self.device)
+            with self._autocast():
+                features = self.model.encode_text(tokens)
+            batches.append(F.normalize(features.float(), dim=-1).cpu())
+        return torch.cat(batches)
+
+    @torch.inference_mode()
+    def encode_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """(I, D) float32 unit features on the CPU; pictures of any size and mode."""
+        batches = []
+        for start in range(0, len(images), self.batch_size):
+            pixels = torch.stack([self.preprocess(image) for image in images[start : start + self.batch_size]])
+            with self._autocast():
+                features = self.model.encode_image(pixels)
+            batches.append(F.normalize(features.float(), dim=-1).cpu())
+        return torch.cat(batches)
+
+    def preprocess(self, image: Image.Image) -> torch.Tensor:
+        """(3, size, size) float32: longest side resized on floats, centred on black, then CLIP mean and std."""
+        pixels = tv.pil_to_tensor(image.convert("RGB")).to(self.device).float() / 255
+        scale = self.size / max(pixels.shape[1:])
+        height, width = (max(1, round(side * scale)) for side in pixels.shape[1:])
+        pixels = tv.resize(pixels, [height, width], interpolation=tv.InterpolationMode.BICUBIC, antialias=True)
+        left, top = (self.size - width) // 2, (self.size - height) // 2
+        pixels = F.pad(pixels, (left, self.size - width - left, top, self.size - height - top))
+        return (pixels - self.mean) / self.std
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+
+def _locate(path: str | Path) -> Path:
+    """The checkpoint file or folder on this disk. Nothing is fetched: 3.9 GB by eight processes is a person's call."""
+    if str(path) != DEFAULT:
+        if not Path(path).exists():
+            raise RewardError(
+                f"no HPS checkpoint at {str(path)!r}: give a .pt file, a folder with {CONFIG}, or {DEFAULT!r}"
+            )
+        return Path(path)
+    try:
+        return Path(hf_hub_download(DEFAULT_REPO, DEFAULT_FILE, local_files_only=True))
+    except LocalEntryNotFoundError as error:
+        raise RewardError(
+            f"{DEFAULT_FILE} (HPS v2.1, about 3.9 GB, Apache-2.0) is not in the Hugging Face cache: "
+            f"run `hf download {DEFAULT_REPO} {DEFAULT_FILE}`"
+        ) from error
+
+
+def _load_file(path: Path, model_name: str) -> Loaded:
+    """(model, tokenizer, mean, std) of a torch checkpoint; only tensors are unpickled, names and shapes must match."""
+    model_cfg = open_clip.get_model_config(model_name)
+    if model_cfg is None:
+        raise RewardError(f"open_clip has no architecture {model_name!r}; known: {', '.join(open_clip.list_models())}")
+    try:
+        checkpoint = torch.load(path, weights_only=True, map_location="cpu")
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise RewardError(f"{path} is no checkpoint of plain tensors, fetch it again ({_cause(error)})") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise RewardError(f"{path} has no `state_dict`: an HPS checkpoint keeps its weights under that key")
+    model = open_clip.CLIP(**model_cfg)
+    try:
+        model.load_state_dict(checkpoint["state_dict"], strict=True)
+    except RuntimeError as error:
+        raise RewardError(f"the weights of {path} are not those of {model_name} ({_cause(error)})") from error
+    return model, open_clip.get_tokenizer(model_name), OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+
+
+def _load_folder(path: Path) -> Loaded:
+    """(model, tokenizer, mean, std) of a folder in open_clip's own layout."""
+    for name in (CONFIG, WEIGHTS):
+        if not (path / name).is_file():
+            raise RewardError(f"{path} has no {name}: an open_clip folder needs {CONFIG} and {WEIGHTS}")
+    source = f"local-dir:{path}"
+    try:
+        model = open_clip.create_model(source, require_pretrained=True)
+        tokenizer = open_clip.get_tokenizer(source)
+        preprocess = json.loads((path / CONFIG).read_text(encoding="utf-8")).get("preprocess_cfg", {})
+    except (ValueError, TypeError, OSError, RuntimeError, SafetensorError) as error:
+        raise RewardError(f"cannot read {path} as an open_clip folder ({_cause(error)})") from error
+    for key, value in PREPROCESSING.items():
+        if preprocess.get(key, value) != value:
+            raise RewardError(
+                f"{path / CONFIG} asks for {key} {preprocess[key]!r}, but HPS is defined with {value!r}: correct the "
+                "file if the model was trained so, else it is no HPS"
+            )
+    return model, tokenizer, preprocess.get("mean", OPENAI_DATASET_MEAN), preprocess.get("std", OPENAI_DATASET_STD)
+
+
+def _check_whole(model: torch.nn.Module, path: Path) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.numel() == 0:
+            raise RewardError(f"{name} of {path} is empty: load rewards outside DeepSpeed's `zero.Init`")
+
+
+def _square_size(model: torch.nn.Module, path: Path) -> int:
+    height, width = model.visual.image_size
+    if height != width:
+        raise RewardError(f"the model in {path} reads {height}x{width} pictures, HPS needs square ones")
+    return height
+
+
+def _cause(error: Exception) -> str:
+    """On one line, the two in which torch and open_clip name what is wrong."""
+    return " ".join(" ".join(str(error).splitlines()[:2]).split())

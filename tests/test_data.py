@@ -1,0 +1,491 @@
+"""Claims about the prompts: the grammar in both directions, the files, and the program that makes them."""
+
+import hashlib
+import json
+import logging
+import random
+import re
+import subprocess
+import sys
+from collections import Counter
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from data.grammar import (
+    COLORS,
+    MAX_COUNT,
+    RELATIONS,
+    TASKS,
+    article,
+    canonical,
+    normalize,
+    plural,
+    read,
+    singular,
+    write,
+)
+from data.make_prompts import FILE_STEM, NOUNS, main, make_prompts
+from data.prompts import DataError, dump_prompt, load_prompts
+from interfaces import Prompt
+
+ROOT = Path(__file__).resolve().parent.parent
+TXT, JSONL = ROOT / "data" / f"{FILE_STEM}.txt", ROOT / "data" / f"{FILE_STEM}.jsonl"
+
+GENEVAL_ROWS = [
+    {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},
+    {
+        "tag": "two_object",
+        "include": [{"class": "scissors", "count": 1}, {"class": "bowl", "count": 1}],
+        "prompt": "a photo of a scissors and a bowl",
+    },
+    {
+        "tag": "counting",
+        "include": [{"class": "bench", "count": 3}],
+        "exclude": [{"class": "bench", "count": 4}],
+        "prompt": "a photo of three benchs",
+    },
+    {
+        "tag": "colors",
+        "include": [{"class": "tv remote", "count": 1, "color": "black"}],
+        "prompt": "a photo of a black tv remote",
+    },
+    {
+        "tag": "position",
+        "include": [{"class": "person", "count": 1}, {"class": "skateboard", "count": 1, "position": ["above", 0]}],
+        "prompt": "a photo of a skateboard above a person",
+    },
+    {
+        "tag": "color_attr",
+        "include": [{"class": "car", "count": 1, "color": "red"}, {"class": "cup", "count": 1, "color": "orange"}],
+        "prompt": "a photo of a red car and an orange cup",
+    },
+]
+T2I_ROWS = [
+    {
+        "prompt": "a photo of a car below a zebra",
+        "nouns": ["car", "zebra"],
+        "spatial_info": {"obj1": "car", "obj2": "zebra", "locality": "below"},
+        "task_type": "spatial",
+    },
+    {
+        "prompt": "a photo of four coasters",
+        "nouns": ["coaster"],
+        "numeracy_info": [{"obj_name": "coaster", "num": 4}],
+        "task_type": "numeracy",
+    },
+    {
+        "prompt": "a photo of a purple elephant and a blue teddy bear",
+        "nouns": ["elephant", "teddy bear"],
+        "attr_nouns": ["purple elephant", "blue teddy bear"],
+        "task_type": "color",
+    },
+    {"prompt": "The smooth pebbles lay by the river.", "nouns": ["pebble", "river"], "task_type": "complex"},
+]
+
+
+def rows_file(path: Path, rows: list) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+# ----- read
+
+
+def test_a_single_object_gives_back_its_noun():
+    assert read("a photo of a bench") == Prompt("a photo of a bench", "single_object", ("bench",))
+
+
+def test_a_two_object_prompt_gives_back_its_objects():
+    prompt = read("a photo of a cat and a stop sign")
+    assert (prompt.task, prompt.nouns, prompt.attr_nouns) == ("two_object", ("cat", "stop sign"), ())
+
+
+def test_a_counting_prompt_gives_back_number_and_singular():
+    prompt = read("a photo of three cars")
+    assert (prompt.task, prompt.nouns, prompt.counts) == ("counting", ("car",), (("car", 3),))
+
+
+def test_a_color_prompt_gives_back_its_attribute():
+    prompt = read("a photo of a purple teddy bear")
+    assert (prompt.task, prompt.nouns, prompt.attr_nouns) == ("colors", ("teddy bear",), ("purple teddy bear",))
+
+
+def test_attribute_binding_keeps_each_color_with_its_noun():
+    prompt = read("a photo of a red apple and a green vase")
+    assert (prompt.task, prompt.nouns) == ("color_attr", ("apple", "vase"))
+    assert prompt.attr_nouns == ("red apple", "green vase")
+
+
+@pytest.mark.parametrize("relation", RELATIONS)
+def test_every_relation_is_read_as_its_locality(relation):
+    prompt = read(f"a photo of a dog {relation} a hot dog")
+    assert (prompt.task, prompt.nouns) == ("position", ("dog", "hot dog"))
+    assert prompt.spatial == ("dog", RELATIONS[relation], "hot dog")
+
+
+def test_a_position_prompt_keeps_its_colors():
+    prompt = read("a photo of a red circle left of a green square")
+    assert prompt.spatial == ("circle", "left of", "square")
+    assert (prompt.nouns, prompt.attr_nouns) == (("circle", "square"), ("red circle", "green square"))
+
+
+def test_a_counting_prompt_keeps_its_color():
+    prompt = read("a photo of three blue squares")
+    assert (prompt.nouns, prompt.attr_nouns, prompt.counts) == (("square",), ("blue square",), (("square", 3),))
+
+
+def test_the_same_noun_may_come_twice():
+    prompt = read("a photo of a red circle and a green circle")
+    assert (prompt.nouns, prompt.attr_nouns) == (("circle", "circle"), ("red circle", "green circle"))
+
+
+def test_one_named_color_leaves_attributes_in_step_with_nouns():
+    assert read("a photo of a red apple and a vase").attr_nouns == ("red apple", "vase")
+
+
+def test_two_numbers_are_two_counts():
+    assert read("a cat and three dogs").counts == (("cat", 1), ("dog", 3))
+
+
+def test_a_lone_orange_is_a_fruit_and_an_orange_orange_has_a_color():
+    assert read("a photo of an orange").nouns == ("orange",)
+    assert read("a photo of an orange orange").attr_nouns == ("orange orange",)
+
+
+@pytest.mark.parametrize("text", ["a cat and a dog", "A photo of a cat and a DOG.", "image of the cat  and a dog"])
+def test_lead_case_and_article_do_not_matter_but_the_text_stays(text):
+    prompt = read(text)
+    assert (prompt.text, prompt.task, prompt.nouns) == (text, "two_object", ("cat", "dog"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "a photo of",
+        "a photo of a",
+        "a photo of a man riding a horse on the beach",
+        "a photo of a man running",
+        "a cat perched",
+        "three boys snapped pictures with three cameras",
+        "a photo of three car",
+        "a photo of two red and white cars",
+        "a light blue car",
+        "a photo of a cat and a dog and a bird",
+        "a photo of two cats left of a dog",
+        "a cat and",
+        "and a cat",
+        "cats",
+    ],
+)
+def test_what_the_grammar_does_not_know_has_no_fields(text):
+    assert read(text) == Prompt(text)
+
+
+def test_read_never_raises():
+    rng = random.Random(0)
+    words = "a photo of and three red left to the cats שלום 🦊 \ud800 İ ' -".split() + ["\u2028", "\x00"]
+    for _ in range(20_000):
+        if rng.random() < 0.5:
+            text = " ".join(rng.choices(words, k=rng.randrange(12)))
+        else:
+            top = rng.choice((128, 0x110000))
+            text = "".join(chr(rng.randrange(top)) for _ in range(rng.randrange(40)))
+        assert read(text).text == text
+        canonical(read(text))
+    for huge in ("a " * 50_000, "a photo of a " + "x" * 100_000, "\u202e" * 100_000, "\udfff" * 100_000):
+        assert read(huge) == Prompt(huge)
+
+
+# ----- words
+
+
+@pytest.mark.parametrize(
+    ("one", "many"),
+    [
+        ("mouse", "mice"),
+        ("knife", "knives"),
+        ("sheep", "sheep"),
+        ("scissors", "scissors"),
+        ("bench", "benches"),
+        ("person", "people"),
+        ("teddy bear", "teddy bears"),
+        ("wine glass", "wine glasses"),
+        ("bus", "buses"),
+        ("horse", "horses"),
+        ("vase", "vases"),
+        ("house", "houses"),
+        ("box", "boxes"),
+        ("toothbrush", "toothbrushes"),
+        ("cherry", "cherries"),
+        ("key", "keys"),
+        ("cookie", "cookies"),
+        ("tie", "ties"),
+        ("tomato", "tomatoes"),
+        ("piano", "pianos"),
+        ("canoe", "canoes"),
+        ("axe", "axes"),
+        ("prize", "prizes"),
+        ("taxi", "taxis"),
+        ("emu", "emus"),
+    ],
+)
+def test_plurals_go_both_ways(one, many):
+    assert (plural(one), singular(many)) == (many, one)
+
+
+@pytest.mark.parametrize("wrong", ["benchs", "sandwichs", "toothbrushs", "knifes", "persons", "sheeps"])
+def test_the_wrong_plurals_of_geneval_are_read(wrong):
+    one = {"knifes": "knife", "persons": "person", "sheeps": "sheep"}.get(wrong, wrong[:-1])
+    assert read(f"a photo of two {wrong}").counts == ((one, 2),)
+
+
+def test_articles_follow_the_sound():
+    assert [article(w) for w in ("apple", "hourglass", "unicorn", "ukulele", "umbrella", "yacht")] == [
+        "an", "an", "a", "a", "an", "a",
+    ]  # fmt: skip
+
+
+# ----- write
+
+
+def test_what_is_written_is_read_back():
+    for noun, color, count in product(NOUNS, ("", *COLORS), (1, 2, MAX_COUNT)):
+        prompt = read(write([noun], colors=[color], count=count))
+        assert prompt.nouns == (noun,)
+        assert prompt.attr_nouns == ((f"{color} {noun}",) if color else ())
+        assert prompt.counts == (((noun, count),) if count > 1 else ())
+    for relation, (one, two) in product(("", *RELATIONS), product(("", "red"), ("", "orange"))):
+        prompt = read(write(["ukulele", "apple"], colors=[one, two], relation=relation))
+        assert prompt.spatial == (("ukulele", RELATIONS[relation], "apple") if relation else None)
+        assert prompt.attr_nouns == ((f"{one} ukulele".strip(), f"{two} apple".strip()) if one or two else ())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "value"),
+    [
+        ({"nouns": []}, "[]"),
+        ({"nouns": "cat"}, "'cat'"),
+        ({"nouns": ["cat"], "colors": ["mauve"]}, "mauve"),
+        ({"nouns": ["cat"], "colors": ["red", "blue"]}, "blue"),
+        ({"nouns": ["cat"], "relation": "left of"}, "left of"),
+        ({"nouns": ["cat", "dog"], "relation": "inside"}, "inside"),
+        ({"nouns": ["cat"], "count": 13}, "13"),
+        ({"nouns": ["cat", "dog"], "count": 2}, "2"),
+    ],
+)
+def test_write_names_the_value_it_refuses(arguments, value):
+    with pytest.raises(ValueError, match=re.escape(value)):
+        write(**arguments)
+
+
+# ----- canonical
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("a photo of a cat and a dog", "a dog and a cat"),
+        ("a photo of a cat left of a dog", "a photo of a dog right of a cat"),
+        ("a photo of a cat left of a dog", "a photo of a cat to the left of a dog"),
+        ("a photo of a cat above a dog", "a photo of a dog on the bottom of a cat"),
+        ("a photo of a cat next to a dog", "a photo of a dog near a cat"),
+        ("a photo of a red cat and a blue dog", "a photo of a blue dog and a red cat"),
+        ("a photo of a red circle left of a blue circle", "a photo of a blue circle right of a red circle"),
+        ("a photo of two benchs", "two benches"),
+        ("a photo of a grey cat", "a photo of a gray cat"),
+        ("Rain  at night", "rain at night"),
+    ],
+)
+def test_one_request_has_one_canonical_form(one, other):
+    assert canonical(read(one)) == canonical(read(other))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("a photo of a cat left of a dog", "a photo of a dog left of a cat"),
+        ("a photo of a cat left of a dog", "a photo of a cat above a dog"),
+        ("a photo of a red cat and a blue dog", "a photo of a blue cat and a red dog"),
+        ("a photo of a red circle left of a blue circle", "a photo of a blue circle left of a red circle"),
+        ("a photo of two cats", "a photo of three cats"),
+        ("a photo of two red cats", "a photo of two cats"),
+        ("a photo of a cat", "a photo of a red cat"),
+        ("a photo of a cat and a dog", "a photo of a cat next to a dog"),
+    ],
+)
+def test_different_requests_have_different_canonical_forms(one, other):
+    assert canonical(read(one)) != canonical(read(other))
+
+
+# ----- files
+
+
+def test_a_text_file_may_have_bom_blank_lines_and_crlf(tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_bytes(b"\xef\xbb\xbfa photo of a cat\r\n\r\n   \r\n  two dogs \r\na \xc3\xa9clair that sings")
+    assert load_prompts(path) == [read("a photo of a cat"), read("two dogs"), Prompt("a éclair that sings")]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_t2i_r1_rows_give_all_fields(tmp_path, suffix):
+    spatial, numeracy, color, other = load_prompts(rows_file(tmp_path / f"p{suffix}", T2I_ROWS))
+    assert (spatial.task, spatial.spatial) == ("position", ("car", "below", "zebra"))
+    assert (numeracy.task, numeracy.counts) == ("counting", (("coaster", 4),))
+    assert (color.task, color.attr_nouns) == ("color_attr", ("purple elephant", "blue teddy bear"))
+    assert (other.task, other.nouns) == ("complex", ("pebble", "river"))
+
+
+def test_t2i_r1_rows_say_what_the_grammar_reads(tmp_path):
+    prompts = load_prompts(rows_file(tmp_path / "p.jsonl", T2I_ROWS[:3]))
+    assert prompts == [read(row["prompt"]) for row in T2I_ROWS[:3]]
+
+
+def test_null_fields_are_absent_fields(tmp_path):
+    nulls = dict.fromkeys(("nouns", "attr_nouns", "spatial_info", "numeracy_info", "task_type"))
+    full = load_prompts(rows_file(tmp_path / "null.jsonl", [nulls | row for row in T2I_ROWS]))
+    assert full == load_prompts(rows_file(tmp_path / "absent.jsonl", T2I_ROWS))
+
+
+def test_a_row_of_only_a_prompt_is_read_by_the_grammar(tmp_path):
+    path = rows_file(tmp_path / "p.jsonl", [{"prompt": "two dogs"}, {"prompt": "a cat", "nouns": None}])
+    assert load_prompts(path) == [read("two dogs"), read("a cat")]
+
+
+def test_geneval_metadata_says_what_the_grammar_reads(tmp_path):
+    prompts = load_prompts(rows_file(tmp_path / "g.jsonl", GENEVAL_ROWS))
+    assert [prompt.task for prompt in prompts] == list(TASKS)
+    assert prompts == [read(row["prompt"]) for row in GENEVAL_ROWS]
+
+
+def test_dump_is_the_inverse_of_load(tmp_path):
+    prompts = load_prompts(rows_file(tmp_path / "p.jsonl", T2I_ROWS + GENEVAL_ROWS)) + [read("nothing known here")]
+    assert [dump_prompt(prompt) for prompt in prompts[: len(T2I_ROWS)]] == T2I_ROWS
+    assert load_prompts(rows_file(tmp_path / "q.jsonl", [dump_prompt(prompt) for prompt in prompts])) == prompts
+
+
+def test_a_text_that_comes_twice_is_kept_once_and_counted(tmp_path, caplog):
+    path = tmp_path / "p.txt"
+    path.write_text("a cat\na dog\na cat\na cat\n")
+    with caplog.at_level(logging.WARNING):
+        assert [prompt.text for prompt in load_prompts(path)] == ["a cat", "a dog"]
+    assert "2 duplicated prompts left out, 2 kept" in caplog.text
+
+
+def row(**changes) -> bytes:
+    return json.dumps(T2I_ROWS[0] | changes).encode()
+
+
+BAD_FILES = {
+    "empty.txt": (b"\n \n", "one prompt a line"),
+    "latin.txt": (b"caf\xe9", "not UTF-8 (byte 3)"),
+    "prompts.csv": (b"a cat", "'.csv'"),
+    "broken.jsonl": (b'{"prompt": "a cat"}\n\n{"prompt": ', "line 3: not JSON"),
+    "array.json": (b'[{"prompt": "a cat"}]', "line 1: a list"),
+    "deep.json": (b"[" * 100_000, "line 1: not JSON"),
+    "no_prompt.jsonl": (b'{"nouns": ["cat"]}', "line 1: prompt is None"),
+    "blank.jsonl": (b'{"prompt": " "}', "prompt is ' '"),
+    "number.jsonl": (b'{"prompt": 7}', "prompt is 7"),
+    "surrogate.jsonl": (b'{"prompt": "a \\ud800"}', "surrogate"),
+    "task.jsonl": (row(task_type="spacial"), "task_type is 'spacial'"),
+    "nouns.jsonl": (row(nouns="car"), "nouns is 'car'"),
+    "stranger.jsonl": (row(nouns=["car", "dog"]), "'zebra' is not among its nouns"),
+    "locality.jsonl": (row(spatial_info={"obj1": "car", "obj2": "zebra", "locality": "inside"}), "'inside'"),
+    "half_info.jsonl": (row(spatial_info={"obj1": "car"}), "locality"),
+    "no_info.jsonl": (row(spatial_info=None), "without spatial_info"),
+    "no_count.jsonl": (row(task_type="numeracy"), "without numeracy_info"),
+    "zero.jsonl": (row(numeracy_info=[{"obj_name": "car", "num": 0}]), "num of 'car' is 0"),
+    "flat.jsonl": (row(numeracy_info=3), "TypeError"),
+    "tag.jsonl": (b'{"prompt": "a cat", "tag": "colour", "include": []}', "tag is 'colour'"),
+    "target.jsonl": (b'{"prompt": "a cat", "tag": "position", "include": []}', "IndexError"),
+}
+
+
+@pytest.mark.parametrize("name", [*BAD_FILES, "missing.txt"])
+def test_a_bad_file_is_one_named_error_of_one_line(tmp_path, name):
+    content, message = BAD_FILES.get(name, (None, "cannot be read"))
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=re.escape(message)) as caught:
+        load_prompts(tmp_path / name)
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+# ----- the prompts that come with the project
+
+
+def test_the_twin_files_say_the_same():
+    lines = TXT.read_text(encoding="utf-8").splitlines()
+    assert [read(line) for line in lines] == load_prompts(JSONL) == load_prompts(TXT)
+
+
+def test_there_are_a_thousand_distinct_prompts_balanced_over_the_tasks():
+    prompts = load_prompts(JSONL)
+    assert Counter(prompt.task for prompt in prompts) == dict.fromkeys(TASKS, 170)
+    assert len({normalize(prompt.text) for prompt in prompts}) == 1020
+    assert len({canonical(prompt) for prompt in prompts}) == 1020
+
+
+def test_the_committed_files_are_what_the_program_makes(tmp_path):
+    command = [sys.executable, "data/make_prompts.py", "--out_dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "position 170" in done.stdout and "0 leaks" in done.stdout
+    for committed in (TXT, JSONL):
+        assert (tmp_path / committed.name).read_bytes() == committed.read_bytes()
+
+
+def test_the_readme_has_the_hashes_of_the_files():
+    readme = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
+    for file in (TXT, JSONL):
+        assert hashlib.sha256(file.read_bytes()).hexdigest() in readme
+
+
+def test_the_examples_of_the_readme_are_in_the_file():
+    examples = re.findall(r"^\| (\w+).* \| 170 \| (.+) \|$", (ROOT / "data" / "README.md").read_text(), re.MULTILINE)
+    assert [read(text).task for _, text in examples] == [task for task, _ in examples] == list(TASKS)
+    assert {text for _, text in examples} <= set(TXT.read_text(encoding="utf-8").splitlines())
+
+
+def test_the_program_also_runs_as_a_module(tmp_path):
+    command = [sys.executable, "-m", "data.make_prompts", "--per_task", "2", "--out_dir", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    assert len(load_prompts(tmp_path / TXT.name)) == 12
+
+
+def test_nouns_are_many_distinct_and_plain():
+    assert len(set(NOUNS)) == len(NOUNS) >= 120
+    assert all(re.fullmatch(r"[a-z]+( [a-z]+){0,2}", noun) for noun in NOUNS)
+    assert all(singular(plural(noun)) == noun for noun in NOUNS)
+
+
+def test_another_seed_makes_other_prompts():
+    first, second = ({prompt.text for prompt in make_prompts(seed, 50)[0]} for seed in (0, 1))
+    assert len(first - second) > 100
+
+
+def test_excluded_prompts_come_up_in_no_wording(tmp_path, capsys):
+    made, _ = make_prompts(0, 20)
+    bench = [{"prompt": reworded(prompt)} for prompt in made if prompt.spatial] + [
+        {"tag": "single_object", "include": [{"class": prompt.nouns[0], "count": 1}], "prompt": prompt.text.upper()}
+        for prompt in made
+        if prompt.task == "single_object"
+    ]
+    main(["--per_task", "20", "--out_dir", str(tmp_path), "--exclude", str(rows_file(tmp_path / "b.jsonl", bench))])
+    kept = {canonical(prompt) for prompt in load_prompts(tmp_path / JSONL.name)}
+    assert kept.isdisjoint(canonical(read(row["prompt"])) for row in bench) and len(kept) == 120
+    assert "40 leaks from 40 benchmark prompts" in capsys.readouterr().out
+
+
+def reworded(prompt: Prompt) -> str:
+    """The same request with its objects the other way round."""
+    first, relation, second = prompt.spatial
+    turned = {"left of": "right of", "right of": "left of", "above": "under", "below": "above", "next to": "beside"}
+    return f"{article(second)} {second} {turned[relation]} {article(first)} {first}"
+
+
+def test_more_than_can_be_made_is_a_clear_error(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--per_task", "100000", "--out_dir", str(tmp_path)])
+    assert f"only {len(NOUNS)} of 100000 single_object" in capsys.readouterr().err

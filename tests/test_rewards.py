@@ -1,0 +1,370 @@
+"""Claims about the rewards that need no published weights: HPS on a random toy of its architecture, format, length."""
+
+import json
+import os
+import pickle
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+import rewards
+from interfaces import Prompt, Sample
+from rewards import REWARDS, RewardError, RewardSettings, build
+from rewards.hps import DEFAULT, HPS
+from rewards.text import Format, Length
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.3, 0.2, 0.1)
+WORDS = "a red green blue circle square two three left right of and".split()
+VISION = {"image_size": 48, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8}
+
+
+def write_tokenizer(folder: Path) -> dict[str, int]:
+    """A word-level tokenizer that writes <s> text </s>, cuts inside the brackets and pads on the right."""
+    vocab = {word: i for i, word in enumerate(["<pad>", "<unk>", "<s>", *WORDS, "</s>"])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    brackets = [("<s>", vocab["<s>"]), ("</s>", vocab["</s>"])]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=brackets)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    return vocab
+
+
+def write_folder(folder: Path, **preprocess: object) -> Path:
+    """A random HPS in open_clip's own folder layout."""
+    vocab = write_tokenizer(folder)
+    text = {"context_length": 77, "vocab_size": len(vocab), "width": 64, "heads": 2, "layers": 2}
+    pooling = {"pool_type": "eos", "eos_id": vocab["</s>"], "pad_id": vocab["<pad>"], "hf_tokenizer_name": "."}
+    model_cfg = {"embed_dim": 32, "vision_cfg": VISION, "text_cfg": {**text, **pooling}}
+    torch.manual_seed(0)
+    save_file(open_clip.CLIP(**model_cfg).state_dict(), folder / "open_clip_model.safetensors")
+    preprocess_cfg = {"mean": MEAN, "std": STD, "resize_mode": "longest", "interpolation": "bicubic", **preprocess}
+    config = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("hps"))
+
+
+@pytest.fixture(scope="module")
+def hps(folder) -> HPS:
+    return HPS(folder, device="cpu", batch_size=3)
+
+
+def picture(seed: int, width: int = 64, height: int = 64) -> Image.Image:
+    """A smooth random picture."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BILINEAR)
+
+
+def sample(text: str, *images: Image.Image, rewrite: str = "a rewrite") -> Sample:
+    return Sample(Prompt(text), "completion", rewrite, images)
+
+
+def samples() -> list[Sample]:
+    """Two groups of four, pictures of several shapes."""
+    sizes = [(64, 64), (96, 40), (30, 70), (48, 48)]
+    return [
+        sample(text, picture(8 * row + i, *size))
+        for row, text in enumerate(["a red circle", "two blue square left of a green circle"])
+        for i, size in enumerate(sizes)
+    ]
+
+
+def counted(monkeypatch, hps: HPS, method: str) -> list[int]:
+    """The rows of each call of the model's `method`, from now on."""
+    rows, original = [], getattr(hps.model, method)
+
+    def count(batch):
+        rows.append(len(batch))
+        return original(batch)
+
+    monkeypatch.setattr(hps.model, method, count)
+    return rows
+
+
+def test_hps_is_the_bare_cosine_of_the_features(hps):
+    one = samples()[1]
+    with torch.no_grad():
+        image = hps.model.encode_image(hps.preprocess(one.images[0])[None])[0].numpy().astype(np.float64)
+        text = hps.model.encode_text(hps.tokenize([one.prompt.text]))[0].numpy().astype(np.float64)
+    cosine = image @ text / np.sqrt((image**2).sum() * (text**2).sum())
+    assert hps([one]) == [pytest.approx(cosine, abs=1e-6)]
+
+
+def test_hps_does_not_depend_on_the_logit_scale(hps, monkeypatch):
+    before = hps(samples())
+    monkeypatch.setattr(hps.model.logit_scale, "data", torch.tensor(7.0))
+    assert hps(samples()) == before
+
+
+@pytest.mark.parametrize("width, height", [(64, 64), (100, 37), (37, 100), (48, 30), (20, 10), (200, 1)])
+def test_pictures_are_resized_by_the_longest_side_padded_black_then_normalised(hps, width, height):
+    image = picture(3, width, height)
+    scale = 48 / max(width, height)
+    new = max(1, round(width * scale)), max(1, round(height * scale))
+    channels = [Image.fromarray(channel) for channel in np.asarray(image, np.float32).transpose(2, 0, 1) / 255]
+    resized = np.stack([np.asarray(channel.resize(new, Image.Resampling.BICUBIC)) for channel in channels])
+    square = np.zeros((3, 48, 48), np.float32)
+    top, left = (48 - new[1]) // 2, (48 - new[0]) // 2
+    square[:, top : top + new[1], left : left + new[0]] = resized
+    expected = (square - np.reshape(MEAN, (3, 1, 1))) / np.reshape(STD, (3, 1, 1))
+    np.testing.assert_allclose(hps.preprocess(image).numpy(), expected, atol=1e-4)
+
+
+def test_pictures_that_are_not_rgb_are_converted(hps):
+    image = picture(0).convert("L")
+    assert torch.equal(hps.preprocess(image), hps.preprocess(image.convert("RGB")))
+
+
+def test_a_batch_scores_like_one_by_one(hps):
+    batch = samples()
+    np.testing.assert_allclose(hps(batch), [hps([one])[0] for one in batch], atol=1e-5)
+
+
+def test_different_prompts_and_pictures_score_differently(hps):
+    assert len({round(score, 5) for score in hps(samples())}) == 8
+
+
+def test_each_distinct_prompt_is_encoded_once(hps, monkeypatch):
+    rows = counted(monkeypatch, hps, "encode_text")
+    hps(samples())
+    assert rows == [2]
+
+
+def test_each_distinct_picture_is_encoded_once(hps, monkeypatch):
+    rows = counted(monkeypatch, hps, "encode_image")
+    one, two = picture(1), picture(2)
+    scores = hps([sample("a red circle", one), sample("a red circle", two), sample("a red circle", one, two)])
+    assert sum(rows) == 2
+    assert scores[2] == pytest.approx((scores[0] + scores[1]) / 2, abs=1e-6)
+
+
+def test_no_forward_pass_exceeds_the_batch_size(hps, monkeypatch):
+    rows = counted(monkeypatch, hps, "encode_image")
+    hps(samples())
+    assert rows == [3, 3, 2]
+
+
+def test_hps_never_reads_the_rewrite_or_the_reasoning(hps):
+    original = samples()
+    changed = [replace(one, rewrite="two blue square", completion="other") for one in original]
+    assert hps(changed) == hps(original)
+
+
+def test_a_long_prompt_is_cut_to_the_context_and_still_closed(hps):
+    tokens = hps.tokenize(["red " * 200])
+    assert tokens.shape == (1, 77)
+    assert tokens[0, -1] == hps.model.text_eos_id
+    assert hps.encode_texts(["red " * 200]).isfinite().all()
+
+
+def test_a_score_that_is_not_finite_is_absent(hps, monkeypatch):
+    original = hps.model.encode_image
+
+    def broken(pixels):
+        features = original(pixels).clone()
+        features[0] = torch.nan
+        return features
+
+    monkeypatch.setattr(hps.model, "encode_image", broken)
+    scores = hps(samples()[:3])
+    assert scores[0] is None
+    assert all(isinstance(score, float) for score in scores[1:])
+
+
+def test_a_sample_without_its_pictures_is_refused_not_scored(hps):
+    for images in [(), (picture(0), None)]:
+        with pytest.raises(ValueError, match="'a red circle'"):
+            hps([sample("a red circle", *images)])
+
+
+def test_no_samples_no_scores(hps):
+    assert hps([]) == []
+
+
+def test_hps_is_frozen_and_scores_carry_no_graph(hps):
+    assert not hps.model.training
+    assert not any(parameter.requires_grad for parameter in hps.model.parameters())
+    assert not isinstance(hps, torch.nn.Module)
+
+
+def test_half_precision_agrees_with_full(folder, hps):
+    half = HPS(folder, device="cpu", dtype="bfloat16")(samples())
+    np.testing.assert_allclose(half, hps(samples()), atol=0.02)
+
+
+def test_a_folder_without_weights_or_with_other_preprocessing_is_refused(tmp_path):
+    write_folder(tmp_path, resize_mode="shortest")
+    with pytest.raises(RewardError, match="resize_mode 'shortest'"):
+        HPS(tmp_path, device="cpu")
+    (tmp_path / "open_clip_model.safetensors").unlink()
+    with pytest.raises(RewardError, match="no open_clip_model.safetensors"):
+        HPS(tmp_path, device="cpu")
+
+
+def test_weights_of_another_size_are_refused(tmp_path):
+    write_folder(tmp_path)
+    config = json.loads((tmp_path / "open_clip_config.json").read_text())
+    config["model_cfg"]["embed_dim"] = 16
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(RewardError, match="size mismatch"):
+        HPS(tmp_path, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def toy_architecture(tmp_path_factory) -> str:
+    """The name of a tiny architecture that is registered with open_clip as ViT-H-14 is, with CLIP's tokenizer."""
+    text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    path = tmp_path_factory.mktemp("architectures") / "toy-hps.json"
+    path.write_text(json.dumps({"embed_dim": 16, "vision_cfg": VISION, "text_cfg": text}))
+    open_clip.add_model_config(path)
+    return path.stem
+
+
+def test_a_checkpoint_file_is_read_from_its_state_dict(tmp_path, toy_architecture):
+    torch.manual_seed(1)
+    model = open_clip.CLIP(**open_clip.get_model_config(toy_architecture)).eval()
+    torch.save({"state_dict": model.state_dict(), "epoch": 3}, tmp_path / "hps.pt")
+    hps, one = HPS(tmp_path / "hps.pt", device="cpu", model_name=toy_architecture), samples()[1]
+    with torch.no_grad():
+        image = model.encode_image(hps.preprocess(one.images[0])[None], normalize=True)
+        text = model.encode_text(open_clip.tokenize([one.prompt.text]), normalize=True)
+    assert hps([one]) == [pytest.approx((image @ text.T).item(), abs=1e-6)]
+    assert tuple(hps.mean.flatten().tolist()) == pytest.approx((0.48145466, 0.4578275, 0.40821073))
+
+
+def test_a_checkpoint_with_missing_or_misplaced_weights_is_refused(tmp_path, toy_architecture):
+    weights = open_clip.CLIP(**open_clip.get_model_config(toy_architecture)).state_dict()
+    torch.save(weights, tmp_path / "bare.pt")
+    del weights["ln_final.weight"]
+    torch.save({"state_dict": weights}, tmp_path / "short.pt")
+    for name, message in [("bare.pt", "no `state_dict`"), ("short.pt", "ln_final.weight")]:
+        with pytest.raises(RewardError, match=message):
+            HPS(tmp_path / name, device="cpu", model_name=toy_architecture)
+
+
+class Intruder:
+    """Unpickled freely, this makes a folder."""
+
+    def __init__(self, target: str):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (self.target,)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused_and_does_not_run_it(tmp_path, toy_architecture):
+    target = tmp_path / "intruded"
+    torch.save({"state_dict": Intruder(str(target))}, tmp_path / "zip.pt")
+    (tmp_path / "raw.pt").write_bytes(pickle.dumps({"state_dict": Intruder(str(target))}, protocol=2))
+    for name in ("zip.pt", "raw.pt"):
+        with pytest.raises(RewardError, match=f"{name} is no checkpoint of plain tensors"):
+            HPS(tmp_path / name, device="cpu", model_name=toy_architecture)
+    assert not target.exists()
+    pickle.loads((tmp_path / "raw.pt").read_bytes())
+    assert target.exists(), "the intruder is harmless, so refusing it proves nothing"
+
+
+def test_a_missing_published_checkpoint_fails_at_once_with_size_licence_and_command(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    start = time.monotonic()
+    with pytest.raises(RewardError) as caught:
+        HPS(DEFAULT, device="cpu")
+    message = str(caught.value)
+    assert time.monotonic() - start < 5
+    assert "\n" not in message
+    for part in ("3.9 GB", "Apache-2.0", "hf download xswu/HPSv2 HPS_v2.1_compressed.pt"):
+        assert part in message
+
+
+def test_a_missing_path_is_named(tmp_path):
+    with pytest.raises(RewardError, match="no HPS checkpoint at .*nowhere.pt"):
+        HPS(tmp_path / "nowhere.pt", device="cpu")
+
+
+def test_bad_constructor_values_are_named(folder):
+    with pytest.raises(ValueError, match="'fp16' is none of float32"):
+        HPS(folder, device="cpu", dtype="fp16")
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        HPS(folder, device="cpu", batch_size=0)
+
+
+def test_format_is_one_for_any_readable_answer():
+    readable = sample("a red circle")
+    assert Format()([readable, replace(readable, rewrite=None)]) == [1.0, 0.0]
+
+
+def test_length_is_full_in_the_window_and_falls_linearly_outside():
+    length = Length(lambda text: len(text.split()), low=4, high=10, max_tokens=512)
+    tokens = [0, 1, 3, 4, 7, 10, 12, 15, 20, 21, 500]
+    expected = [0.0, 0.25, 0.75, 1.0, 1.0, 1.0, 0.8, 0.5, 0.0, 0.0, 0.0]
+    rewrites = [sample("a red circle", rewrite="word " * count) for count in tokens]
+    assert length(rewrites) == pytest.approx(expected)
+    assert length([replace(rewrites[0], rewrite=None)]) == [0.0]
+
+
+@pytest.mark.parametrize(
+    "low, high, message", [(0, 5, "1 <= low"), (6, 5, "length_low 6"), (5, 80, "reads 77 tokens")]
+)
+def test_an_impossible_length_window_is_refused(low, high, message):
+    with pytest.raises(RewardError, match=message):
+        Length(len, low, high, max_tokens=77)
+
+
+class WordRenderer:
+    """Counts words; draws nothing, for no reward here may draw."""
+
+    max_tokens = 77
+
+    def __call__(self, texts, seeds):
+        raise AssertionError("a text reward drew a picture")
+
+    def count_tokens(self, text: str) -> int:
+        return len(text.split())
+
+
+def test_rewards_are_built_in_the_order_named(folder):
+    settings = RewardSettings(hps_path=folder, renderer=WordRenderer(), length_low=2, length_high=4)
+    built = build(["length", "hps", "format"], settings)
+    assert [reward.name for reward in built] == ["length", "hps", "format"]
+    assert [reward.needs_images for reward in built] == [False, True, False]
+    assert built[0]([sample("a red circle", rewrite="three whole words")]) == [1.0]
+
+
+def test_every_reward_answers_one_score_per_sample_within_its_range(folder):
+    settings = RewardSettings(hps_path=folder, renderer=WordRenderer())
+    for reward in build(list(REWARDS), settings):
+        low, high = reward.range
+        scores = reward(samples())
+        assert len(scores) == 8
+        assert all(low <= score <= high for score in scores)
+
+
+def test_an_unknown_reward_names_the_nearest_and_all_valid_before_any_model_loads(monkeypatch):
+    monkeypatch.setitem(REWARDS, "hps", lambda settings: pytest.fail("a model was loaded"))
+    with pytest.raises(RewardError) as caught:
+        build(["hps", "lenght"], RewardSettings())
+    assert "unknown reward 'lenght', did you mean 'length'?" in str(caught.value)
+    assert all(name in str(caught.value) for name in rewards.REWARDS)
+
+
+def test_a_reward_named_twice_and_a_length_without_renderer_are_refused():
+    with pytest.raises(RewardError, match="named twice"):
+        build(["format", "format"], RewardSettings())
+    with pytest.raises(RewardError, match="RewardSettings.renderer is None"):
+        build(["length"], RewardSettings())

@@ -1,0 +1,137 @@
+"""The plots of a run as coordinates: metrics of every step -> SVG paths and axes that `report.html.jinja` draws.
+
+A value that is absent is a gap in its line. Nothing is read or written here.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+from training.terminal import number, thin
+
+PHASES = ("generate", "render", "score", "train")
+CURVE_POINTS = 400
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 190, 50, 10, 8, 26  # of a plot, in SVG units
+BOX = {"w": WIDTH, "h": HEIGHT, "left": LEFT, "right": WIDTH - RIGHT, "bottom": HEIGHT - BOTTOM}
+
+# title, what it means, {metric: label}, whether the axis starts at zero; reward parts are added as they are found
+PANELS = (
+    ("Spread within a group", "standard deviation of the reward", {"reward_std": "std"}, True),
+    ("Groups without a signal", "share whose rewards are all equal", {"frac_reward_zero_std": "share"}, True),
+    (
+        "Lost samples",
+        "shares of all rollouts",
+        {"samples/absent": "absent", "rewrites/unreadable": "unreadable answer"},
+        True,
+    ),
+    (
+        "Rewrites",
+        "shares of the readable ones",
+        {"rewrites/overflow": "longer than the renderer reads", "rewrites/copied": "copy of the prompt"},
+        True,
+    ),
+    (
+        "Length in tokens",
+        "the policy's, the renderer's",
+        {"completions/mean_length": "completion", "rewrites/tokens": "rewrite"},
+        True,
+    ),
+    ("KL", "from the reference policy", {"kl": "KL"}, True),
+    ("Entropy", "of the policy per token", {"entropy": "entropy"}, True),
+    ("Gradient norm", "before clipping", {"grad_norm": "norm"}, True),
+)
+
+
+def smooth(values: Sequence[float | None]) -> list[float | None]:
+    """Centred running mean over a tenth of the run; absent values are left out of it."""
+    half = len(values) // 20
+    windows = ([v for v in values[max(0, i - half) : i + half + 1] if v is not None] for i in range(len(values)))
+    return [sum(window) / len(window) if window else None for window in windows]
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Four to six round numbers from `low` or less to `high` or more."""
+    if high <= low:
+        high = low + (abs(low) or 1.0)
+    step = 10.0 ** math.floor(math.log10((high - low) / 4))
+    step *= next(m for m in (1, 2, 2.5, 5, 10) if m * step >= (high - low) / 4 * 0.999)
+    return [i * step for i in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)]
+
+
+def _axes(steps: list[float], marks: list[float]) -> tuple[list[float], dict]:
+    """x of every step, and the grid: labelled y and x positions with the map from value to y."""
+    first, span = steps[0], (steps[-1] - steps[0]) or 1.0
+    xs = [LEFT + (WIDTH - LEFT - RIGHT) * (step - first) / span for step in steps]
+    y_of = {mark: _height(mark, marks) for mark in marks}
+    ends = sorted({0, len(steps) // 2, len(steps) - 1})
+    return xs, {"y": [(y, f"{m:.4g}") for m, y in y_of.items()], "x": [(xs[i], f"{steps[i]:g}") for i in ends]}
+
+
+def _height(value: float, marks: list[float]) -> float:
+    return TOP + (HEIGHT - TOP - BOTTOM) * (marks[-1] - value) / (marks[-1] - marks[0])
+
+
+def _path(xs: list[float], values: list[float | None], marks: list[float]) -> str:
+    """SVG path through the values; a gap where one is absent, a dot where one stands alone."""
+    parts, drawing = [], False
+    for x, value in zip(xs, values, strict=True):
+        if value is not None:
+            parts.append(f"{'L' if drawing else 'M'}{x:.1f} {_height(value, marks):.1f}{'' if drawing else 'h0'}")
+        drawing = value is not None
+    return "".join(parts)
+
+
+def column(rows: list[dict], key: str) -> list[float | None]:
+    """A metric over the steps; None where it is missing or no number."""
+    return [number(row.get(key)) for row in rows]
+
+
+def panel(rows: list[dict], title: str, note: str, keys: dict[str, str], from_zero: bool) -> dict | None:
+    """One plot with a raw and a smoothed line per metric; None if the run has none of these metrics."""
+    columns = {label: column(rows, key) for key, label in keys.items()}
+    columns = {label: values for label, values in columns.items() if any(v is not None for v in values)}
+    if not columns:
+        return None
+    columns = {label: thin(values, CURVE_POINTS) for label, values in columns.items()}
+    lines = {label: (values, smooth(values)) for label, values in columns.items()}
+    known = [v for raw, _ in lines.values() for v in raw if v is not None] + [0.0] * from_zero
+    marks = ticks(min(known), max(known))
+    xs, grid = _axes(thin([row["step"] for row in rows], CURVE_POINTS), marks)
+    series = [
+        {"label": label, "raw": _path(xs, raw, marks), "smooth": _path(xs, soft, marks), "last": _last(soft)}
+        for label, (raw, soft) in lines.items()
+    ]
+    return {"title": title, "note": note, "grid": grid, "series": series, "areas": []}
+
+
+def _last(values: list[float | None]) -> str:
+    return f"{next(value for value in reversed(values) if value is not None):.3g}"
+
+
+def phases_panel(rows: list[dict]) -> dict | None:
+    """Stacked areas of the seconds that a step spends in each phase."""
+    named = [(phase, column(rows, f"seconds/{phase}")) for phase in PHASES]
+    named = [(phase, thin([v or 0.0 for v in values], CURVE_POINTS)) for phase, values in named if any(values)]
+    if not named:
+        return None
+    columns = [values for _, values in named]
+    tops = [[sum(parts) for parts in zip(*columns[: i + 1], strict=True)] for i in range(len(columns))]
+    marks = ticks(0.0, max(tops[-1]))
+    xs, grid = _axes(thin([row["step"] for row in rows], CURVE_POINTS), marks)
+    areas, below = [], [0.0] * len(xs)
+    for (phase, values), top in zip(named, tops, strict=True):
+        back = _path(xs[::-1], below[::-1], marks).replace("M", "L").replace("h0", "")
+        areas.append({"label": phase, "path": _path(xs, top, marks) + back + "Z", "last": _last(values)})
+        below = top
+    return {"title": "Seconds a step", "note": "by phase", "grid": grid, "series": [], "areas": areas}
+
+
+def panels(rows: list[dict]) -> list[dict]:
+    """All plots of a run, the reward and its parts first."""
+    parts = sorted({m[1] for row in rows for key in row if (m := re.fullmatch(r"rewards/(.+)/mean", key))})
+    wanted = [("Reward", "weighted sum, mean of a step", {"reward": "reward"}, False)]
+    wanted += [(f"Reward part: {part}", "mean of a step", {f"rewards/{part}/mean": part}, False) for part in parts]
+    plots = [panel(rows, *one) for one in (*wanted, *PANELS)] if rows else []
+    return [plot for plot in (*plots, phases_panel(rows) if rows else None) if plot]

@@ -1,0 +1,311 @@
+"""A run folder -> `report.html`: one page with the curves and the pictures, which opens from disk without a network.
+
+A file that the folder lacks leaves out its section; what is there but broken (a line that cannot be read, a value
+that is no number, a picture that is gone, a sample that is absent) is said at the top of the page. Rewrites are
+adversarial text: everything goes through Jinja's autoescaping, and pictures are only read from inside the run folder.
+The page depends on the folder's contents alone: the same files give the same bytes.
+
+    python -m training.report runs/demo
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import json
+import re
+import sys
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image
+
+from training.curves import BOX, CURVE_POINTS, PHASES, column, panels
+from training.terminal import CATEGORIES, POLICIES, number
+
+GALLERY_ROWS = 24  # half of them folded away
+GROUPS_PER_STEP, PICTURES_PER_ROLLOUT = 3, 2
+MOST_NOTES = 12  # of what could not be read
+SMALL, LARGE = 96, 288  # pixels: up to SMALL a picture stays lossless, beyond LARGE it is shrunk
+
+
+class Folder:
+    """Reads a run folder and remembers in `notes` all that could not be read."""
+
+    def __init__(self, root: Path):
+        self.root = root.resolve()
+        self.notes: list[str] = []
+        self.pictures = dict.fromkeys(("picture missing", "picture refused"), 0)
+
+    def record(self, name: str) -> dict:
+        """The JSON object in file `name`; empty if there is no such file."""
+        path = self.root / name
+        return self._parse(path.read_text("utf-8", "replace"), name) or {} if path.is_file() else {}
+
+    def rows(self, name: str) -> list[dict]:
+        """The JSON objects in the lines of file `name`; empty if there is no such file."""
+        path = self.root / name
+        lines = path.read_text("utf-8", "replace").split("\n") if path.is_file() else []
+        parsed = [self._parse(line, f"{name}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+        return [row for row in parsed if row is not None]
+
+    def _parse(self, text: str, place: str) -> dict | None:
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError as error:
+            self.notes.append(f"{place} is left out: not JSON ({error.msg}).")
+            return None
+        if not isinstance(value, dict):
+            self.notes.append(f"{place} is left out: a {type(value).__name__} where an object should be.")
+            return None
+        return value
+
+    def picture(self, name: str | None) -> dict:
+        """{"src": data URI} of a picture, or {"why": what stands in its place}."""
+        if name is None:
+            return {"src": None, "why": "not drawn"}
+        try:
+            path = (self.root / str(name)).resolve()
+            inside = path.is_relative_to(self.root)
+            if inside and path.is_file():
+                return {"src": _data_uri(path), "why": ""}
+        # a path with a null byte is a ValueError, a damaged PNG a SyntaxError
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            inside = True
+        why = "picture missing" if inside else "picture refused"
+        self.pictures[why] += 1
+        return {"src": None, "why": why}
+
+
+def _data_uri(path: Path) -> str:
+    with Image.open(path) as image:
+        picture = image.convert("RGB")
+    small = max(picture.size) <= SMALL
+    picture.thumbnail((LARGE, LARGE))
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG" if small else "JPEG", optimize=True, quality=85)
+    return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+# samples --------------------------------------------------------------------------------------------------------
+
+
+def _rollout(folder: Folder, row: dict) -> dict:
+    pictures = [folder.picture(name) for name in (row.get("images") or [None])[:PICTURES_PER_ROLLOUT]]
+    parts = {name: number(score) for name, score in (row.get("parts") or {}).items()}
+    kept = {name: row.get(name) for name in ("rewrite", "completion", "reasoning")}
+    numbers = {name: number(row.get(name)) for name in ("total", "advantage")}
+    return {"pictures": pictures, "parts": parts, **kept, **numbers}
+
+
+def _group(folder: Folder, rows: list[dict]) -> dict:
+    scored = sorted((row for row in rows if number(row.get("total")) is not None), key=lambda row: -row["total"])
+    ends = [("best", scored[0])] if scored else []
+    ends += [("worst", scored[-1])] if len(scored) > 1 else []
+    return {
+        "prompt": rows[0].get("prompt"),
+        "task": rows[0].get("task"),
+        "size": len(rows),
+        "absent": len(rows) - len(scored),
+        "unreadable": sum(row.get("rewrite") is None for row in rows),
+        "ends": [{"label": label, **_rollout(folder, row)} for label, row in ends],
+    }
+
+
+def _groups_of_step(folder: Folder, name: str) -> dict | None:
+    """The first groups of one step that have a picture; None if none has."""
+    by_prompt: dict[str, list[dict]] = {}
+    for row in folder.rows(f"rollouts/{name}"):
+        by_prompt.setdefault(str(row.get("prompt_id", row.get("prompt"))), []).append(row)
+    drawn = [rows for rows in by_prompt.values() if any(image for row in rows for image in row.get("images") or ())]
+    if not drawn:
+        return None
+    groups = [_group(folder, rows) for rows in drawn[:GROUPS_PER_STEP]]
+    return {"step": int(re.sub(r"\D", "", name)), "groups": groups, "of": len(by_prompt)}
+
+
+def rollout_steps(folder: Folder) -> list[dict]:
+    """Best and worst of some groups, at the first and at the last step that has pictures."""
+    names = sorted(path.name for path in (folder.root / "rollouts").glob("step_*.jsonl"))
+    first = next((found for name in names if (found := _groups_of_step(folder, name))), None)
+    if first is None:
+        folder.notes += ["No rollout has a picture."] if names else []
+        return []
+    later = [name for name in reversed(names) if int(re.sub(r"\D", "", name)) > first["step"]]
+    last = next((found for name in later if (found := _groups_of_step(folder, name))), None)
+    return [first, last] if last else [first]
+
+
+def _spread(rows: list[dict], most: int) -> list[tuple[bool, dict]]:
+    """(in the first half, row) of the first rows of every task, whatever their outcome; a task stays together."""
+    by_task: dict[str, list[dict]] = {}
+    for row in rows:
+        by_task.setdefault(str(row.get("task") or ""), []).append(row)
+    each = max(1, most // max(1, len(by_task)))
+    kept = [(2 * i < each, row) for of_task in by_task.values() for i, row in enumerate(of_task[:each])]
+    return kept[:most]
+
+
+def gallery(folder: Folder) -> dict | None:
+    """Held-out prompts drawn as they are, rewritten before and rewritten after training."""
+    rows = folder.rows("gallery.jsonl")
+    if not rows:
+        return None
+    cards = [
+        {
+            "prompt": row.get("prompt"),
+            "task": row.get("task"),
+            "early": early,
+            "sides": [
+                {"name": name, "label": POLICIES[name], **side, "picture": folder.picture(side.get("image"))}
+                for name in ("raw", "start", "trained")
+                if (side := row.get(name))
+            ],
+        }
+        for early, row in _spread(rows, GALLERY_ROWS)
+    ]
+    outcome = [tuple((row.get(name) or {}).get("correct") for name in ("start", "trained")) for row in rows]
+    return {
+        "cards": cards,
+        "of": len(rows),
+        "gained": outcome.count((False, True)),
+        "lost": outcome.count((True, False)),
+    }
+
+
+def oracle(summary: dict) -> dict | None:
+    """The table of oracle accuracy with its intervals, cells None where nothing was measured."""
+    scores = {name: one for name, one in (summary.get("oracle") or {}).items() if name in POLICIES and one}
+    if not scores:
+        return None
+    rows = []
+    for name in POLICIES:
+        one = scores.get(name) or {}
+        interval = [number(end) for end in one.get("ci95") or ()]
+        rows.append({
+            "name": name,
+            "label": POLICIES[name],
+            "mean": number(one.get("mean")),
+            "ci95": interval if len(interval) == 2 and None not in interval else None,
+            "cells": [number(one.get(category)) for category in CATEGORIES],
+        })
+    return {"rows": rows, "categories": CATEGORIES}
+
+
+# the page -------------------------------------------------------------------------------------------------------
+
+
+def logged_steps(folder: Folder) -> list[dict]:
+    """One row a step, in order: what is logged twice for a step (a resumed run, a closing summary) is merged."""
+    merged: dict[float, dict] = {}
+    for i, row in enumerate(folder.rows("metrics.jsonl"), 1):
+        if (step := number(row.get("step"))) is None:
+            folder.notes.append(f"metrics.jsonl, row {i} is left out: it has no step.")
+        else:
+            merged.setdefault(step, {}).update(row, step=step)
+    return [merged[step] for step in sorted(merged)]
+
+
+def _share(rows: list[dict], key: str, what: str) -> list[str]:
+    known = [(row["step"], value) for row in rows if (value := number(row.get(key))) is not None]
+    if not any(value for _, value in known):
+        return []
+    step, worst = max(known, key=lambda pair: pair[1])
+    mean, hit = sum(value for _, value in known) / len(known), sum(value > 0 for _, value in known)
+    return [f"{what}: {mean:.2%} on average, {worst:.1%} at worst (step {step:g}), in {hit} of {len(known)} steps."]
+
+
+def trouble(folder: Folder, rows: list[dict], run: dict) -> list[str]:
+    """All that went wrong, in sentences, the gravest first."""
+    found = _share(rows, "samples/absent", "Absent samples, left out of their groups")
+    found += _share(rows, "rewrites/unreadable", "Answers that could not be read, not drawn")
+    found += _share(rows, "rewrites/overflow", "Rewrites cut because the renderer reads no further")
+    for key in sorted({key for row in rows for key in row}):
+        bad = [row["step"] for row in rows if key in row and number(row[key]) is None]
+        if bad:
+            found.append(f"{key} is not a number in {len(bad)} of {len(rows)} steps, first in step {bad[0]:g}.")
+    planned = number((run.get("config") or {}).get("max_steps")) or 0
+    if rows and rows[-1]["step"] < planned:
+        found.append(f"The log ends at step {rows[-1]['step']:g} of {planned:g}.")
+    found += [f"{count} × {why}." for why, count in folder.pictures.items() if count]
+    notes = list(dict.fromkeys(folder.notes))
+    more = [f"… and {len(notes) - MOST_NOTES} more of this kind."] if len(notes) > MOST_NOTES else []
+    return found + notes[:MOST_NOTES] + more
+
+
+def _tiles(rows: list[dict], summary: dict) -> list[tuple[str, str]]:
+    """The figures to be read first: (label, value) pairs."""
+    rewards = [value for value in column(rows, "reward") if value is not None]
+    ends = max(1, len(rewards) // 10)
+    scores = {name: number((one or {}).get("mean")) for name, one in (summary.get("oracle") or {}).items()}
+    logged = [value for value in column(rows, "seconds_since_start") if value is not None]
+    seconds = number((summary.get("seconds") or {}).get("total")) or max(logged, default=None)
+    figures = (
+        ("oracle accuracy, before → after", [scores.get("start"), scores.get("trained")], "{:.2f} → {:.2f}"),
+        ("of the gap to the ideal rewrite closed", [number(summary.get("gap_closed"))], "{:.0%}"),
+        (
+            f"reward, first → last {ends} steps",
+            [sum(part) / ends if rewards else None for part in (rewards[:ends], rewards[-ends:])],
+            "{:.3f} → {:.3f}",
+        ),
+        ("rollouts", [number(summary.get("rollouts"))], "{:,.0f}"),
+        ("rollouts a second", [number(summary.get("rollouts_per_second"))], "{:.3g}"),
+        ("minutes", [seconds / 60 if seconds else None], "{:.1f}"),
+    )
+    return [(label, form.format(*values)) for label, values, form in figures if None not in values]
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `report.html` into a run folder from whatever of the run's files is there; returns its path."""
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise NotADirectoryError(f"no run folder at {run_dir}: name the --outdir of a training run, e.g. runs/demo")
+    folder = Folder(run_dir)
+    run, summary = folder.record("run.json"), folder.record("summary.json")
+    rows = logged_steps(folder)
+    sections = {"gallery": gallery(folder), "rollouts": rollout_steps(folder), "oracle": oracle(summary)}
+    page = _environment().get_template("report.html.jinja").render(
+        title=folder.root.name,
+        run=run,
+        tiles=_tiles(rows, summary),
+        seconds={phase: number(s) for phase, s in (summary.get("seconds") or {}).items() if number(s)},
+        phases=PHASES,
+        panels=panels(rows),
+        steps=len(rows),
+        curve_points=CURVE_POINTS,
+        trouble=trouble(folder, rows, run),
+        size=BOX,
+        **sections,
+    )
+    path = run_dir / "report.html"
+    path.write_bytes(page.encode("utf-8", "replace"))  # a lone surrogate in a completion is no reason to fail
+    return path
+
+
+def _environment() -> Environment:
+    here = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(
+        loader=here, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["json"] = json.dumps
+    environment.filters["clip"] = lambda text, most=700: (
+        text if len(text) <= most else f"{text[:most]} … (+{len(text) - most} characters)"
+    )
+    return environment
+
+
+def main() -> int:
+    """Command line: write the report of one run folder."""
+    parser = argparse.ArgumentParser(prog="python -m training.report", description="Write report.html of a run.")
+    parser.add_argument("run_dir", type=Path, help="the run folder, e.g. runs/demo")
+    try:
+        print(write_report(parser.parse_args().run_dir))
+    except NotADirectoryError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
