@@ -1,0 +1,380 @@
+"""Train every miniature model, of its real architecture at toy size, from the world, on a CPU.
+
+    python -m miniature.build                 # all stages, in this order
+    python -m miniature.build --stage flux    # one of: vae flux hps policy measure
+
+Deterministic: the data and noise of a step are a function of (stage, step) alone, so a build that was interrupted goes
+on from its last saved state (`.cache/miniature/`) to the same weights. Each stage is the ceiling of the next: measure
+reconstruction, then drawing, then learning.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from data.grammar import TASKS
+from interfaces import Prompt
+from miniature import world
+from prompting import SYSTEM_PROMPT, completion, messages
+
+ROOT = Path(__file__).resolve().parent
+WEIGHTS = ROOT / "weights"
+CACHE = ROOT.parent / ".cache" / "miniature"
+WEIGHTS_FILE = "open_clip_model.safetensors"
+
+
+# ---------------------------------------------------------------- the one training loop
+
+
+def fit(
+    name: str,
+    modules: nn.ModuleDict,
+    loss_of: Callable[[random.Random, torch.Generator], torch.Tensor],
+    *,
+    steps: int,
+    lr: float,
+    weight_decay: float = 0.01,
+    save_every: int = 500,
+) -> None:
+    """AdamW, warm-up, cosine decay to zero; goes on from `.cache/miniature/<name>.pt` if an earlier run stopped.
+
+    `loss_of` gets a `random.Random` and a `torch.Generator` that are functions of (name, step) and nothing else.
+    """
+    optimizer = torch.optim.AdamW(modules.parameters(), lr=lr, weight_decay=weight_decay, betas=(0.9, 0.98))
+    state_file, start = CACHE / f"{name}.pt", 0
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        modules.load_state_dict(state["modules"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+    modules.train()
+    average, bar = math.nan, tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=5)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        loss = loss_of(random.Random(f"{name}/{step}"), torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
+        optimizer.step()
+        average = loss.item() if math.isnan(average) else 0.98 * average + 0.02 * loss.item()
+        bar.set_postfix(loss=f"{average:.4f}", refresh=False)
+        if (step + 1) % save_every == 0 or step + 1 == steps:
+            state = {"modules": modules.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+            CACHE.mkdir(parents=True, exist_ok=True)
+            torch.save(state, state_file.with_suffix(".tmp"))
+            state_file.with_suffix(".tmp").replace(state_file)
+    modules.eval()
+
+
+def pixels(pictures: list[Image.Image]) -> torch.Tensor:
+    """(B, 3, 48, 48) in [-1, 1], as diffusers' VAE takes them."""
+    stacked = np.stack([np.asarray(picture, dtype=np.float32) for picture in pictures])
+    return torch.from_numpy(stacked).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+# ---------------------------------------------------------------- the renderer: VAE, then FLUX on its latents
+
+
+def build_vae(steps: int = 3000, batch: int = 32) -> None:
+    """AutoencoderKL 48 x 48 x 3 -> 12 x 12 x 8, L1 + MSE + a whisper of KL; measures what the oracle loses by it."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(16, 32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=8,
+        norm_num_groups=8,
+        sample_size=world.SIZE,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.0,
+        scaling_factor=1.0,
+    )
+
+    def loss_of(rng: random.Random, noise: torch.Generator) -> torch.Tensor:
+        truth = pixels([world.draw(world.random_scene(rng), rng) for _ in range(batch)])
+        posterior = vae.encode(truth).latent_dist
+        drawn = vae.decode(posterior.sample(noise)).sample
+        return F.l1_loss(drawn, truth) + F.mse_loss(drawn, truth) + 1e-6 * posterior.kl().mean()
+
+    fit("vae", nn.ModuleDict({"vae": vae}), loss_of, steps=steps, lr=2e-3, weight_decay=0.0)
+    rng = random.Random("vae/measure")
+    scenes = [world.random_scene(rng) for _ in range(500)]
+    with torch.inference_mode():
+        latents = vae.encode(pixels([world.draw(scene, rng) for scene in scenes])).latent_dist.mean
+    vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
+    vae.save_pretrained(WEIGHTS / "flux" / "vae")
+    print(f"the oracle reads {reconstruction(vae):.1%} of 500 reconstructed scenes exactly")
+
+
+@torch.inference_mode()
+def reconstruction(vae: nn.Module, scenes: int = 500) -> float:
+    """Share of scenes that the oracle reads exactly after encode -> decode: the ceiling of every drawing."""
+    rng = random.Random("reconstruction")
+    truth = [world.random_scene(rng) for _ in range(scenes)]
+    drawn = vae.decode(vae.encode(pixels([world.draw(scene, rng) for scene in truth])).latent_dist.mean).sample
+    return np.mean([world.reads_exactly(s, world.see(p)) for s, p in zip(truth, pictures(drawn), strict=True)])
+
+
+def pictures(batch: torch.Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) in [-1, 1] -> PIL, the inverse of `pixels`."""
+    arrays = ((batch.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(array) for array in arrays]
+
+
+# Layout captions need 32 tokens; every text is padded or cut to this, in training as at use.
+TEXT_TOKENS = 32
+PADDED = {"padding": "max_length", "max_length": TEXT_TOKENS, "truncation": True, "return_tensors": "pt"}
+AS_TEXT = {"tokenize": False, "add_generation_prompt": True}
+GUIDANCE = 3.5  # FLUX.1-dev's distilled guidance is an input; here it is constant
+
+
+def build_flux(steps: int = 5000, batch: int = 64, pool: int = 40_000) -> None:
+    """FluxPipeline by flow matching on latents, text encoders trained along; 80 % layouts, 20 % careless alt text.
+
+    The careless fifth is why the raw prompt draws badly and a rewrite draws well, as with the real FLUX.
+    """
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    torch.manual_seed(1)
+    vae = AutoencoderKL.from_pretrained(WEIGHTS / "flux" / "vae", torch_dtype=torch.float32).eval()
+    words = word_tokenizer()
+    tokens = {"pad_token_id": words.pad_token_id, "eos_token_id": words.eos_token_id}
+    t5 = T5EncoderModel(
+        T5Config(
+            vocab_size=len(words), d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4,
+            feed_forward_proj="gated-gelu", dropout_rate=0.0, **tokens,
+        )
+    )  # fmt: skip
+    clip = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(words), hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=TEXT_TOKENS, projection_dim=64, bos_token_id=None, **tokens,
+        )
+    )  # fmt: skip
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=4 * vae.config.latent_channels, num_layers=2, num_single_layers=3,
+        attention_head_dim=32, num_attention_heads=4, joint_attention_dim=128, pooled_projection_dim=64,
+        guidance_embeds=True, axes_dims_rope=(8, 12, 12),
+    )  # fmt: skip
+    pipe = FluxPipeline(FlowMatchEulerDiscreteScheduler(), vae, clip, words, t5, words, transformer)
+
+    scenes, latents = _latent_pool(pipe, pool)
+    side = world.SIZE // pipe.vae_scale_factor // 2  # packed tokens a side
+    places = pipe._prepare_latent_image_ids(batch, side, side, "cpu", torch.float32)
+
+    def loss_of(rng: random.Random, noise: torch.Generator) -> torch.Tensor:
+        chosen = [rng.randrange(pool) for _ in range(batch)]
+        ids = words([_caption(scenes[i], rng) for i in chosen], **PADDED).input_ids
+        truth = latents[chosen]
+        start = torch.randn(truth.shape, generator=noise)
+        t = torch.randn(batch, generator=noise).sigmoid()  # logit-normal: 0 is the picture, 1 is noise
+        mixed = (1 - t)[:, None, None] * truth + t[:, None, None] * start
+        with torch.autocast("cpu", torch.bfloat16):
+            velocity = transformer(
+                hidden_states=mixed, timestep=t, guidance=torch.full((batch,), GUIDANCE),
+                encoder_hidden_states=t5(ids)[0], pooled_projections=clip(ids).pooler_output,
+                txt_ids=torch.zeros(TEXT_TOKENS, 3), img_ids=places, return_dict=False,
+            )[0]  # fmt: skip
+        return F.mse_loss(velocity.float(), start - truth)
+
+    fit("flux", nn.ModuleDict({"t5": t5, "clip": clip, "transformer": transformer}), loss_of, steps=steps, lr=1e-3)
+    pipe.to(torch.float16).save_pretrained(WEIGHTS / "flux")
+
+
+def _latent_pool(pipe, pool: int) -> tuple[list[world.Scene], torch.Tensor]:
+    """`pool` scenes and their packed, normalised latents (pool, 36, 32)."""
+    rng = random.Random("flux/pool")
+    scenes = [world.random_scene(rng) for _ in range(pool)]
+    latents = []
+    with torch.inference_mode():
+        for i in tqdm(range(0, pool, 100), desc="latents", mininterval=5):
+            some = pixels([world.draw(scene, rng) for scene in scenes[i : i + 100]])
+            z = pipe.vae.encode(some).latent_dist.mean
+            z = (z - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
+            latents.append(pipe._pack_latents(z, *z.shape))
+    return scenes, torch.cat(latents).clone()
+
+
+def _caption(scene: world.Scene, rng: random.Random) -> str:
+    things = rng.sample(scene, len(scene))
+    return world.describe(things) if rng.random() < 0.8 else world.hearsay(scene, rng)
+
+
+def word_tokenizer():
+    """One token a word of the world, `<unk>` for any other; used by both text encoders of the miniature FLUX."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    rng = random.Random("words")
+    tasks = (world.request(task, rng).text for task in TASKS for _ in range(2000))
+    captions = (world.describe(world.random_scene(rng)) for _ in range(2000))
+    words = sorted({word for text in (*tasks, *captions) for word in text.replace(",", " , ").split()})
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
+        model_max_length=TEXT_TOKENS, padding_side="right",
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------- HPS
+
+
+def build_hps(steps: int = 2500, groups: int = 48, per_group: int = 4) -> None:
+    """open_clip CLIP that ranks pictures as `world.taste` does: preference within a prompt's pictures, as HPS v2,
+    plus a pairwise sigmoid loss over every (prompt, picture) of the batch. Saved in open_clip's own folder layout.
+    """
+    import open_clip
+
+    torch.manual_seed(2)
+    words = word_tokenizer()
+    model_cfg = {
+        "embed_dim": 128,
+        "vision_cfg": {"image_size": world.SIZE, "layers": 4, "width": 128, "head_width": 32, "patch_size": 16},
+        "text_cfg": {
+            "context_length": TEXT_TOKENS, "vocab_size": len(words), "width": 128, "heads": 4, "layers": 3,
+            "hf_tokenizer_name": ".", "pool_type": "eos", "eos_id": words.eos_token_id, "pad_id": words.pad_token_id,
+        },
+    }  # fmt: skip
+    clip = open_clip.CLIP(**model_cfg)
+    bias = nn.Parameter(torch.zeros(()))
+
+    def loss_of(rng: random.Random, noise: torch.Generator) -> torch.Tensor:
+        prompts = [world.request(rng.choice(TASKS), rng) for _ in range(groups)]
+        scenes = [scene for prompt in prompts for scene in _choices(prompt, per_group, rng)]
+        liking = torch.tensor([[world.taste(prompt, scene) for scene in scenes] for prompt in prompts])  # (P, P * K)
+        ids = words([prompt.text for prompt in prompts], **PADDED).input_ids
+        image, text, scale = clip(pixels([world.draw(scene, rng) for scene in scenes]), ids)
+        logits = scale * text @ image.T  # (P, P * K)
+        own = torch.eye(groups, dtype=torch.bool).repeat_interleave(per_group, dim=1)
+        preferred = (liking[own].view(groups, per_group) / 0.1).softmax(-1)
+        ranking = -(preferred * logits[own].view(groups, per_group).log_softmax(-1)).sum(-1).mean()
+        return ranking + F.binary_cross_entropy_with_logits(logits + bias, liking)
+
+    fit("hps", nn.ModuleDict({"clip": clip, "bias": nn.ParameterList([bias])}), loss_of, steps=steps, lr=1e-3)
+    folder = WEIGHTS / "hps"
+    words.save_pretrained(folder)
+    save_file({key: value.half().contiguous() for key, value in clip.state_dict().items()}, folder / WEIGHTS_FILE)
+    preprocess_cfg = {"mean": [0.5] * 3, "std": [0.5] * 3, "resize_mode": "longest", "interpolation": "bicubic"}
+    config = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _choices(prompt: Prompt, number: int, rng: random.Random) -> list[world.Scene]:
+    """Scenes to choose between: one that keeps the prompt, the others spoilt once or more, or of something else."""
+    scenes = [world.layout(prompt, rng)]
+    while len(scenes) < number:
+        scene = world.random_scene(rng) if rng.random() < 0.2 else world.layout(prompt, rng)
+        for _ in range(rng.choice((0, 1, 1, 2, 3))):
+            scene = world.spoil(scene, rng)
+        scenes.append(scene)
+    return scenes
+
+
+# ---------------------------------------------------------------- the policy
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SKILL = 0.35  # share of the cold start's examples whose content is right
+
+
+def build_policy(steps: int = 700, batch: int = 48) -> None:
+    """Qwen2ForCausalLM cold-started on think/answer examples: always the right form, mostly careless content."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(3)
+    _, held_out = world.splits()
+    forbidden = {prompt.text for prompt in held_out}
+    tokenizer = bpe_tokenizer()
+    policy = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True,
+            bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )
+    )  # fmt: skip
+
+    def loss_of(rng: random.Random, noise: torch.Generator) -> torch.Tensor:
+        questions, answers = [], []
+        while len(questions) < batch:
+            prompt = world.request(rng.choice(TASKS), rng)
+            if prompt.text not in forbidden:
+                questions.append(tokenizer.apply_chat_template(messages(prompt.text), **AS_TEXT))
+                answers.append(completion(*world.lesson(prompt, rng, SKILL)) + tokenizer.eos_token)
+        both = tokenizer([q + a for q, a in zip(questions, answers, strict=True)], padding=True, return_tensors="pt")
+        asked = torch.tensor([len(ids) for ids in tokenizer(questions).input_ids])
+        width = both.input_ids.shape[1]
+        start = width - both.attention_mask.sum(1) + asked  # the padding is on the left
+        labels = both.input_ids.masked_fill(torch.arange(width) < start[:, None], -100)
+        return policy(**both, labels=labels).loss
+
+    fit("policy", nn.ModuleDict({"policy": policy}), loss_of, steps=steps, lr=2e-3)
+    policy.generation_config.update(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+    policy.save_pretrained(WEIGHTS / "policy")
+    tokenizer.save_pretrained(WEIGHTS / "policy")
+
+
+def bpe_tokenizer():
+    """Byte-level BPE with ChatML's special tokens, as Qwen's is: any text in UTF-8 passes and comes back."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    rng = random.Random("bpe")
+    texts = [SYSTEM_PROMPT] * 200
+    for task in TASKS:
+        prompts = [world.request(task, rng) for _ in range(500)]
+        texts += [prompt.text + "\n" + completion(*world.lesson(prompt, rng, SKILL)) for prompt in prompts]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=768, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<|endoftext|>", eos_token="<|im_end|>", padding_side="left",
+        model_max_length=2048, chat_template=CHAT_TEMPLATE, clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+STAGES = {"vae": build_vae, "flux": build_flux, "hps": build_hps, "policy": build_policy}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Build the miniature models from the world.")
+    parser.add_argument("--stage", choices=STAGES, nargs="*", default=list(STAGES))
+    args = parser.parse_args()
+    for stage in args.stage:
+        print(f"== {stage}", file=sys.stderr)
+        STAGES[stage]()
+
+
+if __name__ == "__main__":
+    main()
