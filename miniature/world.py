@@ -259,33 +259,44 @@ def see(image: Image.Image) -> list[Seen]:
     """What stands in the picture: connected things off the ground colour, each given the nearest colour and shape.
 
     Things smaller than 20 pixels are specks and are not counted. A thing whose shape fits no template (coverage
-    overlap below 0.72) is reported with shape "blob": it is there, but it is not what anybody asked for.
+    overlap below 0.7) is reported with shape "blob": it is there, but it is not what anybody asked for.
     """
     pixels = np.asarray(image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BOX), dtype=np.float32)
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     distance = np.linalg.norm(pixels - np.median(border, axis=0), axis=-1)  # (H, W), 0..441
     labels, count = ndimage.label(distance > 70)
-    found = []
-    for index, window in enumerate(ndimage.find_objects(labels), start=1):
-        mask = labels[window] == index
-        if mask.sum() >= 20:
-            found.append(_identify(pixels, distance, mask, window))
-    return found
+    sizes = ndimage.sum_labels(np.ones_like(labels), labels, range(1, count + 1))
+    return [_identify(pixels, distance, labels == i) for i, size in enumerate(sizes, start=1) if size >= 20]
 
 
-def _identify(pixels: np.ndarray, distance: np.ndarray, mask: np.ndarray, window: tuple[slice, slice]) -> Seen:
-    rows, columns = window
-    inside = pixels[window][mask & (distance[window] >= 0.8 * np.quantile(distance[window][mask], 0.75))]
-    color = min(COLORS, key=lambda name: np.linalg.norm(np.median(inside, axis=0) - np.array(COLORS[name])))
-    full = np.median(distance[window][mask])
-    coverage = np.where(mask, np.clip(distance[window] / full, 0, 1), 0)
-    overlap = {shape: _overlap(coverage, _template(shape, *coverage.shape)) for shape in SHAPES}
-    shape = max(overlap, key=overlap.get)
-    y = (rows.start + rows.stop) / 2
-    x = (columns.start + columns.stop) / 2
-    place = 3 * min(int(y // 16), 2) + min(int(x // 16), 2)
+def _identify(pixels: np.ndarray, distance: np.ndarray, mask: np.ndarray) -> Seen:
+    """One connected thing, `mask` (H, W) of bool, as the nearest colour, shape and place."""
+    solid = mask & (distance >= 0.8 * np.quantile(distance[mask], 0.75))
+    color = min(COLORS, key=lambda name: np.linalg.norm(np.median(pixels[solid], axis=0) - np.array(COLORS[name])))
+    coverage = np.clip(distance / np.median(distance[solid]), 0, 1) * ndimage.binary_dilation(mask)
+    rows, columns = ndimage.find_objects((coverage > 0.5).astype(int))[0]
     box = (float(columns.start), float(rows.start), float(columns.stop), float(rows.stop))
-    return Seen(color, shape if overlap[shape] >= 0.72 else "blob", place, box)
+    place = 3 * min(int((box[1] + box[3]) / 2 // 16), 2) + min(int((box[0] + box[2]) / 2 // 16), 2)
+    return Seen(color, _shape(coverage, rows, columns), place, box)
+
+
+def _shape(coverage: np.ndarray, rows: slice, columns: slice) -> str:
+    """By how much of its box a thing fills, measured to a fraction of a pixel: square 1, circle 0.79, the others less.
+
+    Triangle and cross fill about half; the one whose template overlaps more it is. The template also has the last word
+    on whether it is a shape at all.
+    """
+    fill = coverage.sum() / (coverage.sum(axis=0).max() * coverage.sum(axis=1).max())
+    overlap = {
+        name: _overlap(coverage[rows, columns], _template(name, *coverage[rows, columns].shape)) for name in SHAPES
+    }
+    if fill > 0.9:
+        shape = "square"
+    elif fill > 0.68:
+        shape = "circle"
+    else:
+        shape = max(("triangle", "cross"), key=overlap.get)
+    return shape if overlap[shape] >= 0.7 else "blob"
 
 
 def _overlap(a: np.ndarray, b: np.ndarray) -> float:

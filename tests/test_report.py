@@ -1,6 +1,6 @@
 """Claims about `report.html` and the terminal pictures, on a small run folder made here.
 
-    python -m pytest tests/test_report.py
+python -m pytest tests/test_report.py
 """
 
 import json
@@ -42,13 +42,25 @@ def metrics(steps):
         rise = 1 - math.exp(-3 * step / steps)
         hps = 0.21 + 0.08 * rise + noise.gauss(0, 0.008)
         yield {
-            "step": step, "seconds_since_start": 3.1 * step, "reward": hps, "reward_std": 0.05 - 0.02 * rise,
-            "rewards/hps/mean": hps, "rewards/hps/std": 0.04, "rewards/format/mean": 0.8 + 0.2 * rise,
-            "completions/mean_length": 40 + noise.gauss(0, 2), "rewrites/tokens": 21 + noise.gauss(0, 1),
-            "kl": None if step == 7 else 0.05 * rise, "entropy": math.nan if step == 9 else 1.2 - 0.5 * rise,
-            "frac_reward_zero_std": 0.02, "samples/absent": 0.125 if step == 5 else 0.0,
-            "rewrites/unreadable": 0.2 * (1 - rise), "rewrites/overflow": 0.0, "rewrites/copied": 0.01,
-            "seconds/generate": 0.9, "seconds/render": 1.2 + noise.random() / 5, "seconds/score": 0.3,
+            "step": step,
+            "seconds_since_start": 3.1 * step,
+            "reward": hps,
+            "reward_std": 0.05 - 0.02 * rise,
+            "rewards/hps/mean": hps,
+            "rewards/hps/std": 0.04,
+            "rewards/format/mean": 0.8 + 0.2 * rise,
+            "completions/mean_length": 40 + noise.gauss(0, 2),
+            "rewrites/tokens": 21 + noise.gauss(0, 1),
+            "kl": None if step == 7 else 0.05 * rise,
+            "entropy": math.nan if step == 9 else 1.2 - 0.5 * rise,
+            "frac_reward_zero_std": 0.02,
+            "samples/absent": 0.125 if step == 5 else 0.0,
+            "rewrites/unreadable": 0.2 * (1 - rise),
+            "rewrites/overflow": 0.0,
+            "rewrites/copied": 0.01,
+            "seconds/generate": 0.9,
+            "seconds/render": 1.2 + noise.random() / 5,
+            "seconds/score": 0.3,
             "seconds/train": 0.6,
         }
 
@@ -58,10 +70,16 @@ def rollouts(image):
         for member in range(4):
             total = None if (group, member) == (1, 1) else 0.2 + 0.02 * member
             yield {
-                "prompt_id": f"p{group}", "prompt": f"a photo of {group + 1} circles", "task": "counting",
-                "completion": "<think>no end", "reasoning": "Four objects, side by side.\nLeft to right.",
+                "prompt_id": f"p{group}",
+                "prompt": f"a photo of {group + 1} circles",
+                "task": "counting",
+                "completion": "<think>no end",
+                "reasoning": "Four objects, side by side.\nLeft to right.",
                 "rewrite": None if member == 0 else f"{group + 1} circles: red top left, blue top right, green below",
-                "seeds": [1, 2], "parts": {"hps": total, "format": 1.0}, "total": total, "advantage": member - 1.5,
+                "seeds": [1, 2],
+                "parts": {"hps": total, "format": 1.0},
+                "total": total,
+                "advantage": member - 1.5,
                 "images": [image, None] if member else [],
             }
 
@@ -73,33 +91,65 @@ def run_dir(tmp_path):
 
 def fill(folder, steps=60, cards=60):
     images = [draw(folder / "images" / f"{i:02}.png", i, 64) for i in range(1, 7)] if not folder.mkdir() else []
-    (folder / "run.json").write_text(json.dumps({
-        "config": {"max_steps": steps, "gpt_path": "miniature/policy", "nested": {"html": "<b>"}},
-        "batch": {"prompts": 16, "completions": 8}, "versions": {"torch": "2.13.0"}, "commit": "abc1234", "seed": 1,
-        "command": "r1_prompter.py --config configs/miniature.yaml", "started": "2025-01-02 03:04",
-    }))
+    (folder / "run.json").write_text(
+        json.dumps(
+            {
+                "config": {"max_steps": steps, "gpt_path": "miniature/policy", "nested": {"html": "<b>"}},
+                "batch": {"prompts": 16, "completions": 8},
+                "versions": {"torch": "2.13.0"},
+                "commit": "abc1234",
+                "seed": 1,
+                "command": "r1_prompter.py --config configs/miniature.yaml",
+                "started": "2025-01-02 03:04",
+            }
+        )
+    )
     write_lines(folder / "metrics.jsonl", metrics(steps))
     for step in (1, steps):
         write_lines(folder / "rollouts" / f"step_{step:06}.jsonl", rollouts(images[step % 6]))
-    write_lines(folder / "gallery.jsonl", ({
-        "prompt": f"two circles {i}", "task": TASKS[i * 6 // cards],
-        "raw": {"image": images[i % 6], "correct": False},
-        "start": {"rewrite": "a red circle in the middle" if i % 5 else None, "reasoning": "",
-                  "image": images[(i + 1) % 6] if i % 5 else None, "correct": i % 3 == 0},
-        "trained": {"rewrite": ATTACK if i == 0 else "a red circle top left and a blue circle in the middle right",
-                    "reasoning": "Two objects: put one left, one right.", "image": images[(i + 2) % 6],
-                    "correct": i % 4 != 0},
-    } for i in range(cards)))
+    write_lines(
+        folder / "gallery.jsonl",
+        (
+            {
+                "prompt": f"two circles {i}",
+                "task": TASKS[i * 6 // cards],
+                "raw": {"image": images[i % 6], "correct": False},
+                "start": {
+                    "rewrite": "a red circle in the middle" if i % 5 else None,
+                    "reasoning": "",
+                    "image": images[(i + 1) % 6] if i % 5 else None,
+                    "correct": i % 3 == 0,
+                },
+                "trained": {
+                    "rewrite": ATTACK if i == 0 else "a red circle top left and a blue circle in the middle right",
+                    "reasoning": "Two objects: put one left, one right.",
+                    "image": images[(i + 2) % 6],
+                    "correct": i % 4 != 0,
+                },
+            }
+            for i in range(cards)
+        ),
+    )
     means = {"raw": 0.135, "start": 0.33, "trained": 0.61, "written": 0.69}
     oracle = {
-        name: {"mean": mean, "ci95": [mean - 0.05, mean + 0.06],
-               **{task: min(1.0, mean * (1.4 - 0.15 * i)) for i, task in enumerate(TASKS)}}
+        name: {
+            "mean": mean,
+            "ci95": [mean - 0.05, mean + 0.06],
+            **{task: min(1.0, mean * (1.4 - 0.15 * i)) for i, task in enumerate(TASKS)},
+        }
         for name, mean in means.items()
     }
-    (folder / "summary.json").write_text(json.dumps({
-        "oracle": oracle, "gap_closed": 0.86, "rollouts": 7680, "rollouts_per_second": 31.2,
-        "seconds": {"total": 410, "generate": 110, "render": 160, "score": 40, "train": 75},
-    }))
+    (folder / "summary.json").write_text(
+        json.dumps(
+            {
+                "oracle": oracle,
+                "gap_closed": 0.86,
+                "rollouts": 7680,
+                "rollouts_per_second": 31.2,
+                "seconds": {"total": 410, "generate": 110, "render": 160, "score": 40, "train": 75},
+            }
+        )
+    )
     return folder
 
 

@@ -1,0 +1,28 @@
+# make demo | test | check | miniature | size          (everything runs in .venv, made from requirements.lock)
+PYTHON ?= python3.11
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test check miniature size
+
+demo: $(VENV)/ready
+	$(RUN) scripts/demo.py
+
+test: $(VENV)/ready check
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
+
+check: $(VENV)/ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+miniature: $(VENV)/ready
+	$(RUN) -m miniature.build
+
+size: $(VENV)/ready
+	@git ls-files '*.py' | xargs wc -l | sort -n
+
+$(VENV)/ready: requirements.lock
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet uv==0.13.8
+	$(VENV)/bin/uv pip install --quiet --python $(RUN) --require-hashes -r requirements.lock
+	touch $@

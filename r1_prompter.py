@@ -1,0 +1,500 @@
+"""Train a language model to think about an image prompt and rewrite it: GRPO through a frozen text-to-image model.
+
+For each user prompt the policy writes G completions, `<think>...</think> <answer>rewrite</answer>`; a frozen pipeline
+draws each rewrite, all of a group from the same noise; frozen rewards compare picture and ORIGINAL prompt; what scores
+above its group's mean becomes likelier. Only the policy learns. RePrompt (arXiv 2505.17540) is the nearest published
+system; the optimiser is TRL's `GRPOTrainer`, which this file feeds and records but does not change.
+
+Left out: training the image model, a value model, asynchronous rendering, evaluation (see evaluation/).
+
+    accelerate launch --config_file=deepspeed_2.yaml r1_prompter.py --data data/generation_prompts_1k_filterd.txt \\
+        --gpt_path Qwen/Qwen2.5-3B-Instruct --sdmodel_name black-forest-labs/FLUX.1-dev --outdir r1_prompter_with_flux
+
+    python r1_prompter.py --help                        every option, ours and TRL's, with its reason
+    python r1_prompter.py --config configs/some.yaml    what differs from the recipe, configs/flux_dev.yaml
+    ... --resume                                        the same command again: continue from the newest checkpoint
+
+Options: configs/flux_dev.yaml < `--config` YAML < flags. Exit code 2 and one line on stderr for whatever is wrong with
+the input; 1 if a run had to stop because pictures or scores failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+from data.prompts import DataError, load_prompts
+from interfaces import Prompt, Renderer, Reward
+from prompting import messages
+from rewards import REWARDS, RewardError, RewardSettings, build
+from training.policy import PolicyError, load_tokenizer
+from training.report import write_report
+from training.run_folder import RunFolder, RunFolderError, git_commit
+from training.scoring import Scored, Scorer, ScoringError
+
+HERE = Path(__file__).resolve().parent
+RECIPE = HERE / "configs" / "flux_dev.yaml"
+OURS = {"output_dir": "outdir", "model_name_or_path": "gpt_path", "resume_from_checkpoint": "resume"}
+
+
+class UsageError(ValueError):
+    """Options that cannot be run; the message is one line, with the value and what to do."""
+
+
+# Options ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ScriptArguments:
+    """What TRL has no name for. Everything else (`--learning_rate`, `--use_peft`, `--use_vllm`, ...) is TRL's own."""
+
+    data: str = field(metadata={"help": "User prompts: .txt, one a line, or .jsonl (data/README.md)."})
+    outdir: str = field(metadata={"help": "Run folder, new or this run's own; the trained policy is saved there."})
+    gpt_path: str = field(
+        default="Qwen/Qwen2.5-3B-Instruct",
+        metadata={"help": "Policy: folder or hub name of an instruct model with a chat template."},
+    )
+    sdmodel_name: str = field(
+        default="black-forest-labs/FLUX.1-dev",
+        metadata={"help": "Renderer: folder or hub name of any diffusers text-to-image pipeline."},
+    )
+    rewards: list[str] = field(
+        default_factory=lambda: ["hps", "format", "length"],
+        metadata={"help": f"Rewards, of: {', '.join(REWARDS)}; weighted by --reward_weights in this order (1 each)."},
+    )
+    images_per_rewrite: int = field(
+        default=1,
+        metadata={"help": "Pictures per rewrite, averaged; another prompt often teaches more at the same cost."},
+    )
+    render_steps: int | None = field(default=None, metadata={"help": "Denoising steps; unset: the pipeline's own."})
+    guidance: float | None = field(default=None, metadata={"help": "Guidance scale; unset: the pipeline's own."})
+    resolution: int | None = field(
+        default=None, metadata={"help": "Side of the square pictures in pixels; unset: the pipeline's own size."}
+    )
+    max_sequence_length: int | None = field(
+        default=None,
+        metadata={"help": "Renderer tokens read of a rewrite; all texts are padded to it, so fewer draw faster."},
+    )
+    render_dtype: str = field(
+        default="bfloat16",
+        metadata={"help": "Renderer's weights and arithmetic.", "choices": ["bfloat16", "float16", "float32"]},
+    )
+    render_batch_size: int = field(
+        default=8, metadata={"help": "Pictures per pipeline call; at 512 px a GPU is busy from about 8 on."}
+    )
+    render_device: str | None = field(default=None, metadata={"help": "Of renderer and rewards; unset: its own."})
+    reward_dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "Arithmetic of model rewards; scores of a group differ in the third digit, so not bfloat16.",
+            "choices": ["bfloat16", "float16", "float32"],
+        },
+    )
+    reward_batch_size: int = field(default=32, metadata={"help": "Pictures or texts per forward pass of a reward."})
+    hps_path: str | None = field(
+        default=None, metadata={"help": "HPS checkpoint, .pt file or open_clip folder; unset: the published v2.1."}
+    )
+    length_low: int = field(
+        default=15, metadata={"help": "Renderer tokens; below it a rewrite loses length score: it adds nothing."}
+    )
+    length_high: int = field(
+        default=77, metadata={"help": "Renderer tokens; above it a rewrite loses length score; RePrompt's bound."}
+    )
+    max_absent_share: float = field(
+        default=0.5,
+        metadata={"help": "Share of samples without score, 0 to 1, above which three batches in a row stop the run."},
+    )
+    save_images_every: int = field(
+        default=10, metadata={"help": "Optimiser steps between steps whose pictures are kept; first and last always."}
+    )
+    save_images_max: int = field(
+        default=64, metadata={"help": "Pictures kept of such a step; 64 of 512 px are about 25 MB."}
+    )
+    resume: bool = field(default=False, metadata={"help": "Continue this run from its newest checkpoint."})
+
+
+class Parser(TrlParser):
+    """TRL's parser, with every complaint as a `UsageError`."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def parse_options(argv: Sequence[str]) -> tuple[ScriptArguments, GRPOConfig, ModelConfig]:
+    """Options of one run: the recipe, then the `--config` YAML, then flags.
+
+    Raises:
+        UsageError: an unknown key or flag (with the nearest valid one), a missing or ill-typed value.
+    """
+    config_only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config_only.add_argument("--config", help="YAML file of options; it states only what differs from the recipe.")
+    parser = Parser((ScriptArguments, GRPOConfig, ModelConfig), parents=[config_only], allow_abbrev=False)
+    parser.set_defaults(use_cpu=not torch.cuda.is_available())
+    for path in (RECIPE, config_only.parse_known_args(argv)[0].config):
+        if path is not None:
+            parser.set_defaults_with_config(**_read_yaml(Path(path), parser))
+    try:
+        script, training, model, _, unknown = parser.parse_args_into_dataclasses(
+            args=list(argv), return_remaining_strings=True, look_for_args_file=False
+        )
+    except ValueError as error:  # TRL and transformers check values against each other while they build their config
+        raise UsageError(str(error)) from error
+    if unknown:
+        flags = [option for action in parser._actions for option in action.option_strings]
+        raise UsageError(f"unknown argument {unknown[0]!r}, did you mean {_nearest(unknown[0], flags)!r}?")
+    _set_what_ours_rename(script, training, model)
+    return script, training, model
+
+
+def _read_yaml(path: Path, parser: Parser) -> dict[str, Any]:
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise UsageError(f"--config {path} cannot be read ({error.strerror}): check the path") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path} is not YAML: {error}") from error
+    if not isinstance(options, dict):
+        raise UsageError(f"{path} holds a {type(options).__name__}, not `option: value` lines")
+    actions = {action.dest: action for action in parser._actions}
+    for key, value in options.items():
+        if key not in actions:
+            raise UsageError(f"unknown key {key!r} in {path}, did you mean {_nearest(str(key), list(actions))!r}?")
+        if actions[key].nargs == "+" and not isinstance(value, list):
+            options[key] = [value]
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            options[key] = str(value)  # argparse checks the type of a default only if it is text
+    return options
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    return difflib.get_close_matches(word, known, n=1, cutoff=0.0)[0]
+
+
+def _set_what_ours_rename(script: ScriptArguments, training: GRPOConfig, model: ModelConfig) -> None:
+    unused = {"output_dir": training.output_dir, "resume_from_checkpoint": training.resume_from_checkpoint}
+    for name, value in {**unused, "model_name_or_path": model.model_name_or_path}.items():
+        if value not in (None, "trainer_output"):  # transformers' own default for output_dir
+            raise UsageError(f"--{name} {value} is set with --{OURS[name]} here")
+    training.output_dir, model.model_name_or_path = script.outdir, script.gpt_path
+    training.model_init_kwargs = {
+        **(training.model_init_kwargs or {}),
+        "dtype": model.dtype,
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+    }
+
+
+def plan(script: ScriptArguments, training: GRPOConfig, prompts: int) -> dict[str, int]:
+    """The numbers that follow from the options; options that cut a group, a step or a checkpoint in two are refused.
+
+    Raises:
+        UsageError: with the numbers that do not fit.
+    """
+    group, micro_batches = training.num_generations, training.steps_per_generation
+    local = training.per_device_train_batch_size * micro_batches
+    if local % group:
+        raise UsageError(
+            f"per_device_train_batch_size {training.per_device_train_batch_size} x steps_per_generation "
+            f"{micro_batches} = {local} is not a multiple of num_generations {group}: a group must not be split"
+        )
+    passes, accumulation = micro_batches * training.num_iterations, training.gradient_accumulation_steps
+    if passes % accumulation:
+        raise UsageError(
+            f"steps_per_generation {micro_batches} x num_iterations {training.num_iterations} = {passes} is not a "
+            f"multiple of gradient_accumulation_steps {accumulation}: an optimiser step would mix two generations"
+        )
+    cycle = passes // accumulation
+    if training.save_strategy == "steps" and training.save_steps % cycle:
+        raise UsageError(
+            f"save_steps {training.save_steps} is not a multiple of the {cycle} optimiser steps that one generation "
+            "serves: a checkpoint in between would draw its pictures again on --resume"
+        )
+    per_generation = training.generation_batch_size // group
+    if prompts < per_generation:
+        raise UsageError(f"{script.data} has {prompts} prompts, fewer than the {per_generation} of one generation")
+    per_epoch = prompts // per_generation * cycle
+    steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * per_epoch)
+    pictures = training.generation_batch_size * script.images_per_rewrite
+    return {
+        "processes": training.world_size,
+        "prompts_per_generation": per_generation,
+        "completions_per_generation": training.generation_batch_size,
+        "images_per_generation": pictures,  # at most: equal rewrites are drawn once
+        "optimizer_steps_per_generation": cycle,
+        "optimizer_steps_per_epoch": per_epoch,
+        "optimizer_steps": steps,
+        "images": math.ceil(steps / cycle) * pictures,
+    }
+
+
+# The frozen ------------------------------------------------------------------------------------------------------
+
+
+def load_frozen(
+    script: ScriptArguments, training: GRPOConfig
+) -> tuple[PreTrainedTokenizerBase, Renderer, list[Reward]]:
+    """Tokenizer, renderer and rewards; one error names all checkpoints that are missing.
+
+    Raises:
+        UsageError: with each missing checkpoint's name, size, licence and the command that fetches it.
+    """
+    from rendering.local import CheckpointError, LocalRenderer  # diffusers: seconds that a bad option need not cost
+
+    device, missing, tokenizer, renderer = script.render_device or str(training.device), [], None, None
+    names = script.rewards
+    with _outside_zero_init(training):
+        try:
+            tokenizer = load_tokenizer(script.gpt_path)
+        except PolicyError as error:
+            missing.append(str(error))
+        try:
+            renderer = LocalRenderer(
+                script.sdmodel_name,
+                device=device,
+                dtype=script.render_dtype,
+                steps=script.render_steps,
+                guidance=script.guidance,
+                height=script.resolution,
+                width=script.resolution,
+                max_sequence_length=script.max_sequence_length,
+                chunk_size=script.render_batch_size,
+            )
+        except (CheckpointError, ValueError) as error:
+            missing.append(str(error))
+            names = [name for name in names if name != "length"]  # it counts the tokens of the renderer
+        settings = RewardSettings(
+            device=device,
+            dtype=script.reward_dtype,
+            batch_size=script.reward_batch_size,
+            hps_path=script.hps_path,
+            length_low=script.length_low,
+            length_high=script.length_high,
+            renderer=renderer,
+        )
+        try:
+            rewards = build(names, settings)
+        except RewardError as error:
+            missing.append(str(error))
+    if missing:
+        raise UsageError("; and ".join(missing))
+    return tokenizer, renderer, rewards
+
+
+@contextlib.contextmanager
+def _outside_zero_init(training: GRPOConfig) -> Iterator[None]:
+    """Under ZeRO-3, transformers would give each process an empty shard of every model it loads, frozen ones too."""
+    if training.deepspeed_plugin is None:
+        yield
+        return
+    with training.deepspeed_plugin.zero3_init_context_manager(enable=False):
+        yield
+
+
+# The method ------------------------------------------------------------------------------------------------------
+
+
+class RewriteTrainer(GRPOTrainer):
+    """TRL's GRPO, which also times its phases and writes down every rollout with the advantage it was given."""
+
+    def __init__(self, *args: Any, scorer: Scorer, folder: RunFolder, script: ScriptArguments, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.scorer, self.folder, self.script = scorer, folder, script
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        started = time.perf_counter()
+        batch = super()._generate_and_score_completions(inputs)  # sample, draw, score, advantages
+        seconds = time.perf_counter() - started
+        drawing = self.scorer.metrics["seconds/render"] + self.scorer.metrics["seconds/score"]
+        self._metrics["train"]["seconds/generate"].append(seconds - drawing)
+        rows = gather_object(self._rows(batch["advantages"].tolist()))
+        if self.accelerator.is_main_process:
+            self.folder.write_rollouts(self.state.global_step + 1, rows)
+        self.scorer.check_absent(sum(row["total"] is None for row in rows) / len(rows))  # same verdict on every rank
+        return batch
+
+    def _rows(self, advantages: list[float]) -> list[dict[str, Any]]:
+        """This process's rollouts as rows of `rollouts/step_NNNNNN.jsonl`; keeps pictures where it is their step."""
+        room = self.script.save_images_max // self.accelerator.num_processes if self._keeps_images() else 0
+        rows = []
+        for scored, advantage in zip(self.scorer.last, advantages, strict=True):
+            kept = scored.sample.images if room >= len(scored.sample.images) else ()
+            room -= len(kept)
+            files = [None if image is None else self.folder.save_image(image) for image in kept]
+            rows.append(self._row(scored, advantage, files or [None] * len(scored.sample.images)))
+        return rows
+
+    def _row(self, scored: Scored, advantage: float, images: list[str | None]) -> dict[str, Any]:
+        prompt, weights = scored.sample.prompt, self.reward_weights.tolist()
+        total = None
+        if not scored.absent:
+            total = sum(weight * part for weight, part in zip(weights, scored.parts.values(), strict=True))
+        return {
+            "prompt_id": prompt.id,
+            "prompt": prompt.text,
+            "task": prompt.task,
+            "completion": scored.sample.completion,
+            "reasoning": scored.reasoning,
+            "rewrite": scored.sample.rewrite,
+            "seeds": list(scored.seeds),
+            "parts": scored.parts,
+            "total": total,
+            "advantage": advantage,
+            "images": images,
+        }
+
+    def _keeps_images(self) -> bool:
+        args = self.args
+        cycle = args.steps_per_generation * args.num_iterations // args.gradient_accumulation_steps
+        generation, last = self.state.global_step // cycle, self.state.global_step + cycle >= self.state.max_steps
+        return last or generation % max(1, self.script.save_images_every // cycle) == 0
+
+
+class RunLog(TrainerCallback):
+    """Each logged step: a row in `metrics.jsonl`, and a progress bar, or a plain line where there is no terminal."""
+
+    def __init__(self, folder: RunFolder):
+        self.folder = folder
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.first, self.started = state.global_step, time.perf_counter()
+        plain = not (state.is_world_process_zero and sys.stdout.isatty())
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=plain)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update(1)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or "step_time" not in logs:  # the closing summary has no step of its own
+            return
+        phases = [logs.get(f"seconds/{phase}", 0.0) for phase in ("generate", "render", "score")]
+        self.folder.log(state.global_step, {**logs, "seconds/train": logs["step_time"] - sum(phases)})
+        values = {"reward": logs.get("reward")}
+        values |= {key.split("/")[1]: logs[key] for key in logs if key.startswith("rewards/") and key.endswith("mean")}
+        shown = {name: f"{value:.4g}" for name, value in values.items() if value is not None}
+        if not self.bar.disable:
+            self.bar.set_postfix(shown)
+            return
+        pace = (time.perf_counter() - self.started) / (state.global_step - self.first)
+        parts = "  ".join(f"{name} {value}" for name, value in shown.items())
+        eta = pace * (state.max_steps - state.global_step) / 60
+        print(f"step {state.global_step}/{state.max_steps}  {parts}  {pace:.1f} s/step  ETA {eta:.1f} min", flush=True)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
+
+def train(script: ScriptArguments, training: GRPOConfig, model: ModelConfig) -> None:
+    """One run, from options to trained policy and report.
+
+    Raises:
+        UsageError, DataError, RunFolderError: bad input, found before any model is loaded where that is possible.
+        ScoringError: pictures or scores failed for good.
+    """
+    unknown = [name for name in script.rewards if name not in REWARDS]
+    if unknown or len(set(script.rewards)) < len(script.rewards):
+        build(script.rewards, RewardSettings())  # only to raise: it names the nearest reward
+    if training.reward_weights is not None and len(training.reward_weights) != len(script.rewards):
+        raise UsageError(f"reward_weights {training.reward_weights} for rewards {script.rewards}: give one for each")
+    prompts = {prompt.id: prompt for prompt in load_prompts(script.data)}
+    numbers = plan(script, training, len(prompts))
+    folder = RunFolder(script.outdir, _resolved(script, training, model), resume=script.resume)
+    folder.check()
+    tokenizer, renderer, rewards = load_frozen(script, training)
+
+    scorer = Scorer(
+        renderer,
+        rewards,
+        prompts,
+        num_generations=training.num_generations,
+        images_per_rewrite=script.images_per_rewrite,
+        run_seed=training.seed,
+        max_absent_share=script.max_absent_share,
+    )
+    PartialState().wait_for_everyone()  # every process has checked the folder before one writes into it
+    if training.process_index == 0:
+        folder.open(numbers, [Path(sys.argv[0]).name, *sys.argv[1:]], git_commit(HERE))
+        print(_announce(script, training, model, numbers, folder), flush=True)
+
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.path / "tensorboard"))
+    trainer = RewriteTrainer(
+        model=script.gpt_path,
+        reward_funcs=scorer.reward_functions(),
+        args=training,
+        train_dataset=_dataset(prompts.values()),
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model),
+        quantization_config=get_quantization_config(model),
+        callbacks=[RunLog(folder)],
+        scorer=scorer,
+        folder=folder,
+        script=script,
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=str(folder.checkpoint) if script.resume else None)
+    trainer.save_model(script.outdir)
+    if trainer.is_world_process_zero():
+        print(f"policy: {script.outdir}\nreport: {write_report(folder.path)}", flush=True)
+
+
+def _dataset(prompts: Sequence[Prompt]) -> Dataset:
+    return Dataset.from_list([{"prompt": messages(prompt.text), "prompt_id": prompt.id} for prompt in prompts])
+
+
+def _resolved(script: ScriptArguments, training: GRPOConfig, model: ModelConfig) -> dict[str, Any]:
+    return {**training.to_dict(), **asdict(model), **asdict(script), "num_processes": training.world_size}
+
+
+def _announce(
+    script: ScriptArguments, training: GRPOConfig, model: ModelConfig, numbers: dict[str, int], folder: RunFolder
+) -> str:
+    lines = [
+        f"{numbers['prompts_per_generation']} prompts x {training.num_generations} completions = "
+        f"{numbers['completions_per_generation']} rollouts and up to {numbers['images_per_generation']} pictures per "
+        f"generation, on {numbers['processes']} process(es)",
+        f"{numbers['optimizer_steps_per_generation']} optimiser step(s) per generation, "
+        f"{numbers['optimizer_steps_per_epoch']} per epoch, {numbers['optimizer_steps']} in all; up to "
+        f"{numbers['images']} pictures in all",
+        f"rewards {', '.join(script.rewards)}; seed {training.seed}; all options: {folder.path}/run.json",
+    ]
+    if folder.resume_step:
+        lines.append(f"continuing after step {folder.resume_step}")
+    if model.dtype == "bfloat16" and not model.use_peft and training.deepspeed_plugin is None:
+        lines.append(
+            "note: full fine-tuning of bfloat16 weights without DeepSpeed keeps no float32 copy, and updates below "
+            "0.4 % of a weight are lost: launch with deepspeed_2.yaml, or give --dtype float32 or --use_peft true"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    try:
+        train(*parse_options(sys.argv[1:] if argv is None else argv))
+    except (UsageError, DataError, PolicyError, RewardError, RunFolderError, ScoringError) as error:
+        if PartialState().is_main_process:
+            print(f"r1_prompter: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return 1 if isinstance(error, ScoringError) else 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

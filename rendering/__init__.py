@@ -1,0 +1,1 @@
+"""Rewrite + seed -> picture: `local` draws with a diffusers pipeline in this process. See `interfaces.Renderer`."""

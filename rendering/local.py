@@ -1,0 +1,367 @@
+"""Draws with a frozen diffusers text-to-image pipeline in this process.
+
+Any checkpoint that `AutoPipelineForText2Image` knows: FLUX.1/2, SD3.5, Qwen-Image, Z-Image, Sana, SDXL, PixArt, ...
+What a pipeline takes is read from the signatures of its `__call__` and `encode_prompt`, never from its name.
+
+Left out: negative prompts, image conditioning, LoRA, compilation and quantisation.
+
+Source: diffusers 0.42.1, `pipelines/*/pipeline_*.py`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import numpy as np
+import torch
+from diffusers import AutoPipelineForText2Image, DiffusionPipeline
+from huggingface_hub import HfApi, try_to_load_from_cache
+from PIL import Image
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers.integrations import deepspeed
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+# repository -> (GB of the diffusers layout, licence, a second copy in another layout, not to be fetched). Sizes are
+# 2 bytes per parameter, all parts: FLUX.1 has a transformer of 23.8 GB, a T5-XXL encoder of 9.5, CLIP 0.2, VAE 0.2.
+KNOWN_CHECKPOINTS = {
+    "black-forest-labs/FLUX.1-dev": (34, "FLUX.1 [dev] Non-Commercial License", "flux1-dev.safetensors"),
+    "black-forest-labs/FLUX.1-schnell": (34, "Apache-2.0", "flux1-schnell.safetensors"),
+    "stabilityai/stable-diffusion-3.5-large": (28, "Stability AI Community License", "sd3.5_large.safetensors"),
+    "stabilityai/stable-diffusion-3.5-medium": (16, "Stability AI Community License", "sd3.5_medium.safetensors"),
+    "stabilityai/stable-diffusion-xl-base-1.0": (7, "CreativeML Open RAIL++-M", "sd_xl_base_*"),
+    "Qwen/Qwen-Image": (58, "Apache-2.0", ""),
+    "Tongyi-MAI/Z-Image-Turbo": (21, "Apache-2.0", ""),
+}
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is not there, cannot be fetched or did not load whole. The message says what to do."""
+
+
+class LocalRenderer:
+    """A frozen diffusers pipeline as an `interfaces.Renderer`. A plain class, so that no trainer wraps or prepares it.
+
+    A row's picture depends on its text and seed alone: each text is encoded on its own, noise comes from a CPU
+    generator per row, and the pipeline always sees exactly `chunk_size` rows.
+
+    Attributes:
+        failures: why rows came back as None, one count per row ("blank text", "safety checker", "black picture",
+            "non-finite pixels", "out of memory").
+        truncated: texts longer than `max_tokens` that were drawn all the same, their ends unread.
+        chunk_size: rows drawn at once; halved for good when the device runs out of memory.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        device: str | torch.device,
+        dtype: str,
+        steps: int | None,
+        guidance: float | None,
+        height: int | None,
+        width: int | None,
+        max_sequence_length: int | None,
+        chunk_size: int,
+    ) -> None:
+        """Load `path` onto `device` and freeze it. None leaves a setting at the pipeline's own default.
+
+        Args:
+            path: a folder with a `model_index.json`, or a Hub repository "org/name".
+            device: of every component.
+            dtype: "bfloat16", "float16" or "float32".
+            steps: denoising steps, >= 1.
+            guidance: the pipeline's guidance scale (Qwen-Image: `true_cfg_scale`, its `guidance_scale` being unused).
+            height, width: pixels. When either is given, Sana and PixArt draw at this very size instead of drawing at
+                the nearest trained one and resizing.
+            max_sequence_length: text tokens read; fewer are cheaper, since every text is padded to this length.
+            chunk_size: rows drawn at once, >= 1. A last chunk is filled up by repeating its last row, which costs
+                time; for single pictures choose 1.
+
+        Raises:
+            CheckpointError: nothing at `path`, Hub out of reach, or weights that did not load whole.
+            ValueError: a setting that this pipeline does not take, or out of range.
+        """
+        if dtype not in DTYPES:
+            raise ValueError(f"unknown renderer dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+        if chunk_size < 1:
+            raise ValueError(f"renderer chunk_size is {chunk_size}: give 1 or more rows")
+        self.pipe = _load(path, DTYPES[dtype]).to(device)
+        self.pipe.set_progress_bar_config(disable=True)
+        for component in self.pipe.components.values():
+            if isinstance(component, torch.nn.Module):
+                component.eval().requires_grad_(False)
+        self.chunk_size = chunk_size
+        self.failures: Counter[str] = Counter()
+        self.truncated = 0
+        self._settings = _call_settings(
+            self.pipe,
+            num_inference_steps=steps,
+            guidance=guidance,
+            height=height,
+            width=width,
+            max_sequence_length=max_sequence_length,
+        )
+        self._tokenizer = _longest_tokenizer(self.pipe)
+        self._encoded: dict[str, tuple] = {}
+        # A few pipelines (Kandinsky, Stable Cascade, ...) have no encode_prompt: they encode each row of each chunk.
+        if "encode_prompt" in dir(type(self.pipe)):
+            self._encode = self.pipe.encode_prompt
+            self.pipe.encode_prompt = self._encode_each_text_once
+
+    @torch.inference_mode()
+    def __call__(self, texts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image | None]:
+        """Draw `texts[i]` from noise `seeds[i]`, once per distinct pair; equal rows share one picture object.
+
+        Args:
+            texts: B texts of any length.
+            seeds: B seeds in [-2**63, 2**64).
+
+        Returns:
+            B RGB pictures; None where a row could not be drawn, with the reason counted in `failures`.
+
+        Raises:
+            ValueError: as many texts as seeds are needed.
+        """
+        if len(texts) != len(seeds):
+            raise ValueError(f"renderer got {len(texts)} texts but {len(seeds)} seeds: give one seed per text")
+        rows = list(zip(texts, seeds, strict=True))
+        distinct = [row for row in dict.fromkeys(rows) if row[0].strip()]
+        self._count_truncated({text for text, _ in distinct})
+        try:
+            drawn = self._draw_all(distinct)
+        finally:
+            self._encoded.clear()
+        outcomes = [drawn.get(row, "blank text") for row in rows]
+        self.failures.update(outcome for outcome in outcomes if isinstance(outcome, str))
+        return [None if isinstance(outcome, str) else outcome for outcome in outcomes]
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of `text`, special ones included, in the pipeline's longest-context tokenizer, before truncation.
+
+        The chat template that language-model encoders (Qwen-Image, Z-Image, FLUX.2) put around a text is not counted.
+        """
+        return len(self._tokenizer(text, verbose=False).input_ids)
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of a text that are read: `max_sequence_length` (given or default) or the tokenizer's lower limit."""
+        parameters = inspect.signature(type(self.pipe).__call__).parameters
+        limit = self._tokenizer.model_max_length
+        if "max_sequence_length" not in parameters:
+            return limit
+        return min(self._settings.get("max_sequence_length", parameters["max_sequence_length"].default), limit)
+
+    def _count_truncated(self, texts: set[str]) -> None:
+        lengths = [self.count_tokens(text) for text in texts]
+        cut = sum(length > self.max_tokens for length in lengths)
+        if cut and not self.truncated:
+            warnings.warn(
+                f"a text of {max(lengths)} tokens is longer than the {self.max_tokens} that the renderer reads: its "
+                "end is not drawn. Raise max_sequence_length or ask for shorter rewrites. From now on only counted.",
+                stacklevel=2,
+            )
+        self.truncated += cut
+
+    def _draw_all(self, rows: list[tuple[str, int]]) -> dict[tuple[str, int], Image.Image | str]:
+        """Distinct (text, seed) -> picture, or why there is none."""
+        drawn: dict[tuple[str, int], Image.Image | str] = {}
+        while len(drawn) < len(rows):
+            chunk = rows[len(drawn) : len(drawn) + self.chunk_size]
+            pictures = self._draw_chunk(chunk)
+            if pictures is not None:
+                drawn.update(zip(chunk, pictures, strict=True))
+            elif self.chunk_size == 1:
+                drawn[chunk[0]] = "out of memory"
+            else:
+                warnings.warn(
+                    f"out of memory drawing {self.chunk_size} pictures at once: from now on {self.chunk_size // 2}. "
+                    f"Start with chunk_size={self.chunk_size // 2} to save the failed attempt.",
+                    stacklevel=2,
+                )
+                self.chunk_size //= 2
+        return drawn
+
+    def _draw_chunk(self, rows: list[tuple[str, int]]) -> list[Image.Image | str] | None:
+        """At most `chunk_size` rows -> picture or reason each; None if the device ran out of memory.
+
+        The pipeline always gets `chunk_size` rows, the last one repeated: matrix products of another shape may sum in
+        another order, and a picture would then depend on how many rows came with it. Measured on a CPU, tiny models
+        in bfloat16, 4 steps: up to 4 of 255 levels between 1 row at once and 4; none with the chunk filled up.
+        """
+        padded = rows + [rows[-1]] * (self.chunk_size - len(rows))
+        settings = dict(self._settings)
+        if "negative_prompt" in settings:
+            settings["negative_prompt"] = [settings["negative_prompt"]] * len(padded)
+        try:
+            output = self.pipe(
+                prompt=[text for text, _ in padded],
+                generator=[torch.Generator("cpu").manual_seed(seed) for _, seed in padded],
+                output_type="np",  # not "pil": NaN would be cast to a valid colour
+                **settings,
+            )
+        except torch.OutOfMemoryError:
+            output = None
+        if output is None:  # outside `except`, whose traceback keeps the failed attempt's tensors alive
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            return None
+        flags = output.get("nsfw_content_detected") or [False] * len(padded)
+        return [
+            "safety checker" if flag else _to_picture(pixels)
+            for pixels, flag, _ in zip(output.images, flags, rows, strict=False)
+        ]
+
+    def _encode_each_text_once(self, *args, **kwargs) -> tuple:
+        """Stands in for the pipeline's own `encode_prompt`: rows are encoded one by one, remembered, then stacked.
+
+        The pipeline itself calls it, with the arguments that it would have given, and reads the result as usual; so
+        neither those (Sana's instruction, FLUX.2's layers) nor the order of the returned values, which differs between
+        pipelines, need be known here. A row encoded alone does not depend on its neighbours.
+        """
+        arguments = inspect.signature(self._encode).bind(*args, **kwargs).arguments
+        prompts = arguments["prompt"]
+        size = 1 if isinstance(prompts, str) else len(prompts)
+        encoded = []
+        for index in range(size):
+            row = {name: _row_of(name, value, index) for name, value in arguments.items()}
+            key = repr(row)
+            if key not in self._encoded:
+                self._encoded[key] = self._encode_row(row)
+            encoded.append(self._encoded[key])
+        return tuple(_stack(values) for values in zip(*encoded, strict=True))
+
+    def _encode_row(self, row: dict) -> tuple:
+        values = self._encode(**row)
+        if "prompt_embeds_mask" in row:  # Qwen-Image pads to the batch's longest text, and lone rows have no mask
+            embeds, mask = values
+            padding = row["max_sequence_length"] - embeds.shape[1]
+            mask = embeds.new_ones(embeds.shape[:2], dtype=torch.long) if mask is None else mask
+            values = torch.nn.functional.pad(embeds, (0, 0, 0, padding)), torch.nn.functional.pad(mask, (0, padding))
+        return values
+
+
+def _row_of(name: str, value: object, index: int) -> object:
+    """Row `index` of an argument of `encode_prompt`; only prompts differ by row (Sana has another list of strings)."""
+    per_row = isinstance(value, list) and name.startswith(("prompt", "negative_prompt"))
+    return [value[index]] if per_row else value
+
+
+def _stack(values: Sequence) -> torch.Tensor | list | None:
+    """One value of `encode_prompt` per row -> the batch's. Row: tensor (1, ...), list of 1, or shared by all rows."""
+    first = values[0]
+    if isinstance(first, list):  # Z-Image: one tensor (L_i, D) per row
+        return [item for value in values for item in value]
+    if isinstance(first, torch.Tensor) and first.shape[0] == 1:
+        return torch.cat(values)
+    return first  # None, or FLUX.1's text_ids (L, 3)
+
+
+def _to_picture(pixels: np.ndarray) -> Image.Image | str:
+    """(H, W, 3) floats in [0, 1] -> RGB picture, or why it is none. Rounds as diffusers' `numpy_to_pil` does."""
+    if not np.isfinite(pixels).all():
+        return "non-finite pixels"
+    levels = (pixels * 255).round().astype(np.uint8)
+    return Image.fromarray(levels) if levels.any() else "black picture"
+
+
+def _call_settings(pipe: DiffusionPipeline, *, guidance: float | None, **wanted: int | None) -> dict:
+    """The keyword arguments of every call of `pipe`: what was asked for under this pipeline's own names."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    true_cfg = parameters.get("true_cfg_scale")
+    # Qwen-Image: true_cfg_scale=4.0 and an unused guidance_scale=None; FLUX.1: 1.0 and a live guidance_scale=3.5.
+    guided_by_true_cfg = true_cfg is not None and true_cfg.default > 1
+    wanted["true_cfg_scale" if guided_by_true_cfg else "guidance_scale"] = guidance
+    settings = {name: value for name, value in wanted.items() if value is not None}
+    for name, value in settings.items():
+        if name not in parameters:
+            raise ValueError(f"{type(pipe).__name__} takes no {name} (given: {value}): leave it out")
+    if guided_by_true_cfg:
+        settings["negative_prompt"] = " "  # without one Qwen-Image silently draws unguided; " " is its model card's
+    if "use_resolution_binning" in parameters and settings.keys() & {"height", "width"}:
+        settings["use_resolution_binning"] = False
+    return settings
+
+
+def _longest_tokenizer(pipe: DiffusionPipeline) -> PreTrainedTokenizerBase:
+    """T5's for FLUX.1 and SD3, not CLIP's; the one inside the processor for FLUX.2."""
+    components = pipe.components.values()
+    tokenizers = [component.tokenizer for component in components if isinstance(component, ProcessorMixin)]
+    tokenizers += [component for component in components if isinstance(component, PreTrainedTokenizerBase)]
+    return max(tokenizers, key=lambda tokenizer: tokenizer.model_max_length)
+
+
+def _load(path: str, dtype: torch.dtype) -> DiffusionPipeline:
+    offline = _check_reachable(path)
+    try:
+        with _whole_parameters():
+            pipe = AutoPipelineForText2Image.from_pretrained(path, dtype=dtype, local_files_only=offline)
+    except (OSError, httpx.HTTPError) as error:  # missing or damaged file, gated repository, lost connection
+        raise CheckpointError(_missing(path, f"cannot be loaded ({_first_line(error)})")) from error
+    for name, component in pipe.components.items():
+        if isinstance(component, torch.nn.Module):
+            for parameter_name, parameter in component.named_parameters():
+                if parameter.numel() == 0 or parameter.is_meta:
+                    raise CheckpointError(
+                        f"{path}: {name}.{parameter_name} is empty after loading, as under DeepSpeed ZeRO-3: load the "
+                        "renderer before the Accelerator exists, or use deepspeed_2.yaml (ZeRO-2)"
+                    )
+    return pipe
+
+
+def _check_reachable(path: str) -> bool:
+    """True: use local files only. One request tells, instead of the loader's five retries per file (23 s)."""
+    if Path(path).is_dir():
+        return True
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path):
+        raise CheckpointError(f"no such folder: {path}. Give a folder with a model_index.json or a Hub name org/name")
+    try:
+        HfApi().model_info(path, timeout=10)
+    except (OSError, httpx.HTTPError) as error:
+        if isinstance(try_to_load_from_cache(path, "model_index.json"), str):
+            return True
+        raise CheckpointError(_missing(path, f"is not here, and the Hub gave: {_first_line(error)}")) from error
+    return False
+
+
+def _missing(path: str, problem: str) -> str:
+    """One line: what is missing, its size and licence where known, and the command that fetches it."""
+    if Path(path).is_dir():
+        return f"renderer checkpoint {path} {problem}. Copy or save the whole diffusers folder again"
+    size, licence, exclude = KNOWN_CHECKPOINTS.get(path, (None, None, ""))
+    known = f", about {size} GB, licence: {licence} (accept it on the model's page if asked)" if size else ""
+    command = f"hf download {path}" + (f" --exclude '{exclude}'" if exclude else "")
+    return f"renderer checkpoint {path}{known} {problem}. Fetch it with: {command}"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def _whole_parameters() -> Iterator[None]:
+    """Load whole weights although a trainer is configured already.
+
+    While ZeRO-3 is registered transformers builds text encoders as empty shards; with FSDP's RAM-efficient loading
+    every rank but the first gets placeholders. Both switches are process-global, so both are put back afterwards.
+    """
+    reference = deepspeed._hf_deepspeed_config_weak_ref  # there is no public getter of the object, only of its dict
+    zero = reference() if reference is not None else None
+    fsdp = os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING", None)
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if zero is not None:
+            deepspeed.set_hf_deepspeed_config(zero)
+        if fsdp is not None:
+            os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = fsdp

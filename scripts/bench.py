@@ -1,0 +1,124 @@
+"""How fast is a rollout, against a plain loop in the manner of the published code? Both in one run, on the miniature.
+
+    python scripts/bench.py --target cpu [--json PATH] [--prompts 16] [--group 8]
+
+A rollout is: write a completion, draw it, score it. Both sides get the same completions, sampled in one batch as TRL
+does. The plain loop then takes them one by one, as RePrompt and T2I-R1 do: each image reward draws the rewrite again
+for itself, one picture a call with its text encoded anew, and scores that one picture. The trainer's `Scorer` draws
+each distinct (rewrite, seed) once, in batches, and gives every reward the same pictures.
+`ratio_to_plain_loop` compares drawing and scoring; `ratio_with_generation` adds the sampling, which both sides share.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+import yaml
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data.prompts import load_prompts
+from interfaces import Prompt, Sample
+from prompting import messages, parse
+from rendering.local import LocalRenderer
+from rewards import RewardSettings, build
+from scripts.reprompt import Reprompter
+from training.scoring import Scorer
+from training.seeds import render_seed
+
+ROOT = Path(__file__).resolve().parent.parent
+REWARDS = ("hps", "format")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Seconds per rollout, batched against one by one, on the miniature.")
+    parser.add_argument("--target", choices=["cpu"], required=True, help="cpu: the miniature")
+    parser.add_argument("--json", type=Path, help="write the figures here as well")
+    parser.add_argument("--prompts", type=int, default=16, help="groups of a generation")
+    parser.add_argument("--group", type=int, default=8, help="completions a prompt")
+    args = parser.parse_args()
+    result = bench_cpu(args.prompts, args.group)
+    for key, value in result.items():
+        print(f"{key:28s} {value:.4f}" if isinstance(value, float) else f"{key:28s} {value}")
+    if args.json is not None:
+        args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def bench_cpu(groups: int, group: int) -> dict:
+    """Seconds per rollout and phase of both sides, and their ratios."""
+    options = yaml.safe_load((ROOT / "configs" / "miniature.yaml").read_text(encoding="utf-8"))
+    prompts = random.Random(0).sample(load_prompts(ROOT / options["data"]), groups)
+    asked = [prompt for prompt in prompts for _ in range(group)]
+    renderer, one_by_one = (_renderer(options, chunk) for chunk in (options["render_batch_size"], 1))
+    rewards = build(REWARDS, RewardSettings(hps_path=str(ROOT / options["hps_path"]), renderer=renderer))
+    scorer = Scorer(renderer, rewards, {prompt.id: prompt for prompt in prompts}, num_generations=group)
+
+    completions, generating = _sample(ROOT / options["gpt_path"], asked, options["max_completion_length"])
+    ids = [prompt.id for prompt in asked]
+    scorer.score(completions[:group], ids[:group], 1)  # warm both up, off the clock
+    _plain_loop(one_by_one, rewards, asked[:1], completions[:1])
+    scorer.score(completions, ids, 1)
+    ours = scorer.metrics["seconds/render"] + scorer.metrics["seconds/score"]
+    plain = _plain_loop(one_by_one, rewards, asked, completions)
+    rollouts = len(asked)
+    return {
+        "rollouts": rollouts,
+        "threads": torch.get_num_threads(),
+        "distinct_pictures": int(scorer.metrics["images/drawn"]),
+        "generate_s_per_rollout": generating / rollouts,
+        "render_s_per_rollout": scorer.metrics["seconds/render"] / rollouts,
+        "score_s_per_rollout": scorer.metrics["seconds/score"] / rollouts,
+        "plain_loop_s_per_rollout": plain / rollouts,
+        "ratio_to_plain_loop": plain / ours,
+        "ratio_with_generation": (generating + plain) / (generating + ours),
+    }
+
+
+def _renderer(options: dict, chunk_size: int) -> LocalRenderer:
+    return LocalRenderer(
+        str(ROOT / options["sdmodel_name"]), device="cpu", dtype=options["render_dtype"],
+        steps=options["render_steps"], guidance=None, height=options["resolution"], width=options["resolution"],
+        max_sequence_length=options["max_sequence_length"], chunk_size=chunk_size,
+    )  # fmt: skip
+
+
+def _sample(policy: Path, asked: list[Prompt], length: int) -> tuple[list[str], float]:
+    """One sampled completion per prompt in `asked`, padded into one batch as TRL does, and the seconds it took."""
+    reprompter = Reprompter(str(policy), max_new_tokens=length, temperature=1.0, dtype="float32")
+    batch = reprompter.tokenizer.apply_chat_template(
+        [messages(prompt.text) for prompt in asked], add_generation_prompt=True, padding=True, return_dict=True,
+        return_tensors="pt",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    started = time.perf_counter()
+    with torch.inference_mode():
+        out = reprompter.policy.generate(**batch)
+    seconds = time.perf_counter() - started
+    written = out[:, batch["input_ids"].shape[1] :]
+    return reprompter.tokenizer.batch_decode(written, skip_special_tokens=True), seconds
+
+
+def _plain_loop(renderer: LocalRenderer, rewards: list, asked: list[Prompt], completions: list[str]) -> float:
+    """Seconds to draw and score rollout by rollout, each image reward drawing for itself."""
+    started = time.perf_counter()
+    for prompt, completion in zip(tqdm(asked, desc="plain loop", leave=False), completions, strict=True):
+        answer = parse(completion)
+        for reward in rewards:
+            images = ()
+            if reward.needs_images and answer is not None:
+                images = tuple(renderer([answer.rewrite], [render_seed(0, prompt.id, 1, 0)]))
+            if not reward.needs_images or images:
+                reward([Sample(prompt, completion, answer.rewrite if answer else None, images)])
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    sys.exit(main())

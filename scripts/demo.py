@@ -1,0 +1,211 @@
+"""`make demo`: train a reprompter on the miniature, then show what the oracle says before and after.
+
+    python scripts/demo.py [--outdir runs/demo] [--seed 0] [any option of r1_prompter.py]
+
+Trains with the real trainer (`r1_prompter.py --config configs/miniature.yaml`), rewrites 240 held-out prompts greedily
+with the policy before and after, draws them, lets the oracle of the miniature world read the pictures, and writes
+`summary.json`, `gallery.jsonl`, `before_after.png` and `report.html` into the run folder. Run again, it goes on where
+it stopped; a run that is complete is only shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import yaml
+from matplotlib.figure import Figure
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from interfaces import Prompt
+from miniature import world
+from rendering.local import LocalRenderer
+from scripts.reprompt import Reprompter
+from training.report import write_report
+from training.run_folder import RunFolder
+from training.seeds import render_seed
+from training.terminal import oracle_table, sparkline
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ROOT / "configs" / "miniature.yaml"
+IMAGES = 2  # pictures per prompt and system, with the same seeds for every system
+GALLERY = 4  # prompts a category in the before/after gallery
+BEFORE_AFTER = {"raw": "the prompt itself", "start": "rewrite before", "trained": "rewrite after"}
+SHORT = {"single_object": "single", "two_object": "two", "color_attr": "attr"}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Train a reprompter on the miniature and show what it learnt.")
+    parser.add_argument("--outdir", type=Path, default=ROOT / "runs" / "demo", help="run folder")
+    parser.add_argument("--seed", type=int, default=0, help="of training and of the noise that pictures start from")
+    args, trainer_options = parser.parse_known_args()
+    started = time.time()
+    if not (args.outdir / "summary.json").exists():
+        code = _train(args.outdir, args.seed, trainer_options)
+        if code:
+            return code
+        summary = _evaluate(args.outdir, args.seed, started)
+        _draw_before_after(args.outdir)
+        (args.outdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    _show(args.outdir)
+    return 0
+
+
+def _train(outdir: Path, seed: int, options: Sequence[str]) -> int:
+    command = [sys.executable, str(ROOT / "r1_prompter.py"), "--config", str(CONFIG)]
+    command += ["--outdir", str(outdir), "--seed", str(seed), *options]
+    resume = ["--resume"] if any(outdir.glob("checkpoint-*/trainer_state.json")) else []
+    return subprocess.run([*command, *resume], cwd=ROOT, check=False).returncode
+
+
+def _evaluate(outdir: Path, seed: int, started: float) -> dict:
+    """Rewrite, draw and judge the held-out prompts; writes the gallery and returns the summary."""
+    options = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
+    _, prompts = world.splits()
+    rng = random.Random(seed)
+    texts = [prompt.text for prompt in prompts]
+    start, trained = (_rewrite(path, texts, options) for path in (ROOT / options["gpt_path"], outdir))
+    rewrites = {
+        "raw": texts,
+        "start": [row.rewrite for row in start],
+        "trained": [row.rewrite for row in trained],
+        "written": [world.describe(world.layout(prompt, rng)) for prompt in prompts],
+    }
+    renderer = LocalRenderer(
+        str(ROOT / options["sdmodel_name"]), device="cpu", dtype=options["render_dtype"],
+        steps=options["render_steps"], guidance=None, height=options["resolution"], width=options["resolution"],
+        max_sequence_length=options["max_sequence_length"], chunk_size=options["render_batch_size"],
+    )  # fmt: skip
+    print(
+        f"drawing {4 * IMAGES * len(prompts)} pictures of {len(prompts)} held-out prompts for the oracle", flush=True
+    )
+    pictures = {system: _draw(renderer, prompts, lines, seed) for system, lines in rewrites.items()}
+    correct = {
+        system: np.array([[_keeps(prompt, image) for image in row] for prompt, row in zip(prompts, rows, strict=True)])
+        for system, rows in pictures.items()
+    }  # (prompts, IMAGES) of bool
+    _write_gallery(outdir, prompts, {"start": start, "trained": trained}, pictures, correct)
+    oracle = {system: _scores(prompts, hits) for system, hits in correct.items()}
+    gap = oracle["written"]["mean"] - oracle["raw"]["mean"]
+    return {
+        "oracle": oracle,
+        "gap_closed": (oracle["trained"]["mean"] - oracle["raw"]["mean"]) / gap,
+        "seed": seed,
+        **_costs(outdir, time.time() - started),
+    }
+
+
+def _rewrite(path: Path, texts: list[str], options: dict) -> list:
+    reprompter = Reprompter(str(path), batch_size=64, max_new_tokens=options["max_completion_length"], dtype="float32")
+    return reprompter(texts)
+
+
+def _draw(renderer: LocalRenderer, prompts: list[Prompt], lines: list[str], seed: int) -> list[list]:
+    """IMAGES pictures of each line; step 0 is never a training step, so no training picture is drawn again."""
+    seeds = [render_seed(seed, prompt.id, 0, k) for prompt in prompts for k in range(IMAGES)]
+    flat = renderer([line for line in lines for _ in range(IMAGES)], seeds)
+    return [flat[i : i + IMAGES] for i in range(0, len(flat), IMAGES)]
+
+
+def _keeps(prompt: Prompt, image: Image.Image | None) -> bool:
+    return image is not None and world.holds(prompt, world.see(image))
+
+
+def _scores(prompts: list[Prompt], hits: np.ndarray) -> dict:
+    """Mean accuracy, its 95 % bootstrap interval over prompts, and the mean of each category."""
+    per_prompt = hits.mean(axis=1)
+    draws = np.random.default_rng(0).choice(per_prompt, size=(4000, len(per_prompt))).mean(axis=1)
+    categories: dict[str, list[float]] = {}
+    for prompt, value in zip(prompts, per_prompt, strict=True):
+        categories.setdefault(SHORT.get(prompt.task, prompt.task), []).append(value)
+    low, high = np.quantile(draws, (0.025, 0.975))
+    means = {category: float(np.mean(values)) for category, values in categories.items()}
+    return {"mean": float(per_prompt.mean()), "ci95": [float(low), float(high)], **means}
+
+
+def _costs(outdir: Path, total: float) -> dict:
+    rows = _metrics(outdir)
+    seconds = {
+        phase: sum(row[f"seconds/{phase}"] for row in rows) for phase in ("generate", "render", "score", "train")
+    }
+    record = json.loads((outdir / "run.json").read_text(encoding="utf-8"))
+    rollouts = len(rows) * record["derived"]["completions_per_generation"]
+    return {
+        "seconds": {"total": total, **seconds},
+        "rollouts": rollouts,
+        "rollouts_per_second": rollouts / sum(seconds.values()),
+    }
+
+
+def _metrics(outdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (outdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def _write_gallery(outdir: Path, prompts: list[Prompt], rewrites: dict, pictures: dict, correct: dict) -> None:
+    """The first prompts of each category, never chosen by outcome."""
+    folder = RunFolder(outdir, {})
+    taken: dict[str, int] = {}
+    rows = []
+    for i, prompt in enumerate(prompts):
+        taken[prompt.task] = taken.get(prompt.task, 0) + 1
+        if taken[prompt.task] <= GALLERY:
+            row = {"prompt": prompt.text, "task": prompt.task}
+            for system in ("raw", "start", "trained"):
+                image = pictures[system][i][0]
+                file = None if image is None else folder.save_image(image)
+                row[system] = {"image": file, "correct": bool(correct[system][i][0])}
+                if system in rewrites:
+                    answer = rewrites[system][i]
+                    text = answer.rewrite if answer.readable else None
+                    row[system] |= {"rewrite": text, "reasoning": answer.reasoning}
+            rows.append(json.dumps(row, ensure_ascii=False) + "\n")
+    (outdir / "gallery.jsonl").write_text("".join(rows), encoding="utf-8")
+
+
+def _draw_before_after(outdir: Path) -> None:
+    """One prompt of each category (its first, whatever came of it): pictures of the prompt and of both rewrites."""
+    rows = [json.loads(line) for line in (outdir / "gallery.jsonl").read_text(encoding="utf-8").splitlines()]
+    shown = list({row["task"]: row for row in reversed(rows)}.values())[::-1]
+    figure = Figure(figsize=(2.1 * len(shown), 7), layout="constrained")
+    axes = figure.subplots(len(BEFORE_AFTER), len(shown))
+    for column, row in zip(axes.T, shown, strict=True):
+        for cell, (system, label) in zip(column, BEFORE_AFTER.items(), strict=True):
+            answer, said = row[system], row["prompt"] if system == "raw" else row[system]["rewrite"] or "(unreadable)"
+            if answer["image"] is not None:
+                cell.imshow(Image.open(outdir / answer["image"]), interpolation="lanczos")
+            cell.set(xticks=[], yticks=[])
+            cell.set_xlabel(textwrap.fill(said, 26), fontsize=8)
+            for side in cell.spines.values():
+                side.set(color="#2e9e48" if answer["correct"] else "#d62828", linewidth=2.5)
+            if cell is column[0]:
+                cell.set_title(row["task"].replace("_", " "), fontsize=10, fontweight="bold")
+            if column is axes.T[0]:
+                cell.set_ylabel(label, fontsize=10)
+    figure.savefig(outdir / "before_after.png", dpi=110)
+
+
+def _show(outdir: Path) -> None:
+    summary = json.loads((outdir / "summary.json").read_text(encoding="utf-8"))
+    rewards = [row["reward"] for row in _metrics(outdir)]
+    tenth = max(1, len(rewards) // 10)
+    print(f"\nreward   {sparkline(rewards)}   {np.mean(rewards[:tenth]):.3f} -> {np.mean(rewards[-tenth:]):.3f}\n")
+    print(oracle_table(summary))
+    seconds = summary["seconds"]
+    phases = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items() if name != "total")
+    print(f"\n{summary['rollouts']} rollouts at {summary['rollouts_per_second']:.0f} per second; {phases}; ", end="")
+    print(f"the whole demo {seconds['total'] / 60:.1f} min")
+    print(f"report: {write_report(outdir)}   (delete {outdir} to train again)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,260 @@
+"""Claims about r1_prompter.py on the toy stack of conftest.py: in this process, as a script, as two processes.
+
+pytest tests/test_train.py
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import yaml
+
+from training.run_folder import RunFolder, RunFolderError
+from training.seeds import render_seed
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = [sys.executable, str(ROOT / "r1_prompter.py")]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def rollouts(run: Path) -> dict[int, list[dict]]:
+    return {int(path.stem[5:]): rows(path) for path in sorted((run / "rollouts").glob("*.jsonl"))}
+
+
+def main(*argv: object) -> int:
+    import r1_prompter
+
+    return r1_prompter.main([str(word) for word in argv])
+
+
+class Scripted:
+    """A text reward that gives what a function of the completion's index says."""
+
+    needs_images, range = False, (-10.0, 10.0)
+
+    def __init__(self, name, value):
+        self.name, self.value = name, value
+
+    def __call__(self, samples):
+        return [self.value(i) for i in range(len(samples))]
+
+
+def expected_advantages(parts: np.ndarray, group: int) -> np.ndarray:
+    """TRL's normalize_then_sum with unit weights; parts (B, K), an absent row is NaN throughout."""
+    grouped = parts.reshape(-1, group, parts.shape[1])
+    mean = np.nanmean(grouped, axis=1, keepdims=True)
+    std = np.nanstd(grouped, axis=1, ddof=1, keepdims=True)
+    total = ((grouped - mean) / (std + 1e-4)).reshape(parts.shape).sum(axis=1)
+    return np.nan_to_num((total - np.nanmean(total)) / (np.nanstd(total, ddof=1) + 1e-4))
+
+
+def test_equal_rewards_give_zero_advantage_and_zero_gradient(toy, tmp_path, monkeypatch):
+    import rewards
+
+    monkeypatch.setitem(rewards.REWARDS, "same", lambda settings: Scripted("same", lambda i: 0.5))
+    options = ["--rewards", "same", "--save_strategy", "no"]
+    assert main("--config", toy.config, "--outdir", tmp_path / "run", *options) == 0
+    assert all(row["advantage"] == 0 for step in rollouts(tmp_path / "run").values() for row in step)
+    assert [row["grad_norm"] for row in rows(tmp_path / "run" / "metrics.jsonl")] == [0.0, 0.0]
+
+
+def test_advantages_are_those_of_the_formula_and_an_absent_row_has_none(toy, tmp_path, monkeypatch):
+    import rewards
+
+    noise = np.random.default_rng(0).normal(size=(2, 8))
+    monkeypatch.setitem(rewards.REWARDS, "one", lambda settings: Scripted("one", lambda i: noise[0, i]))
+    gaps = Scripted("gaps", lambda i: None if i == 2 else noise[1, i] / 50)
+    monkeypatch.setitem(rewards.REWARDS, "gaps", lambda settings: gaps)
+    options = ["--rewards", "one", "gaps", "--max_steps", 1, "--save_strategy", "no", "--num_generations", 4]
+    assert main("--config", toy.config, "--outdir", tmp_path / "run", *options) == 0
+    step = rollouts(tmp_path / "run")[1]
+    parts = np.array([[np.nan if p is None else p for p in row["parts"].values()] for row in step])
+    assert np.isnan(parts[2]).all() and step[2]["total"] is None and step[2]["advantage"] == 0
+    np.testing.assert_allclose([row["advantage"] for row in step], expected_advantages(parts, 4), atol=1e-4)
+
+
+def test_three_batches_without_scores_stop_the_run_with_code_1(toy, tmp_path, monkeypatch, capfd):
+    import rewards
+
+    monkeypatch.setitem(rewards.REWARDS, "dead", lambda settings: Scripted("dead", lambda i: None))
+    options = ["--rewards", "dead", "--max_steps", 9, "--save_strategy", "no"]
+    assert main("--config", toy.config, "--outdir", tmp_path / "run", *options) == 1
+    assert sorted(rollouts(tmp_path / "run")) == [1, 2, 3]
+    assert "max_absent_share" in capfd.readouterr().err.splitlines()[-1]
+
+
+BAD = {
+    "missing data": (["--data", "nowhere.txt"], "nowhere.txt"),
+    "unknown reward": (["--rewards", "hsp"], "did you mean 'hps'"),
+    "reward weights": (["--reward_weights", "1", "2"], "[1.0, 2.0]"),
+    "unknown flag": (["--learning_rat", "1"], "did you mean '--learning_rate'"),
+    "ill-typed value": (["--num_generations", "eight"], "'eight'"),
+    "group not whole": (["--num_generations", "3"], "num_generations (3)"),
+    "too few prompts": (["--gradient_accumulation_steps", "64"], "4 prompts, fewer than the 64"),
+    "save in mid-cycle": (["--num_iterations", "2"], "save_steps 1"),
+    "step over two generations": (["--steps_per_generation", "1"], "gradient_accumulation_steps 2"),
+    "renamed option": (["--output_dir", "elsewhere"], "--outdir"),
+    "no such policy": (["--gpt_path", "/nowhere/policy"], "/nowhere/policy"),
+    "no such renderer": (["--sdmodel_name", "/nowhere/flux"], "/nowhere/flux"),
+    "nothing to resume": (["--resume"], "holds no run"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_input_is_one_line_with_the_value_and_code_2(toy, tmp_path, capfd, bad):
+    options, named = BAD[bad]
+    assert main("--config", toy.config, "--outdir", tmp_path / "run", *options) == 2
+    said = [line for line in capfd.readouterr().err.splitlines() if "r1_prompter: error:" in line]
+    assert len(said) == 1 and named in said[0]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("learning_rat: 1\n", "did you mean 'learning_rate'"),
+        ("num_generations: 8.5\n", "'8.5'"),
+        ("- a\n", "list"),
+        ("a: [\n", "not YAML"),
+    ],
+)
+def test_a_bad_yaml_is_one_line_and_code_2(tmp_path, capfd, text, named):
+    (tmp_path / "bad.yaml").write_text(text)
+    assert main("--config", tmp_path / "bad.yaml", "--outdir", tmp_path / "run", "--data", "x.txt") == 2
+    assert named in capfd.readouterr().err
+
+
+def test_an_empty_prompt_file_and_a_missing_yaml_are_named(toy, tmp_path, capfd):
+    (tmp_path / "empty.txt").write_text("\n\n")
+    assert main("--config", toy.config, "--data", tmp_path / "empty.txt", "--outdir", tmp_path / "run") == 2
+    assert "empty.txt" in capfd.readouterr().err
+    assert main("--config", "nowhere.yaml", "--outdir", tmp_path / "run") == 2
+    assert "nowhere.yaml" in capfd.readouterr().err
+
+
+def test_a_group_split_over_two_processes_is_refused_with_the_numbers():
+    import r1_prompter
+
+    training = SimpleNamespace(num_generations=8, per_device_train_batch_size=2, steps_per_generation=2)
+    with pytest.raises(r1_prompter.UsageError, match="2 x steps_per_generation 2 = 4 .* num_generations 8"):
+        r1_prompter.plan(None, training, prompts=100)
+
+
+def test_all_missing_checkpoints_of_the_documented_command_are_named_at_once(tmp_path):
+    command = [*SCRIPT, "--data", "data/generation_prompts_1k_filterd.txt", "--outdir", str(tmp_path / "run")]
+    environment = {**ENVIRONMENT, "HF_HOME": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    for word in ("Qwen/Qwen2.5-3B-Instruct", "6.2 GB", "FLUX.1-dev", "34 GB", "Non-Commercial", "HPS_v2.1", "3.9 GB"):
+        assert word in last
+
+
+def test_the_recipe_holds_for_the_bare_command_and_yields_to_yaml_and_flags(tmp_path):
+    import r1_prompter
+
+    bare = ["--data", "x", "--outdir", "y"]
+    (tmp_path / "own.yaml").write_text("learning_rate: 1e-5\ntemperature: 0.7\nrewards: hps\n")
+    recipe = yaml.safe_load((ROOT / "configs" / "flux_dev.yaml").read_text())
+    known = {name: value for part in r1_prompter.parse_options(bare) for name, value in vars(part).items()}
+    for key, value in recipe.items():
+        assert known[key] == ([value] if key == "report_to" else value), key
+    argv = [*bare, "--config", str(tmp_path / "own.yaml"), "--temperature", "0.9"]
+    script, training, model = r1_prompter.parse_options(argv)
+    assert (training.learning_rate, training.temperature, script.rewards) == (1e-5, 0.9, ["hps"])
+    assert training.model_init_kwargs["dtype"] == model.dtype == "bfloat16"
+
+
+def test_every_yaml_loads(tmp_path):
+    import r1_prompter
+
+    for path in (ROOT / "configs").glob("*.yaml"):
+        if not path.name.startswith("deepspeed"):
+            r1_prompter.parse_options(["--config", str(path), "--data", "x", "--outdir", "y"])
+    for path in (ROOT / "deepspeed_2.yaml", ROOT / "configs" / "deepspeed_2_cpu.yaml"):
+        assert yaml.safe_load(path.read_text())["deepspeed_config"]["zero_stage"] == 2
+
+
+def test_a_folder_of_another_run_or_of_something_else_is_refused(tmp_path):
+    mine = RunFolder(tmp_path / "run", {"seed": 1, "outdir": "a"})
+    mine.check()
+    mine.open({}, ["r1_prompter.py", "--hub_token", "secret", "--api_key=secret"], None)
+    assert "secret" not in (tmp_path / "run" / "run.json").read_text()
+    RunFolder(tmp_path / "run", {"seed": 1, "outdir": "b"}).check()  # where it writes is not what it is
+    with pytest.raises(RunFolderError, match="seed 1 -> 2"):
+        RunFolder(tmp_path / "run", {"seed": 2}).check()
+    with pytest.raises(RunFolderError, match="no whole checkpoint"):
+        RunFolder(tmp_path / "run", {"seed": 1}, resume=True).check()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("mine")
+    with pytest.raises(RunFolderError, match="holds no run"):
+        RunFolder(tmp_path / "other", {"seed": 1}).check()
+
+
+def test_a_killed_run_resumes_at_its_newest_checkpoint_and_logs_each_step_once(toy, tmp_path):
+    run = tmp_path / "run"
+    steps = 30
+    command = [*SCRIPT, "--config", str(toy.config), "--outdir", str(run), "--max_steps", str(steps)]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + 240
+        while process.poll() is None and time.monotonic() < until:
+            if list(run.glob("checkpoint-*/trainer_state.json")) and len(rollouts(run)) >= 3:
+                break
+            time.sleep(0.02)
+        assert process.poll() is None, "the run ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+    finally:
+        process.kill()
+        process.wait()
+    before = rollouts(run)
+    done = subprocess.run([*command, "--resume"], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+    record = json.loads((run / "run.json").read_text())
+    assert 1 <= record["resumed_from_step"] < steps and record["derived"]["images"] == 8 * steps
+    assert [row["step"] for row in rows(run / "metrics.jsonl")] == list(range(1, steps + 1))
+    after = rollouts(run)
+    assert list(after) == list(range(1, steps + 1)) and after[1] == before[1]
+    for step, group in after.items():
+        for row in group:
+            assert row["seeds"] == ([render_seed(42, row["prompt_id"], step, 0)] if row["rewrite"] else [])
+    names = {name for group in after.values() for row in group for name in row["images"] if name}
+    assert names and all(hashlib.sha256((run / name).read_bytes()).hexdigest()[:20] in name for name in names)
+    assert "seconds/train" in rows(run / "metrics.jsonl")[-1] and f"step {steps}/{steps}" in done.stdout
+    assert all((run / name).exists() for name in ("report.html", "model.safetensors", "tokenizer.json", "tensorboard"))
+    again = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert again.returncode == 2 and "--resume" in again.stderr.splitlines()[-1]
+
+
+def test_two_processes_under_zero_2_agree_on_the_weights_and_hold_whole_groups(toy, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(port)]
+    config = ["--config_file", str(ROOT / "configs" / "deepspeed_2_cpu.yaml"), str(ROOT / "tests" / "launch_two.py")]
+    options = [str(tmp_path / "two.json"), "--config", str(toy.config), "--outdir", str(tmp_path / "run")]
+    done = subprocess.run([*launcher, *config, *options], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = json.loads((tmp_path / "two.json").read_text())
+    assert first["weights"] == second["weights"]
+    for ids in (first["prompt_ids"], second["prompt_ids"]):
+        assert len(ids) == 8 and all(len(set(ids[i : i + 4])) == 1 for i in (0, 4))
+    assert not set(first["prompt_ids"]) & set(second["prompt_ids"])
+    assert len(rollouts(tmp_path / "run")[2]) == 16 and len(rows(tmp_path / "run" / "metrics.jsonl")) == 2
+    assert done.stdout.count("report:") == 1

@@ -1,0 +1,235 @@
+"""The seam between our rewards and TRL: completions -> rewrites -> pictures -> one column of scores per reward.
+
+One generation batch is read, drawn and scored once, at the first reward function that TRL calls; the others return
+their column of the same result. Two rules shape the numbers:
+
+- *Absent is not zero.* If any part of a sample could not be had (failed render, dead judge, non-finite score), all its
+  parts are None: TRL then leaves the row out of its group's baseline and gives it advantage 0.
+- *Bad is not absent.* An answer that cannot be read is not drawn; from each image reward it gets the lowest score of
+  its group's scored members (the reward's lower bound if there is none), so one bad answer is worst in its group
+  without blowing up the group's spread.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+
+from interfaces import Prompt, Renderer, Reward, Sample
+from prompting import parse
+from training.seeds import render_seed
+
+PATIENCE = 3  # generation batches in a row with too many absent samples before the run stops
+
+
+class ScoringError(RuntimeError):
+    """A reward or the renderer broke its contract, or too many samples are absent; the message says which and how."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One rollout with its scores.
+
+    Attributes:
+        sample: what was asked, answered and drawn.
+        reasoning: the think block, None if the answer could not be read.
+        seeds: noise of each picture; () if nothing was drawn.
+        parts: reward name -> score, all None if the sample is absent.
+    """
+
+    sample: Sample
+    reasoning: str | None
+    seeds: tuple[int, ...]
+    parts: dict[str, float | None]
+
+    @property
+    def absent(self) -> bool:
+        return any(value is None for value in self.parts.values())
+
+
+class Scorer:
+    """Draws and scores generation batches; deliberately not an `nn.Module`, which TRL would run as a classifier.
+
+    Args:
+        renderer: frozen.
+        rewards: in the order of TRL's `reward_weights`, with distinct names.
+        prompts: `Prompt.id` -> prompt, for the dataset's `prompt_id` column.
+        num_generations: completions per prompt; each batch must be whole groups of them.
+        images_per_rewrite: pictures per rewrite, one seed each, that image rewards average over.
+        run_seed: the run's `--seed`.
+        max_absent_share: above this share of absent samples a batch counts against PATIENCE, in [0, 1].
+    """
+
+    def __init__(
+        self,
+        renderer: Renderer,
+        rewards: Sequence[Reward],
+        prompts: Mapping[str, Prompt],
+        *,
+        num_generations: int,
+        images_per_rewrite: int = 1,
+        run_seed: int = 0,
+        max_absent_share: float = 0.5,
+    ):
+        self.renderer, self.rewards, self.prompts = renderer, list(rewards), prompts
+        self.num_generations = num_generations
+        self.run_seed, self.max_absent_share = run_seed, max_absent_share
+        self._pictures = images_per_rewrite if any(reward.needs_images for reward in self.rewards) else 0
+        self.last: list[Scored] = []
+        self.metrics: dict[str, float] = {}
+        self._completions: list | None = None
+        self._bad_batches = 0
+
+    def reward_functions(self) -> list[Callable[..., list[float | None]]]:
+        """One plain function per reward, named after it: TRL gives each its own column, weight and curve."""
+        return [self._reward_function(reward.name) for reward in self.rewards]
+
+    def _reward_function(self, name: str) -> Callable[..., list[float | None]]:
+        def column(*, completions, prompt_id, trainer_state, log_metric, **_) -> list[float | None]:
+            if completions is not self._completions:  # the first reward of this batch: draw and score it
+                texts = [turns[0]["content"] for turns in completions]
+                self.last = self.score(texts, prompt_id, trainer_state.global_step + 1)
+                self._completions = completions
+                for metric, value in self.metrics.items():
+                    log_metric(metric, value)
+            return [scored.parts[name] for scored in self.last]
+
+        column.__name__ = name
+        return column
+
+    def score(self, completions: Sequence[str], prompt_ids: Sequence[str], step: int) -> list[Scored]:
+        """Read, draw and score one process's batch of whole groups; also fills `metrics`.
+
+        Raises:
+            ScoringError: a group is not one prompt's, or the renderer or a reward broke its contract.
+        """
+        self._check_groups(prompt_ids)
+        answers = [parse(completion) for completion in completions]
+        seeds = [
+            tuple(render_seed(self.run_seed, id, step, k) for k in range(self._pictures)) if answer else ()
+            for id, answer in zip(prompt_ids, answers, strict=True)
+        ]
+        rewrites = [answer.rewrite if answer else None for answer in answers]
+
+        started = time.perf_counter()
+        images, drawn = self._draw(rewrites, seeds)
+        rendered = time.perf_counter()
+        samples = [
+            Sample(self.prompts[id], completion, rewrite, pictures)
+            for id, completion, rewrite, pictures in zip(prompt_ids, completions, rewrites, images, strict=True)
+        ]
+        parts = self._parts(samples)
+        scored = [
+            Scored(sample, answer.reasoning if answer else None, row_seeds, row_parts)
+            for sample, answer, row_seeds, row_parts in zip(samples, answers, seeds, parts, strict=True)
+        ]
+        wanted = sum(map(len, seeds))
+        self.metrics = {
+            "seconds/render": rendered - started,
+            "seconds/score": time.perf_counter() - rendered,
+            "images/drawn": float(drawn),
+            **({"images/distinct": drawn / wanted} if drawn else {}),
+            "samples/absent": _share([row.absent for row in scored]),
+            "rewrites/unreadable": _share([rewrite is None for rewrite in rewrites]),
+            **self._rewrite_metrics([sample for sample in samples if sample.rewrite is not None]),
+        }
+        return scored
+
+    def check_absent(self, share: float) -> None:
+        """Stop the run once `share`, of all processes' samples, was too high in PATIENCE batches in a row.
+
+        Raises:
+            ScoringError: with the share and what to look at.
+        """
+        self._bad_batches = self._bad_batches + 1 if share > self.max_absent_share else 0
+        if self._bad_batches >= PATIENCE:
+            raise ScoringError(
+                f"{share:.0%} of the samples have no score, above --max_absent_share {self.max_absent_share:.0%} for "
+                f"the {PATIENCE}rd batch in a row: pictures fail or a reward returns nothing; see the parts that are "
+                "null in rollouts/ and the log above, repair the cause, then continue with --resume"
+            )
+
+    def _check_groups(self, prompt_ids: Sequence[str]) -> None:
+        size = self.num_generations
+        if len(prompt_ids) % size:
+            raise ScoringError(f"{len(prompt_ids)} rollouts on this process are not whole groups of {size}")
+        for start in range(0, len(prompt_ids), size):
+            group = set(prompt_ids[start : start + size])
+            if len(group) > 1:
+                raise ScoringError(f"rollouts {start} to {start + size - 1} mix prompts {sorted(group)}: no group")
+
+    def _draw(
+        self, rewrites: Sequence[str | None], seeds: Sequence[tuple[int, ...]]
+    ) -> tuple[list[tuple[Image.Image | None, ...]], int]:
+        """Pictures of each row, and how many were drawn: every distinct (rewrite, seed) once."""
+        keys = list(dict.fromkeys((r, seed) for r, row in zip(rewrites, seeds, strict=True) for seed in row))
+        pictures = self.renderer([rewrite for rewrite, _ in keys], [seed for _, seed in keys]) if keys else []
+        if len(pictures) != len(keys):
+            raise ScoringError(f"the renderer returned {len(pictures)} images for {len(keys)} rewrites")
+        drawn = dict(zip(keys, pictures, strict=True))
+        return [tuple(drawn[r, seed] for seed in row) for r, row in zip(rewrites, seeds, strict=True)], len(keys)
+
+    def _parts(self, samples: Sequence[Sample]) -> list[dict[str, float | None]]:
+        """Scores of each sample by reward name, after both rules of this module."""
+        unreadable = [sample.rewrite is None for sample in samples]
+        columns = {reward.name: _column(reward, samples) for reward in self.rewards}
+        absent = [
+            any(image is None for image in sample.images)
+            or any(columns[r.name][i] is None for r in self.rewards if not (unreadable[i] and r.needs_images))
+            for i, sample in enumerate(samples)
+        ]
+        for column in columns.values():
+            column[:] = [None if gone else score for score, gone in zip(column, absent, strict=True)]
+        to_fill = [bad and not gone for bad, gone in zip(unreadable, absent, strict=True)]
+        for reward in self.rewards:
+            if reward.needs_images:
+                self._give_lowest(columns[reward.name], reward.range[0], to_fill)
+        return [{name: column[i] for name, column in columns.items()} for i in range(len(samples))]
+
+    def _give_lowest(self, column: list[float | None], floor: float, to_fill: Sequence[bool]) -> None:
+        """Give the rows `to_fill` (unreadable answers) the lowest score of their group in `column`, in place."""
+        for start in range(0, len(column), self.num_generations):
+            group = range(start, start + self.num_generations)
+            lowest = min((column[i] for i in group if column[i] is not None), default=floor)
+            for i in group:
+                column[i] = lowest if to_fill[i] else column[i]
+
+    def _rewrite_metrics(self, readable: Sequence[Sample]) -> dict[str, float]:
+        if not readable:
+            return {}
+        lengths = [self.renderer.count_tokens(sample.rewrite) for sample in readable]
+        return {
+            "rewrites/tokens": sum(lengths) / len(lengths),
+            "rewrites/overflow": _share([length > self.renderer.max_tokens for length in lengths]),
+            "rewrites/copied": _share([_words(s.rewrite) == _words(s.prompt.text) for s in readable]),
+        }
+
+
+def _column(reward: Reward, samples: Sequence[Sample]) -> list[float | None]:
+    """Scores of all samples, right in number and range; None if not finite, or without the pictures it needs."""
+    rows = [i for i, s in enumerate(samples) if not reward.needs_images or (s.images and None not in s.images)]
+    scores = reward([samples[i] for i in rows]) if rows else []
+    if len(scores) != len(rows):
+        raise ScoringError(f"reward {reward.name!r} returned {len(scores)} scores for {len(rows)} samples")
+    low, high = reward.range
+    column: list[float | None] = [None] * len(samples)
+    for i, score in zip(rows, scores, strict=True):
+        if score is None or not math.isfinite(score):
+            continue
+        if not low <= score <= high:
+            text = samples[i].prompt.text
+            raise ScoringError(f"reward {reward.name!r} gave {score} for {text!r}: outside its range [{low}, {high}]")
+        column[i] = float(score)
+    return column
+
+
+def _share(flags: Sequence[bool]) -> float:
+    return sum(flags) / len(flags)
+
+
+def _words(text: str) -> list[str]:
+    return text.casefold().split()
