@@ -54,7 +54,9 @@ def messages(text: str) -> list[dict[str, str]]:
     if len(text) > MAX_PROMPT_CHARS:
         logger.warning(
             "prompt of %d characters cut to %d: %r...; shorten it to have all of it read",
-            len(text), MAX_PROMPT_CHARS, text[:40],
+            len(text),
+            MAX_PROMPT_CHARS,
+            text[:40],
         )
         text = text[:MAX_PROMPT_CHARS]
     return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": text}]

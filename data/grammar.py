@@ -66,11 +66,7 @@ _DIRECTIONS = {
     "on side of": ("near", False),
 }
 _RELATION_WORDS = sorted((tuple(relation.split()) for relation in RELATIONS), key=len, reverse=True)
-_LEADS = [
-    tuple(f"{article}{noun} of".split())
-    for article in ("a ", "an ", "the ", "")
-    for noun in MEDIA
-]
+_LEADS = [tuple(f"{article}{noun} of".split()) for article in ("a ", "an ", "the ", "") for noun in MEDIA]
 _NUMBER_WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 _NUMBERS = {word: n for n, word in enumerate(_NUMBER_WORDS, 1)} | {str(n): n for n in range(1, MAX_COUNT + 1)}
 _WORD = re.compile(r"[^\W\d_]+(?:[-'][^\W\d_]+)*")
@@ -78,12 +74,17 @@ _MAX_CHARACTERS = 300  # a longer text is no such prompt
 _MAX_NOUN_WORDS = 3  # "ice cream cone"
 
 # Words that a noun never holds; one of them means that the text says more than this grammar can.
-_CLOSED = frozenset(
-    "a an the this that these those some any no every each all both his her its their my your our of in on at by to "
-    "from into onto with without over under near behind between among through across around along against inside "
-    "outside and or but as if than while when where who which is are was were be being been has have had do does "
-    "not very it he she they i we you".split()
-) | frozenset(_NUMBERS) | frozenset(COLORS) | {"grey", "front", "left", "right", "above", "below", "beside"}
+_CLOSED = (
+    frozenset(
+        "a an the this that these those some any no every each all both his her its their my your our of in on at by "
+        "to from into onto with without over under near behind between among through across around along against "
+        "inside outside and or but as if than while when where who which is are was were be being been has have had "
+        "do does not very it he she they i we you".split()
+    )
+    | frozenset(_NUMBERS)
+    | frozenset(COLORS)
+    | {"grey", "front", "left", "right", "above", "below", "beside"}
+)
 _NOUNS_IN_ING = frozenset(
     "building ring earring painting string wing king ceiling swing spring sibling clothing drawing sling paving "
     "pudding dumpling wedding duckling railing awning icing".split()
@@ -188,7 +189,7 @@ class _Phrase(NamedTuple):
 
 
 def article(phrase: str) -> str:
-    """"a" or "an", by the first sound of `phrase` ("an hourglass", "a unicorn"). A rule with known exceptions."""
+    """ "a" or "an", by the first sound of `phrase` ("an hourglass", "a unicorn"). A rule with known exceptions."""
     if phrase.startswith(("hour", "heir", "honest", "honor")):
         return "an"
     if phrase.startswith(("uni", "use", "euro", "ukulele", "one", "ewe")):

@@ -2,10 +2,10 @@
 
     python scripts/demo.py [--outdir runs/demo] [--seed 0] [any option of r1_prompter.py]
 
-Trains with the real trainer (`r1_prompter.py --config configs/miniature.yaml`), rewrites 240 held-out prompts greedily
-with the policy before and after, draws them, lets the oracle of the miniature world read the pictures, and writes
-`summary.json`, `gallery.jsonl`, `before_after.png` and `report.html` into the run folder. Run again, it goes on where
-it stopped; a run that is complete is only shown.
+Trains with the real trainer (`r1_prompter.py --config configs/miniature.yaml`), samples a rewrite of each of 240
+held-out prompts from the policy before and after, at the temperature of training, draws them, lets the oracle of the
+miniature world read the pictures, and writes `summary.json`, `gallery.jsonl`, `before_after.png` and `report.html`
+into the run folder. Run again, it goes on where it stopped; a run that is complete is only shown.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from interfaces import Prompt
 from miniature import world
 from rendering.local import LocalRenderer
-from scripts.reprompt import Reprompter
+from scripts.reprompt import Reprompter, Rewrite
 from training.report import write_report
 from training.run_folder import RunFolder
 from training.seeds import render_seed
@@ -38,7 +38,6 @@ from training.terminal import oracle_table, sparkline
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "miniature.yaml"
-IMAGES = 2  # pictures per prompt and system, with the same seeds for every system
 GALLERY = 4  # prompts a category in the before/after gallery
 BEFORE_AFTER = {"raw": "the prompt itself", "start": "rewrite before", "trained": "rewrite after"}
 SHORT = {"single_object": "single", "two_object": "two", "color_attr": "attr"}
@@ -48,13 +47,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Train a reprompter on the miniature and show what it learnt.")
     parser.add_argument("--outdir", type=Path, default=ROOT / "runs" / "demo", help="run folder")
     parser.add_argument("--seed", type=int, default=0, help="of training and of the noise that pictures start from")
+    parser.add_argument("--images", type=int, default=2, help="pictures per held-out prompt and row of the table")
     args, trainer_options = parser.parse_known_args()
     started = time.time()
     if not (args.outdir / "summary.json").exists():
         code = _train(args.outdir, args.seed, trainer_options)
         if code:
             return code
-        summary = _evaluate(args.outdir, args.seed, started)
+        summary = _evaluate(args.outdir, args.seed, args.images, started)
         _draw_before_after(args.outdir)
         (args.outdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     _show(args.outdir)
@@ -68,13 +68,13 @@ def _train(outdir: Path, seed: int, options: Sequence[str]) -> int:
     return subprocess.run([*command, *resume], cwd=ROOT, check=False).returncode
 
 
-def _evaluate(outdir: Path, seed: int, started: float) -> dict:
+def _evaluate(outdir: Path, seed: int, images: int, started: float) -> dict:
     """Rewrite, draw and judge the held-out prompts; writes the gallery and returns the summary."""
     options = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
     _, prompts = world.splits()
     rng = random.Random(seed)
     texts = [prompt.text for prompt in prompts]
-    start, trained = (_rewrite(path, texts, options) for path in (ROOT / options["gpt_path"], outdir))
+    start, trained = (_rewrite(path, texts, options, seed) for path in (ROOT / options["gpt_path"], outdir))
     rewrites = {
         "raw": texts,
         "start": [row.rewrite for row in start],
@@ -87,13 +87,13 @@ def _evaluate(outdir: Path, seed: int, started: float) -> dict:
         max_sequence_length=options["max_sequence_length"], chunk_size=options["render_batch_size"],
     )  # fmt: skip
     print(
-        f"drawing {4 * IMAGES * len(prompts)} pictures of {len(prompts)} held-out prompts for the oracle", flush=True
+        f"drawing {4 * images * len(prompts)} pictures of {len(prompts)} held-out prompts for the oracle", flush=True
     )
-    pictures = {system: _draw(renderer, prompts, lines, seed) for system, lines in rewrites.items()}
+    pictures = {system: _draw(renderer, prompts, lines, seed, images) for system, lines in rewrites.items()}
     correct = {
         system: np.array([[_keeps(prompt, image) for image in row] for prompt, row in zip(prompts, rows, strict=True)])
         for system, rows in pictures.items()
-    }  # (prompts, IMAGES) of bool
+    }  # (prompts, images) of bool
     _write_gallery(outdir, prompts, {"start": start, "trained": trained}, pictures, correct)
     oracle = {system: _scores(prompts, hits) for system, hits in correct.items()}
     gap = oracle["written"]["mean"] - oracle["raw"]["mean"]
@@ -105,16 +105,19 @@ def _evaluate(outdir: Path, seed: int, started: float) -> dict:
     }
 
 
-def _rewrite(path: Path, texts: list[str], options: dict) -> list:
-    reprompter = Reprompter(str(path), batch_size=64, max_new_tokens=options["max_completion_length"], dtype="float32")
+def _rewrite(path: Path, texts: list[str], options: dict, seed: int) -> list[Rewrite]:
+    length = options["max_completion_length"]
+    reprompter = Reprompter(
+        str(path), batch_size=64, max_new_tokens=length, temperature=1.0, seed=seed, dtype="float32"
+    )
     return reprompter(texts)
 
 
-def _draw(renderer: LocalRenderer, prompts: list[Prompt], lines: list[str], seed: int) -> list[list]:
-    """IMAGES pictures of each line; step 0 is never a training step, so no training picture is drawn again."""
-    seeds = [render_seed(seed, prompt.id, 0, k) for prompt in prompts for k in range(IMAGES)]
-    flat = renderer([line for line in lines for _ in range(IMAGES)], seeds)
-    return [flat[i : i + IMAGES] for i in range(0, len(flat), IMAGES)]
+def _draw(renderer: LocalRenderer, prompts: list[Prompt], lines: list[str], seed: int, images: int) -> list[list]:
+    """`images` pictures of each line; step 0 is never a training step, so no training picture is drawn again."""
+    seeds = [render_seed(seed, prompt.id, 0, k) for prompt in prompts for k in range(images)]
+    flat = renderer([line for line in lines for _ in range(images)], seeds)
+    return [flat[i : i + images] for i in range(0, len(flat), images)]
 
 
 def _keeps(prompt: Prompt, image: Image.Image | None) -> bool:

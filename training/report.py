@@ -183,13 +183,15 @@ def oracle(summary: dict) -> dict | None:
     for name in POLICIES:
         one = scores.get(name) or {}
         interval = [number(end) for end in one.get("ci95") or ()]
-        rows.append({
-            "name": name,
-            "label": POLICIES[name],
-            "mean": number(one.get("mean")),
-            "ci95": interval if len(interval) == 2 and None not in interval else None,
-            "cells": [number(one.get(category)) for category in CATEGORIES],
-        })
+        rows.append(
+            {
+                "name": name,
+                "label": POLICIES[name],
+                "mean": number(one.get("mean")),
+                "ci95": interval if len(interval) == 2 and None not in interval else None,
+                "cells": [number(one.get(category)) for category in CATEGORIES],
+            }
+        )
     return {"rows": rows, "categories": CATEGORIES}
 
 
@@ -265,18 +267,22 @@ def write_report(run_dir: Path) -> Path:
     run, summary = folder.record("run.json"), folder.record("summary.json")
     rows = logged_steps(folder)
     sections = {"gallery": gallery(folder), "rollouts": rollout_steps(folder), "oracle": oracle(summary)}
-    page = _environment().get_template("report.html.jinja").render(
-        title=folder.root.name,
-        run=run,
-        tiles=_tiles(rows, summary),
-        seconds={phase: number(s) for phase, s in (summary.get("seconds") or {}).items() if number(s)},
-        phases=PHASES,
-        panels=panels(rows),
-        steps=len(rows),
-        curve_points=CURVE_POINTS,
-        trouble=trouble(folder, rows, run),
-        size=BOX,
-        **sections,
+    page = (
+        _environment()
+        .get_template("report.html.jinja")
+        .render(
+            title=folder.root.name,
+            run=run,
+            tiles=_tiles(rows, summary),
+            seconds={phase: number(s) for phase, s in (summary.get("seconds") or {}).items() if number(s)},
+            phases=PHASES,
+            panels=panels(rows),
+            steps=len(rows),
+            curve_points=CURVE_POINTS,
+            trouble=trouble(folder, rows, run),
+            size=BOX,
+            **sections,
+        )
     )
     path = run_dir / "report.html"
     path.write_bytes(page.encode("utf-8", "replace"))  # a lone surrogate in a completion is no reason to fail

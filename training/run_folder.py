@@ -25,8 +25,19 @@ from PIL import Image
 PACKAGES = ("accelerate", "deepspeed", "diffusers", "peft", "torch", "transformers", "trl")
 # What may differ between a run and its continuation: where it writes, how often, and how fast; not what it learns.
 NOT_IDENTITY = {
-    "outdir", "output_dir", "resume", "resume_from_checkpoint", "logging_dir", "report_to", "disable_tqdm",
-    "save_images_every", "save_images_max", "save_total_limit", "render_batch_size", "log_level", "ddp_timeout",
+    "outdir",
+    "output_dir",
+    "resume",
+    "resume_from_checkpoint",
+    "logging_dir",
+    "report_to",
+    "disable_tqdm",
+    "save_images_every",
+    "save_images_max",
+    "save_total_limit",
+    "render_batch_size",
+    "log_level",
+    "ddp_timeout",
     "dataloader_num_workers",
 }
 

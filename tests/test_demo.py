@@ -1,0 +1,64 @@
+"""Claims about the loop as a whole, on the miniature and with the real scripts.
+
+pytest tests/test_demo.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def run(*command: object) -> subprocess.CompletedProcess:
+    words = [sys.executable, *map(str, command)]
+    done = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_reward_rises_on_the_miniature_and_the_demo_shows_it(tmp_path):
+    out = tmp_path / "demo"
+    shorter = ["--max_steps", 24, "--per_device_train_batch_size", 64, "--save_steps", 24]
+    done = run("scripts/demo.py", "--outdir", out, "--images", 1, *shorter)
+    rewards = [row["reward"] for row in rows(out / "metrics.jsonl")]
+    assert np.mean(rewards[-6:]) > np.mean(rewards[:6])
+    summary = json.loads((out / "summary.json").read_text())
+    for system in ("raw", "start", "trained", "written"):
+        scores = summary["oracle"][system]
+        low, high = scores["ci95"]
+        assert low <= scores["mean"] <= high
+        categories = [scores[name] for name in ("single", "two", "colors", "counting", "position", "attr")]
+        assert np.isclose(np.mean(categories), scores["mean"])  # 40 prompts a category
+    assert summary["oracle"]["written"]["mean"] > summary["oracle"]["raw"]["mean"]
+    assert summary["rollouts"] == 24 * 64
+    assert set(summary["seconds"]) == {"total", "generate", "render", "score", "train"}
+    assert "policy after" in done.stdout and str(out / "report.html") in done.stdout
+    assert (out / "before_after.png").stat().st_size > 10_000 and len(rows(out / "gallery.jsonl")) == 24
+    assert "policy after" in run("scripts/demo.py", "--outdir", out).stdout  # a complete run is only shown
+
+
+def test_the_real_prompt_file_trains_two_steps(tmp_path):
+    data = "data/generation_prompts_1k_filterd.txt"
+    options = ["--data", data, "--max_steps", 2, "--per_device_train_batch_size", 16, "--save_steps", 2]
+    run("r1_prompter.py", "--config", "configs/miniature.yaml", "--outdir", tmp_path / "run", *options)
+    assert [row["step"] for row in rows(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
+    prompts = set((ROOT / data).read_text(encoding="utf-8").splitlines())
+    rollouts = [row for file in (tmp_path / "run" / "rollouts").glob("*.jsonl") for row in rows(file)]
+    assert len(rollouts) == 32 and all(row["prompt"] in prompts for row in rollouts)
+
+
+def test_the_batched_trainer_is_at_least_four_times_as_fast_as_the_plain_loop(tmp_path):
+    run("scripts/bench.py", "--target", "cpu", "--prompts", 4, "--json", tmp_path / "bench.json")
+    assert json.loads((tmp_path / "bench.json").read_text())["ratio_to_plain_loop"] >= 4
