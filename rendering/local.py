@@ -50,8 +50,8 @@ class CheckpointError(RuntimeError):
 class LocalRenderer:
     """A frozen diffusers pipeline as an `interfaces.Renderer`. A plain class, so that no trainer wraps or prepares it.
 
-    A row's picture depends on its text and seed alone: each text is encoded on its own, noise comes from a CPU
-    generator per row, and the pipeline always sees exactly `chunk_size` rows.
+    A row's picture depends on its text and seed alone: noise comes from a CPU generator per row, and text encoders and
+    pipeline always see exactly `chunk_size` rows.
 
     Attributes:
         failures: why rows came back as None, one count per row ("blank text", "safety checker", "black picture",
@@ -113,6 +113,7 @@ class LocalRenderer:
         )
         self._tokenizer = _longest_tokenizer(self.pipe)
         self._encoded: dict[str, tuple] = {}
+        self._lone: tuple | None = None  # what `encode_prompt` returns for one row
         # A few pipelines (Kandinsky, Stable Cascade, ...) have no encode_prompt: they encode each row of each chunk.
         if "encode_prompt" in dir(type(self.pipe)):
             self._encode = self.pipe.encode_prompt
@@ -222,32 +223,65 @@ class LocalRenderer:
         ]
 
     def _encode_each_text_once(self, *args, **kwargs) -> tuple:
-        """Stands in for the pipeline's own `encode_prompt`: rows are encoded one by one, remembered, then stacked.
+        """Stands in for the pipeline's own `encode_prompt`: distinct rows are encoded once, remembered, then stacked.
 
         The pipeline itself calls it, with the arguments that it would have given, and reads the result as usual; so
         neither those (Sana's instruction, FLUX.2's layers) nor the order of the returned values, which differs between
-        pipelines, need be known here. A row encoded alone does not depend on its neighbours.
+        pipelines, need be known here.
         """
         arguments = inspect.signature(self._encode).bind(*args, **kwargs).arguments
         prompts = arguments["prompt"]
         size = 1 if isinstance(prompts, str) else len(prompts)
-        encoded = []
-        for index in range(size):
-            row = {name: _row_of(name, value, index) for name, value in arguments.items()}
-            key = repr(row)
-            if key not in self._encoded:
-                self._encoded[key] = self._encode_row(row)
-            encoded.append(self._encoded[key])
-        return tuple(_stack(values) for values in zip(*encoded, strict=True))
+        rows = [{name: _row_of(name, value, index) for name, value in arguments.items()} for index in range(size)]
+        keys = [repr(row) for row in rows]
+        new = {key: row for key, row in zip(keys, rows, strict=True) if key not in self._encoded}
+        if new:
+            self._encoded.update(zip(new, self._encode_rows(list(new.values())), strict=True))
+        return tuple(_stack(values) for values in zip(*(self._encoded[key] for key in keys), strict=True))
+
+    def _encode_rows(self, rows: list[dict]) -> list[tuple]:
+        """Each row's values as if it had been encoded alone, from one pass over `chunk_size` rows where that is safe.
+
+        Safe means that the pass returns, row for row, the shapes that a lone row has (one is encoded once to see
+        them): then nothing was padded to the longest neighbour. Qwen-Image and Z-Image do pad; they are encoded row
+        by row. The pass is always filled up to `chunk_size`, for the reason given at `_draw_chunk`.
+        """
+        if self._lone is None:
+            self._lone = self._encode_row(rows[0])
+        padding = "prompt_embeds_mask" in rows[0] or any(isinstance(value, list) for value in self._lone)
+        if self.chunk_size > 1 and not padding:
+            padded = rows + [rows[-1]] * (self.chunk_size - len(rows))
+            together = self._encode(**{name: _merged(name, [row[name] for row in padded]) for name in rows[0]})
+            split = [_split(one, many, len(padded)) for one, many in zip(self._lone, together, strict=True)]
+            if None not in split:
+                return list(zip(*split, strict=True))[: len(rows)]
+        return [self._encode_row(row) for row in rows]
 
     def _encode_row(self, row: dict) -> tuple:
-        values = self._encode(**row)
+        copied = {name: list(value) if isinstance(value, list) else value for name, value in row.items()}
+        values = self._encode(**copied)  # a copy: Z-Image rewrites the list of prompts that it is given
         if "prompt_embeds_mask" in row:  # Qwen-Image pads to the batch's longest text, and lone rows have no mask
             embeds, mask = values
             padding = row["max_sequence_length"] - embeds.shape[1]
             mask = embeds.new_ones(embeds.shape[:2], dtype=torch.long) if mask is None else mask
             values = torch.nn.functional.pad(embeds, (0, 0, 0, padding)), torch.nn.functional.pad(mask, (0, padding))
         return values
+
+
+def _merged(name: str, values: list) -> object:
+    """The rows' values of one argument of `encode_prompt` as one: prompts side by side, anything else is shared."""
+    if isinstance(values[0], list) and name.startswith(("prompt", "negative_prompt")):
+        return [text for value in values for text in value]
+    return values[0]
+
+
+def _split(alone: torch.Tensor | None, together: torch.Tensor | None, size: int) -> list | None:
+    """`together`, of `size` rows, as one value per row shaped like `alone`; None if it cannot be cut that way."""
+    if alone is None and together is None:
+        return [None] * size
+    if alone.shape[0] == 1 and together.shape == (size, *alone.shape[1:]):
+        return list(together.split(1))
+    return [together] * size if together.shape == alone.shape else None  # FLUX.1's text_ids (L, 3) are shared
 
 
 def _row_of(name: str, value: object, index: int) -> object:

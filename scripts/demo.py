@@ -62,8 +62,8 @@ def main() -> int:
 
 
 def _train(outdir: Path, seed: int, options: Sequence[str]) -> int:
-    command = [sys.executable, str(ROOT / "r1_prompter.py"), "--config", str(CONFIG)]
-    command += ["--outdir", str(outdir), "--seed", str(seed), *options]
+    command = [sys.executable, "r1_prompter.py", "--config", str(CONFIG.relative_to(ROOT))]
+    command += ["--outdir", str(outdir.resolve()), "--seed", str(seed), *options]
     resume = ["--resume"] if any(outdir.glob("checkpoint-*/trainer_state.json")) else []
     return subprocess.run([*command, *resume], cwd=ROOT, check=False).returncode
 
@@ -181,8 +181,11 @@ def _draw_before_after(outdir: Path) -> None:
     shown = list({row["task"]: row for row in reversed(rows)}.values())[::-1]
     figure = Figure(figsize=(2.1 * len(shown), 7), layout="constrained")
     axes = figure.subplots(len(BEFORE_AFTER), len(shown))
+    for cell, label in zip(axes[:, 0], BEFORE_AFTER.values(), strict=True):
+        cell.set_ylabel(label, fontsize=10)
     for column, row in zip(axes.T, shown, strict=True):
-        for cell, (system, label) in zip(column, BEFORE_AFTER.items(), strict=True):
+        column[0].set_title(row["task"].replace("_", " "), fontsize=10, fontweight="bold")
+        for cell, system in zip(column, BEFORE_AFTER, strict=True):
             answer, said = row[system], row["prompt"] if system == "raw" else row[system]["rewrite"] or "(unreadable)"
             if answer["image"] is not None:
                 cell.imshow(Image.open(outdir / answer["image"]), interpolation="lanczos")
@@ -190,10 +193,6 @@ def _draw_before_after(outdir: Path) -> None:
             cell.set_xlabel(textwrap.fill(said, 26), fontsize=8)
             for side in cell.spines.values():
                 side.set(color="#2e9e48" if answer["correct"] else "#d62828", linewidth=2.5)
-            if cell is column[0]:
-                cell.set_title(row["task"].replace("_", " "), fontsize=10, fontweight="bold")
-            if column is axes.T[0]:
-                cell.set_ylabel(label, fontsize=10)
     figure.savefig(outdir / "before_after.png", dpi=110)
 
 

@@ -60,5 +60,5 @@ def test_the_real_prompt_file_trains_two_steps(tmp_path):
 
 
 def test_the_batched_trainer_is_at_least_four_times_as_fast_as_the_plain_loop(tmp_path):
-    run("scripts/bench.py", "--target", "cpu", "--prompts", 4, "--json", tmp_path / "bench.json")
+    run("scripts/bench.py", "--target", "cpu", "--json", tmp_path / "bench.json")
     assert json.loads((tmp_path / "bench.json").read_text())["ratio_to_plain_loop"] >= 4

@@ -513,10 +513,12 @@ def test_equal_rows_are_drawn_once_and_share_the_picture(draw):
     assert len({id(picture) for picture in pictures}) == 1
 
 
-def test_a_text_is_encoded_once_whatever_the_seeds_and_chunks(draw):
+def test_a_text_is_encoded_in_one_pass_whatever_the_seeds_and_chunks(draw):
     rows = rows_seen(draw.pipe.text_encoder_2, 0)
     draw([TEXTS[0]] * 5 + [TEXTS[1]] * 5, list(range(10)))
-    assert rows == [1, 1]
+    assert rows == [1, 4, 4]  # once alone, to see the shapes; then one full pass for the new texts of a chunk
+    draw([TEXTS[0], TEXTS[1], TEXTS[0], TEXTS[1]], [1, 2, 3, 4])
+    assert rows == [1, 4, 4, 4]
 
 
 def test_blank_text_is_none_and_leaves_its_neighbours_alone(draw):
