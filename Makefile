@@ -1,9 +1,9 @@
-# make demo | test | check | miniature | size          (everything runs in .venv, made from requirements.lock)
+# make demo | test | check | miniature | size | lock   (everything runs in .venv, made from requirements.lock)
 PYTHON ?= python3.11
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test check miniature size
+.PHONY: demo test check miniature size lock
 
 demo: $(VENV)/ready
 	$(RUN) scripts/demo.py
@@ -20,6 +20,10 @@ miniature: $(VENV)/ready
 
 size: $(VENV)/ready
 	@git ls-files '*.py' | xargs wc -l | sort -n
+
+lock: $(VENV)/ready
+	$(VENV)/bin/uv pip compile --quiet pyproject.toml --extra dev --generate-hashes --no-header --no-annotate \
+	  -o requirements.lock
 
 $(VENV)/ready: requirements.lock
 	$(PYTHON) -m venv $(VENV)

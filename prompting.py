@@ -14,7 +14,7 @@ from itertools import islice
 
 logger = logging.getLogger(__name__)
 
-MAX_PROMPT_CHARS = 4_000  # of the user's text: about 1,000 tokens, far above what an image model reads
+MAX_PROMPT_CHARS = 2_000  # of the user's text: about 500 tokens, as many as the longest-reading image models read
 
 SYSTEM_PROMPT = (
     "You rewrite a request for a picture into a better prompt for an image model. "

@@ -11,6 +11,7 @@ Source: diffusers 0.42.1, `pipelines/*/pipeline_*.py`.
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import re
 import warnings
@@ -27,6 +28,9 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from PIL import Image
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.integrations import deepspeed
+
+# Pipelines print every text that they cut, padding included; `LocalRenderer.truncated` counts them and warns once.
+logging.getLogger("diffusers.pipelines").setLevel(logging.ERROR)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
