@@ -59,6 +59,17 @@ def test_the_real_prompt_file_trains_two_steps(tmp_path):
     assert len(rollouts) == 32 and all(row["prompt"] in prompts for row in rollouts)
 
 
+def test_a_lora_run_leaves_an_adapter_that_rewrites(tmp_path):
+    short = ["--max_steps", 2, "--per_device_train_batch_size", 16, "--save_steps", 2]
+    lora = ["--use_peft", "true", "--lora_r", 4, "--lora_target_modules", "q_proj", "v_proj"]
+    run("r1_prompter.py", "--config", "configs/miniature.yaml", "--outdir", tmp_path / "run", *short, *lora)
+    assert (tmp_path / "run" / "adapter_config.json").exists()
+    (tmp_path / "prompts.txt").write_text("a photo of three circles\n")
+    command = ["--prompts", tmp_path / "prompts.txt", "--gpt_path", tmp_path / "run", "--out", tmp_path / "rewrites"]
+    run("scripts/reprompt.py", *command)
+    assert rows(tmp_path / "rewrites" / "rewrites.jsonl")[0]["readable"]
+
+
 def test_batched_drawing_and_scoring_is_at_least_twice_as_fast_as_the_plain_loop_on_one_busy_core(tmp_path):
     run("scripts/bench.py", "--target", "cpu", "--json", tmp_path / "bench.json")  # idle and on two cores: RESULTS.md
     assert json.loads((tmp_path / "bench.json").read_text())["ratio_to_plain_loop"] >= 2
