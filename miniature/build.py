@@ -97,18 +97,10 @@ def build_vae(steps: int = 3000, batch: int = 32) -> None:
 
     torch.manual_seed(0)
     vae = AutoencoderKL(
-        block_out_channels=(16, 32, 64),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        layers_per_block=1,
-        latent_channels=8,
-        norm_num_groups=8,
-        sample_size=world.SIZE,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        shift_factor=0.0,
-        scaling_factor=1.0,
-    )
+        block_out_channels=(16, 32, 64), down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=1, latent_channels=8, norm_num_groups=8,
+        sample_size=world.SIZE, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.0, scaling_factor=1.0,
+    )  # fmt: skip
 
     def loss_of(rng: random.Random, noise: torch.Generator) -> torch.Tensor:
         truth = pixels([world.draw(world.random_scene(rng), rng) for _ in range(batch)])

@@ -27,9 +27,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from interfaces import Prompt
-from miniature import world
-from rendering.local import LocalRenderer
+from interfaces import Prompt, Renderer
+from miniature import build, world
 from scripts.reprompt import Reprompter, Rewrite
 from training.report import write_report
 from training.run_folder import RunFolder
@@ -81,11 +80,7 @@ def _evaluate(outdir: Path, seed: int, images: int, started: float) -> dict:
         "trained": [row.rewrite for row in trained],
         "written": [world.describe(world.layout(prompt, rng)) for prompt in prompts],
     }
-    renderer = LocalRenderer(
-        str(ROOT / options["sdmodel_name"]), device="cpu", dtype=options["render_dtype"],
-        steps=options["render_steps"], guidance=None, height=options["resolution"], width=options["resolution"],
-        max_sequence_length=options["max_sequence_length"], chunk_size=options["render_batch_size"],
-    )  # fmt: skip
+    renderer = build.renderer()
     print(
         f"drawing {4 * images * len(prompts)} pictures of {len(prompts)} held-out prompts for the oracle", flush=True
     )
@@ -113,7 +108,7 @@ def _rewrite(path: Path, texts: list[str], options: dict, seed: int) -> list[Rew
     return reprompter(texts)
 
 
-def _draw(renderer: LocalRenderer, prompts: list[Prompt], lines: list[str], seed: int, images: int) -> list[list]:
+def _draw(renderer: Renderer, prompts: list[Prompt], lines: list[str], seed: int, images: int) -> list[list]:
     """`images` pictures of each line; step 0 is never a training step, so no training picture is drawn again."""
     seeds = [render_seed(seed, prompt.id, 0, k) for prompt in prompts for k in range(images)]
     flat = renderer([line for line in lines for _ in range(images)], seeds)

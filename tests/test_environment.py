@@ -47,9 +47,9 @@ def test_no_committed_file_names_a_package_registry():
     ]
     assert "requirements.lock" in texts
     for file in texts:
-        assert not re.search(r"https?://\S+/simple|index-url\s", (ROOT / file).read_text(errors="ignore")), file
+        assert not re.search(r"/simple\b|index-url", (ROOT / file).read_text(errors="ignore")), file
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.sh")), ids=lambda path: path.name)
 def test_every_shell_script_parses(script):
-    subprocess.run(["bash", "-n", str(script)], check=True)
+    assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
