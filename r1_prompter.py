@@ -42,7 +42,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallb
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from data.prompts import DataError, load_prompts
-from interfaces import Prompt, Renderer, Reward
+from interfaces import Renderer, Reward
 from prompting import messages
 from rewards import REWARDS, RewardError, RewardSettings, build
 from training.policy import PolicyError, load_tokenizer
@@ -417,6 +417,8 @@ def train(script: ScriptArguments, training: GRPOConfig, model: ModelConfig) -> 
     numbers = plan(script, training, len(prompts))
     folder = RunFolder(script.outdir, _resolved(script, training, model), resume=script.resume)
     folder.check()
+    if folder.resume_step >= numbers["optimizer_steps"]:  # the Trainer would take one step more than was asked for
+        raise RunFolderError(f"--resume: {folder.path} is complete; its policy is {folder.checkpoint}")
     tokenizer, renderer, rewards = load_frozen(script, training)
 
     scorer = Scorer(
@@ -438,7 +440,7 @@ def train(script: ScriptArguments, training: GRPOConfig, model: ModelConfig) -> 
         model=script.gpt_path,
         reward_funcs=scorer.reward_functions(),
         args=training,
-        train_dataset=_dataset(prompts.values()),
+        train_dataset=Dataset.from_list([{"prompt": messages(p.text), "prompt_id": p.id} for p in prompts.values()]),
         processing_class=tokenizer,
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
@@ -453,10 +455,6 @@ def train(script: ScriptArguments, training: GRPOConfig, model: ModelConfig) -> 
     trainer.save_model(script.outdir)
     if trainer.is_world_process_zero():
         print(f"policy: {script.outdir}\nreport: {write_report(folder.path)}", flush=True)
-
-
-def _dataset(prompts: Sequence[Prompt]) -> Dataset:
-    return Dataset.from_list([{"prompt": messages(prompt.text), "prompt_id": prompt.id} for prompt in prompts])
 
 
 def _resolved(script: ScriptArguments, training: GRPOConfig, model: ModelConfig) -> dict[str, Any]:

@@ -50,9 +50,10 @@ def main() -> int:
     args, trainer_options = parser.parse_known_args()
     started = time.time()
     if not (args.outdir / "summary.json").exists():
-        code = _train(args.outdir, args.seed, trainer_options)
-        if code:
-            return code
+        if not (args.outdir / "report.html").exists():  # the last thing that the trainer writes
+            code = _train(args.outdir, args.seed, trainer_options)
+            if code:
+                return code
         summary = _evaluate(args.outdir, args.seed, args.images, started)
         _draw_before_after(args.outdir)
         (args.outdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

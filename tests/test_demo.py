@@ -47,6 +47,10 @@ def test_reward_rises_on_the_miniature_and_the_demo_shows_it(tmp_path):
     assert "policy after" in done.stdout and str(out / "report.html") in done.stdout
     assert (out / "before_after.png").stat().st_size > 10_000 and len(rows(out / "gallery.jsonl")) == 24
     assert "policy after" in run("scripts/demo.py", "--outdir", out).stdout  # a complete run is only shown
+    (out / "summary.json").unlink()  # as if it had been stopped while the oracle looked
+    run("scripts/demo.py", "--outdir", out, "--images", 1, *shorter)
+    again = json.loads((out / "summary.json").read_text())
+    assert (again["oracle"], again["rollouts"]) == (summary["oracle"], summary["rollouts"])
 
 
 def test_the_real_prompt_file_trains_two_steps(tmp_path):

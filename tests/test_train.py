@@ -240,6 +240,9 @@ def test_a_killed_run_resumes_at_its_newest_checkpoint_and_logs_each_step_once(t
     assert all((run / name).exists() for name in ("report.html", "model.safetensors", "tokenizer.json", "tensorboard"))
     again = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     assert again.returncode == 2 and "--resume" in again.stderr.splitlines()[-1]
+    finished = subprocess.run([*command, "--resume"], env=ENVIRONMENT, capture_output=True, text=True)
+    assert finished.returncode == 2 and "is complete" in finished.stderr.splitlines()[-1]
+    assert len(rows(run / "metrics.jsonl")) == steps
 
 
 def test_two_processes_under_zero_2_agree_on_the_weights_and_hold_whole_groups(toy, tmp_path):
