@@ -6,8 +6,9 @@ No torch here: images are PIL at every border, tensors stay inside the part that
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol
 
 from PIL import Image
@@ -48,12 +49,14 @@ class Sample:
         completion: the policy's whole text.
         rewrite: the text given to the renderer, or None.
         images: one RGB picture per seed; None where the renderer failed (the sample is then absent, not bad).
+        anchors: pictures of the raw prompt from the same seeds, for rewards that need them; () if none does.
     """
 
     prompt: Prompt
     completion: str
     rewrite: str | None
     images: tuple[Image.Image | None, ...] = ()
+    anchors: tuple[Image.Image | None, ...] = ()
 
 
 class Renderer(Protocol):
@@ -78,10 +81,19 @@ class Reward(Protocol):
 
     Called with whole groups: samples of one prompt are adjacent. A reward with `needs_images` is only given samples
     whose images are all there and averages over a sample's images; the others also see unreadable answers.
+
+    Attributes:
+        name: as in `--rewards`.
+        range: lowest and highest score.
+        needs_images: whether it looks at pictures.
+        needs_anchors: whether samples must come with pictures of the raw prompt.
+        metrics: what the last call has to say beside its scores: "<name>/<metric>" -> number.
     """
 
     name: str
     range: tuple[float, float]
-    needs_images: bool
+    needs_images: bool = True
+    needs_anchors: bool = False
+    metrics: Mapping[str, float] = MappingProxyType({})
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | None]: ...

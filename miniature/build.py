@@ -11,17 +11,12 @@ reconstruction, then drawing, then learning.
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import random
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -29,64 +24,9 @@ from tqdm import tqdm
 from data.grammar import TASKS
 from interfaces import Prompt, Sample
 from miniature import world
+from miniature.fit import PADDED, ROOT, TEXT_TOKENS, WEIGHTS, fit, pixels, word_tokenizer
+from miniature.preferences import build_hps
 from prompting import SYSTEM_PROMPT, completion, messages
-
-ROOT = Path(__file__).resolve().parent
-WEIGHTS = ROOT / "weights"
-CACHE = ROOT.parent / ".cache" / "miniature"
-MEAN, STD = [channel / 255 for channel in world.GROUND], [0.3] * 3  # of HPS's pictures: the ground is 0
-WEIGHTS_FILE = "open_clip_model.safetensors"
-
-
-# ---------------------------------------------------------------- the one training loop
-
-
-def fit(
-    name: str,
-    modules: nn.ModuleDict,
-    loss_of: Callable[[random.Random, torch.Generator], torch.Tensor],
-    *,
-    steps: int,
-    lr: float,
-    weight_decay: float = 0.01,
-    save_every: int = 500,
-) -> None:
-    """AdamW, warm-up, cosine decay to zero; goes on from `.cache/miniature/<name>.pt` if an earlier run stopped.
-
-    `loss_of` gets a `random.Random` and a `torch.Generator` that are functions of (name, step) and nothing else.
-    """
-    optimizer = torch.optim.AdamW(modules.parameters(), lr=lr, weight_decay=weight_decay, betas=(0.9, 0.98))
-    state_file, start = CACHE / f"{name}.pt", 0
-    if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
-        modules.load_state_dict(state["modules"])
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
-    modules.train()
-    average, bar = math.nan, tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=5)
-    for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        loss = loss_of(random.Random(f"{name}/{step}"), torch.Generator().manual_seed(step))
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
-        optimizer.step()
-        average = loss.item() if math.isnan(average) else 0.98 * average + 0.02 * loss.item()
-        bar.set_postfix(loss=f"{average:.4f}", refresh=False)
-        if (step + 1) % save_every == 0 or step + 1 == steps:
-            state = {"modules": modules.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-            CACHE.mkdir(parents=True, exist_ok=True)
-            torch.save(state, state_file.with_suffix(".tmp"))
-            state_file.with_suffix(".tmp").replace(state_file)
-    modules.eval()
-
-
-def pixels(pictures: list[Image.Image]) -> torch.Tensor:
-    """(B, 3, 48, 48) in [-1, 1], as diffusers' VAE takes them."""
-    stacked = np.stack([np.asarray(picture, dtype=np.float32) for picture in pictures])
-    return torch.from_numpy(stacked).permute(0, 3, 1, 2) / 127.5 - 1
-
 
 # ---------------------------------------------------------------- the renderer: VAE, then FLUX on its latents
 
@@ -133,9 +73,6 @@ def pictures(batch: torch.Tensor) -> list[Image.Image]:
     return [Image.fromarray(array) for array in arrays]
 
 
-# Layout captions need 32 tokens; every text is padded or cut to this, in training as at use.
-TEXT_TOKENS = 32
-PADDED = {"padding": "max_length", "max_length": TEXT_TOKENS, "truncation": True, "return_tensors": "pt"}
 AS_TEXT = {"tokenize": False, "add_generation_prompt": True}
 GUIDANCE = 3.5  # FLUX.1-dev's distilled guidance is an input; here it is constant
 
@@ -237,93 +174,6 @@ def _latent_pool(pipe, pool: int) -> tuple[list[world.Scene], torch.Tensor]:
 def _caption(scene: world.Scene, rng: random.Random) -> str:
     things = rng.sample(scene, len(scene))
     return world.describe(things) if rng.random() < 0.8 else world.hearsay(scene, rng)
-
-
-def word_tokenizer():
-    """One token a word of the world, `<unk>` for any other; used by both text encoders of the miniature FLUX."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    rng = random.Random("words")
-    tasks = (world.request(task, rng).text for task in TASKS for _ in range(2000))
-    captions = (world.describe(world.random_scene(rng)) for _ in range(2000))
-    words = sorted({word for text in (*tasks, *captions) for word in text.replace(",", " , ").split()})
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
-        model_max_length=TEXT_TOKENS, padding_side="right",
-    )  # fmt: skip
-
-
-# ---------------------------------------------------------------- HPS
-
-
-def build_hps(caption_steps: int = 500, preference_steps: int = 2500, groups: int = 32) -> None:
-    """An open_clip CLIP, taught to match scenes and layout captions, then, as HPS v2 is, tuned on preferences.
-
-    A first recipe without captions, without centred pixels and with the default embeddings stayed blind to colour and
-    relation: near misses in colour were told apart at chance after 3,000 steps. All three changed at once.
-    """
-    import open_clip
-
-    torch.manual_seed(2)
-    words = word_tokenizer()
-    model_cfg = {
-        "embed_dim": 128,
-        "vision_cfg": {"image_size": world.SIZE, "layers": 4, "width": 128, "head_width": 32, "patch_size": 16},
-        "text_cfg": {
-            "context_length": TEXT_TOKENS, "vocab_size": len(words), "width": 128, "heads": 4, "layers": 3,
-            "hf_tokenizer_name": ".", "pool_type": "eos", "eos_id": words.eos_token_id, "pad_id": words.pad_token_id,
-        },
-    }  # fmt: skip
-    clip = open_clip.CLIP(**model_cfg)
-    nn.init.normal_(clip.token_embedding.weight, std=0.1)
-
-    def features(scenes: list[world.Scene], texts: list[str], rng: random.Random) -> tuple[torch.Tensor, ...]:
-        shown = (pixels([world.draw(scene, rng) for scene in scenes]) + 1) / 2
-        shown = (shown - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-        return clip(shown, words(texts, **PADDED).input_ids)
-
-    def matching(rng: random.Random, noise: torch.Generator) -> torch.Tensor:
-        scenes = [world.random_scene(rng, things=rng.choice((1, 1, 2, 3))) for _ in range(128)]
-        image, text, scale = features(scenes, [world.describe(rng.sample(s, len(s))) for s in scenes], rng)
-        logits, own = scale * text @ image.T, torch.arange(len(scenes))
-        return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
-
-    def preference(rng: random.Random, noise: torch.Generator) -> torch.Tensor:
-        prompts = [world.request(rng.choice(TASKS), rng) for _ in range(groups)]
-        choices = [_choices(prompt, rng) for prompt in prompts]
-        likings = [[world.taste(p, scene) for scene in row] for p, row in zip(prompts, choices, strict=True)]
-        image, text, scale = features([scene for row in choices for scene in row], [p.text for p in prompts], rng)
-        logits = scale * torch.einsum("pd,pkd->pk", text, image.view(groups, -1, image.shape[-1]))
-        chosen = (torch.tensor(likings) / 0.05).softmax(-1)
-        return -(chosen * logits.log_softmax(-1)).sum(-1).mean()
-
-    fit("hps_clip", nn.ModuleDict({"clip": clip}), matching, steps=caption_steps, lr=1e-3)
-    fit("hps", nn.ModuleDict({"clip": clip}), preference, steps=preference_steps, lr=1e-3)
-    folder = WEIGHTS / "hps"
-    words.save_pretrained(folder)
-    save_file({key: value.half().contiguous() for key, value in clip.state_dict().items()}, folder / WEIGHTS_FILE)
-    preprocess_cfg = {"mean": MEAN, "std": STD, "resize_mode": "longest", "interpolation": "bicubic"}
-    config = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
-    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _choices(prompt: Prompt, rng: random.Random) -> list[world.Scene]:
-    """Six scenes to choose between: one that keeps the prompt, three near misses, and two of another kind."""
-    right = world.layout(prompt, rng)
-    scenes = [right]
-    while len(scenes) < 4:
-        scene = world.spoil(right, rng)
-        if rng.random() < 0.3:
-            scene = world.spoil(scene, rng)
-        if world.taste(prompt, scene) < world.taste(prompt, right):
-            scenes.append(scene)
-    return [*scenes, world.random_scene(rng), world.layout(prompt, rng)]
 
 
 # ---------------------------------------------------------------- the policy

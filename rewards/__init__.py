@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from interfaces import Renderer, Reward
+from interfaces import Prompt, Renderer, Reward
 
 
 class RewardError(RuntimeError):
@@ -26,26 +26,135 @@ class RewardSettings:
         device: where the models run ("cuda:3", "cpu").
         dtype: arithmetic of the models, "float32", "bfloat16" or "float16".
         batch_size: pictures (or texts) per forward pass.
-        hps_path: the `.pt` file or folder for `rewards.hps.HPS`; None is the published HPS v2.1, from the hub.
-        length_low: shortest rewrite, in the renderer's tokens, that has the full length score.
-        length_high: longest such rewrite.
+        prompts: the data, so that a reward can say at load what it cannot judge, and refuse what it would get wrong.
         renderer: whose tokens `length` counts; None if no reward that counts them is named.
+        length_low, length_high: shortest and longest rewrite, in those tokens, that has the full length score.
+        hps_path, git_path, gdino_path, orm_path, imagereward_path, pickscore_path: checkpoint file or folder; None is
+            the published one, from the hub's local cache.
+        git_formula, gdino_formula: "faithful" or "released", see `rewards.git` and `rewards.gdino`.
+        orm_dtype: weights and arithmetic of the ORM; it has 8 billion parameters.
+        orm_temperature: of its yes/no softmax; 1 is the model's own probability.
+        judge_url: base of an OpenAI-compatible API ("http://127.0.0.1:8080/v1"). Its key: environment JUDGE_API_KEY.
+        judge_model: the model's name there.
+        judge_concurrency: calls in flight at once.
+        judge_timeout: seconds for one call, retries included.
+        judge_batch_timeout: seconds for all calls of one batch; below half of the process group's timeout.
+        judge_cache: SQLite file of verdicts; None keeps none.
+        preference_pairs: "all", "anchor", or how many partners each picture of a group meets.
+        preference_both_orders: ask each pair twice, swapped; a disagreement is a tie.
+        seed: of what a judge reward draws at random (which picture is shown first).
     """
 
     device: str = "cpu"
     dtype: str = "float32"
     batch_size: int = 32
-    hps_path: str | Path | None = None
+    prompts: Sequence[Prompt] = ()
+    renderer: Renderer | None = None
     length_low: int = 15
     length_high: int = 77
-    renderer: Renderer | None = None
+    hps_path: str | Path | None = None
+    git_path: str | Path | None = None
+    git_formula: str = "faithful"
+    gdino_path: str | Path | None = None
+    gdino_formula: str = "faithful"
+    orm_path: str | Path | None = None
+    orm_dtype: str = "bfloat16"
+    orm_temperature: float = 1.0
+    imagereward_path: str | Path | None = None
+    pickscore_path: str | Path | None = None
+    judge_url: str = "http://127.0.0.1:8080/v1"
+    judge_model: str = "UnifiedReward"
+    judge_concurrency: int = 16
+    judge_timeout: float = 120.0
+    judge_batch_timeout: float = 900.0
+    judge_cache: str | Path | None = None
+    preference_pairs: str = "all"
+    preference_both_orders: bool = False
+    seed: int = 0
+
+    def computing(self) -> dict[str, object]:
+        """The keyword arguments that every model reward takes."""
+        return {"device": self.device, "dtype": self.dtype, "batch_size": self.batch_size}
 
 
 def _hps(settings: RewardSettings) -> Reward:
     from rewards.hps import DEFAULT, HPS
 
-    path = DEFAULT if settings.hps_path is None else settings.hps_path
-    return HPS(path, device=settings.device, dtype=settings.dtype, batch_size=settings.batch_size)
+    return HPS(settings.hps_path or DEFAULT, **settings.computing())
+
+
+def _git(settings: RewardSettings) -> Reward:
+    from rewards.git import GIT, PUBLISHED
+
+    return GIT(
+        settings.git_path or PUBLISHED.repo,
+        formula=settings.git_formula,
+        prompts=settings.prompts,
+        **settings.computing(),
+    )
+
+
+def _gdino(settings: RewardSettings) -> Reward:
+    from rewards.gdino import PUBLISHED, GroundingDino
+
+    return GroundingDino(
+        settings.gdino_path or PUBLISHED.repo,
+        formula=settings.gdino_formula,
+        prompts=settings.prompts,
+        **settings.computing(),
+    )
+
+
+def _orm(settings: RewardSettings) -> Reward:
+    from rewards.orm import ORM, PUBLISHED
+
+    return ORM(
+        settings.orm_path or PUBLISHED.repo,
+        temperature=settings.orm_temperature,
+        **{**settings.computing(), "dtype": settings.orm_dtype},
+    )
+
+
+def _imagereward(settings: RewardSettings) -> Reward:
+    from rewards.imagereward import PUBLISHED, ImageReward
+
+    return ImageReward(settings.imagereward_path or PUBLISHED.repo, **settings.computing())
+
+
+def _pickscore(settings: RewardSettings) -> Reward:
+    from rewards.pickscore import PUBLISHED, PickScore
+
+    return PickScore(settings.pickscore_path or PUBLISHED.repo, **settings.computing())
+
+
+def _judge(settings: RewardSettings) -> Reward:
+    from rewards.judge import Judge
+
+    return Judge(_client(settings))
+
+
+def _preference(settings: RewardSettings) -> Reward:
+    from rewards.preference import Preference
+
+    return Preference(
+        _client(settings),
+        pairs=settings.preference_pairs,
+        both_orders=settings.preference_both_orders,
+        seed=settings.seed,
+    )
+
+
+def _client(settings: RewardSettings):
+    from rewards.vlm import VLMClient
+
+    return VLMClient(
+        settings.judge_url,
+        settings.judge_model,
+        concurrency=settings.judge_concurrency,
+        call_timeout=settings.judge_timeout,
+        batch_timeout=settings.judge_batch_timeout,
+        cache=settings.judge_cache,
+    )
 
 
 def _format(settings: RewardSettings) -> Reward:
@@ -63,7 +172,18 @@ def _length(settings: RewardSettings) -> Reward:
     return Length(renderer.count_tokens, settings.length_low, settings.length_high, renderer.max_tokens)
 
 
-REWARDS: dict[str, Callable[[RewardSettings], Reward]] = {"hps": _hps, "format": _format, "length": _length}
+REWARDS: dict[str, Callable[[RewardSettings], Reward]] = {
+    "hps": _hps,
+    "git": _git,
+    "gdino": _gdino,
+    "orm": _orm,
+    "imagereward": _imagereward,
+    "pickscore": _pickscore,
+    "judge": _judge,
+    "preference": _preference,
+    "format": _format,
+    "length": _length,
+}
 
 
 def build(names: Sequence[str], settings: RewardSettings) -> list[Reward]:

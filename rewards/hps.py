@@ -24,21 +24,19 @@ from PIL import Image
 from safetensors import SafetensorError
 from torchvision.transforms.v2 import functional as tv
 
-from interfaces import Sample
+from interfaces import Reward, Sample
 from rewards import RewardError
+from rewards.frozen import arithmetic, batches, check_pictures, distinct_pictures, freeze
 
 DEFAULT_REPO, DEFAULT_FILE = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
 DEFAULT = f"{DEFAULT_REPO}/{DEFAULT_FILE}"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 Loaded = tuple[torch.nn.Module, Callable[[list[str]], torch.Tensor], Sequence[float], Sequence[float]]
 PREPROCESSING = {"resize_mode": "longest", "interpolation": "bicubic", "fill_color": 0, "mode": "RGB"}
 
 
-class HPS:
+class HPS(Reward):
     """Preference score of a sample's pictures for its original prompt; the mean over its pictures.
-
-    A frozen model, deliberately not an `nn.Module`: nothing can prepare, shard or train it.
 
     Args:
         path: `DEFAULT` (read from the hub's local cache, never fetched unasked), a checkpoint file with the weights
@@ -57,7 +55,6 @@ class HPS:
 
     name = "hps"
     range = (-1.0, 1.0)
-    needs_images = True
 
     def __init__(
         self,
@@ -68,16 +65,11 @@ class HPS:
         batch_size: int = 32,
         model_name: str = "ViT-H-14",
     ):
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}, must be at least 1")
-        self.device, self.dtype, self.batch_size = torch.device(device), DTYPES[dtype], batch_size
+        self.device, self.dtype, self.batch_size = torch.device(device), arithmetic(dtype, batch_size), batch_size
         path = _locate(path)
         loaded = _load_folder(path) if path.is_dir() else _load_file(path, model_name)
         model, self.tokenize, mean, std = loaded
-        _check_whole(model, path)
-        self.model = model.to(self.device).eval().requires_grad_(False)
+        self.model = freeze(model, self.device, path)
         self.size = _square_size(model, path)
         self.mean = torch.tensor(mean, device=self.device).view(3, 1, 1)
         self.std = torch.tensor(std, device=self.device).view(3, 1, 1)
@@ -91,16 +83,11 @@ class HPS:
         Raises:
             ValueError: a sample without pictures, or with one that failed; the caller leaves such samples out.
         """
-        for sample in samples:
-            if not sample.images or any(image is None for image in sample.images):
-                raise ValueError(
-                    f"prompt {sample.prompt.id} ({sample.prompt.text!r}) came with images {sample.images}: give hps "
-                    "only samples whose pictures are all there"
-                )
+        check_pictures(samples, self.name)
         if not samples:
             return []
         texts = list(dict.fromkeys(sample.prompt.text for sample in samples))
-        images = list({id(image): image for sample in samples for image in sample.images}.values())
+        images = distinct_pictures(samples)
         text_row = {text: row for row, text in enumerate(texts)}
         image_row = {id(image): row for row, image in enumerate(images)}
         text_TD, image_ID = self.encode_texts(texts), self.encode_images(images)
@@ -114,24 +101,22 @@ class HPS:
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """(T, D) float32 unit features on the CPU; what is beyond the model's context (77 tokens) is cut."""
-        batches = []
-        for start in range(0, len(texts), self.batch_size):
-            tokens = self.tokenize(list(texts[start : start + self.batch_size])).to(self.device)
+        encoded = []
+        for some in batches(texts, self.batch_size):
             with self._autocast():
-                features = self.model.encode_text(tokens)
-            batches.append(F.normalize(features.float(), dim=-1).cpu())
-        return torch.cat(batches)
+                features = self.model.encode_text(self.tokenize(list(some)).to(self.device))
+            encoded.append(F.normalize(features.float(), dim=-1).cpu())
+        return torch.cat(encoded)
 
     @torch.inference_mode()
     def encode_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """(I, D) float32 unit features on the CPU; pictures of any size and mode."""
-        batches = []
-        for start in range(0, len(images), self.batch_size):
-            pixels = torch.stack([self.preprocess(image) for image in images[start : start + self.batch_size]])
+        encoded = []
+        for some in batches(images, self.batch_size):
             with self._autocast():
-                features = self.model.encode_image(pixels)
-            batches.append(F.normalize(features.float(), dim=-1).cpu())
-        return torch.cat(batches)
+                features = self.model.encode_image(torch.stack([self.preprocess(image) for image in some]))
+            encoded.append(F.normalize(features.float(), dim=-1).cpu())
+        return torch.cat(encoded)
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
         """(3, size, size) float32: longest side resized on floats, centred on black, then CLIP mean and std."""
@@ -202,12 +187,6 @@ def _load_folder(path: Path) -> Loaded:
                 "file if the model was trained so, else it is no HPS"
             )
     return model, tokenizer, preprocess.get("mean", OPENAI_DATASET_MEAN), preprocess.get("std", OPENAI_DATASET_STD)
-
-
-def _check_whole(model: torch.nn.Module, path: Path) -> None:
-    for name, parameter in model.named_parameters():
-        if parameter.numel() == 0:
-            raise RewardError(f"{name} of {path} is empty: load rewards outside DeepSpeed's `zero.Init`")
 
 
 def _square_size(model: torch.nn.Module, path: Path) -> int:

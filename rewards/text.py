@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from interfaces import Sample
+from interfaces import Reward, Sample
 from rewards import RewardError
 
 
-class Format:
+class Format(Reward):
     """1.0 if the answer could be read (`rewrite is not None`), else 0.0."""
 
     name = "format"
@@ -24,7 +24,7 @@ class Format:
         return [0.0 if sample.rewrite is None else 1.0 for sample in samples]
 
 
-class Length:
+class Length(Reward):
     """1.0 for a rewrite of `low` to `high` tokens; linear to 0 at no tokens and at twice `high`; unreadable is 0.0.
 
     Args:

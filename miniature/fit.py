@@ -1,0 +1,91 @@
+"""What every build of the miniature shares: the one training loop, pictures as tensors, the world's word tokenizer."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from tqdm import tqdm
+
+from data.grammar import TASKS
+from miniature import world
+
+ROOT = Path(__file__).resolve().parent
+WEIGHTS = ROOT / "weights"
+CACHE = ROOT.parent / ".cache" / "miniature"
+# Layout captions need 32 tokens; every text is padded or cut to this, in training as at use.
+TEXT_TOKENS = 32
+PADDED = {"padding": "max_length", "max_length": TEXT_TOKENS, "truncation": True, "return_tensors": "pt"}
+
+
+def fit(
+    name: str,
+    modules: nn.ModuleDict,
+    loss_of: Callable[[random.Random, torch.Generator], torch.Tensor],
+    *,
+    steps: int,
+    lr: float,
+    weight_decay: float = 0.01,
+    save_every: int = 500,
+) -> None:
+    """AdamW, warm-up, cosine decay to zero; goes on from `.cache/miniature/<name>.pt` if an earlier run stopped.
+
+    `loss_of` gets a `random.Random` and a `torch.Generator` that are functions of (name, step) and nothing else.
+    """
+    optimizer = torch.optim.AdamW(modules.parameters(), lr=lr, weight_decay=weight_decay, betas=(0.9, 0.98))
+    state_file, start = CACHE / f"{name}.pt", 0
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        modules.load_state_dict(state["modules"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+    modules.train()
+    average, bar = math.nan, tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=5)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        loss = loss_of(random.Random(f"{name}/{step}"), torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
+        optimizer.step()
+        average = loss.item() if math.isnan(average) else 0.98 * average + 0.02 * loss.item()
+        bar.set_postfix(loss=f"{average:.4f}", refresh=False)
+        if (step + 1) % save_every == 0 or step + 1 == steps:
+            state = {"modules": modules.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+            CACHE.mkdir(parents=True, exist_ok=True)
+            torch.save(state, state_file.with_suffix(".tmp"))
+            state_file.with_suffix(".tmp").replace(state_file)
+    modules.eval()
+
+
+def pixels(pictures: list[Image.Image]) -> torch.Tensor:
+    """(B, 3, 48, 48) in [-1, 1], as diffusers' VAE takes them."""
+    stacked = np.stack([np.asarray(picture, dtype=np.float32) for picture in pictures])
+    return torch.from_numpy(stacked).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+def word_tokenizer():
+    """One token a word of the world, `<unk>` for any other; used by both text encoders of the miniature FLUX."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    rng = random.Random("words")
+    tasks = (world.request(task, rng).text for task in TASKS for _ in range(2000))
+    captions = (world.describe(world.random_scene(rng)) for _ in range(2000))
+    words = sorted({word for text in (*tasks, *captions) for word in text.replace(",", " , ").split()})
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
+        model_max_length=TEXT_TOKENS, padding_side="right",
+    )  # fmt: skip

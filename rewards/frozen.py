@@ -1,0 +1,127 @@
+"""What the frozen reward models share: where a checkpoint lies on this disk, that it is whole, each picture once.
+
+A frozen model is held by a plain object, deliberately not an `nn.Module`: nothing can prepare, shard or train it.
+Nothing is ever fetched here: gigabytes by eight processes are a person's call, and the error names the command.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+from PIL import Image
+
+from interfaces import Sample
+from rewards import RewardError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@runtime_checkable
+class ModelReward(Protocol):
+    """A reward with weights: `model` is the frozen network, `device` where it computes."""
+
+    name: str
+    model: torch.nn.Module
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Published:
+    """A checkpoint on the hub, and what a user must know before fetching it.
+
+    Attributes:
+        repo: "owner/name".
+        size: of the files in `files`, as text ("1.6 GB").
+        licence: its name.
+        files: patterns of the files that are read.
+    """
+
+    repo: str
+    size: str
+    licence: str
+    files: tuple[str, ...] = ("*.json", "*.txt", "*.safetensors")
+
+    @property
+    def command(self) -> str:
+        return f"hf download {self.repo} " + " ".join(f"--include '{pattern}'" for pattern in self.files)
+
+
+def arithmetic(dtype: str, batch_size: int) -> torch.dtype:
+    """The torch dtype of that name.
+
+    Raises:
+        ValueError: an unknown `dtype`, or a `batch_size` below 1.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, must be at least 1")
+    return DTYPES[dtype]
+
+
+def folder_of(path: str | Path, published: Published, needs: Sequence[str]) -> Path:
+    """The folder at `path` (or of `published.repo` in the hub's local cache) with all files `needs`.
+
+    Raises:
+        RewardError: no such folder, or a file is missing; with size, licence and the command that fetches it.
+    """
+    if Path(path).is_dir():
+        folder = Path(path)
+    elif str(path) == published.repo:
+        try:
+            folder = Path(snapshot_download(published.repo, local_files_only=True))
+        except LocalEntryNotFoundError as error:
+            raise RewardError(
+                f"{published.repo} ({published.size}, {published.licence}) is not in the Hugging Face cache: "
+                f"run `{published.command}`"
+            ) from error
+    else:
+        raise RewardError(f"no folder at {str(path)!r}: give a checkpoint folder, or {published.repo!r}")
+    missing = [name for name in needs if not (folder / name).is_file()]
+    if missing:
+        hint = "name the folder that holds them" if Path(path).is_dir() else f"run `{published.command}`"
+        raise RewardError(f"{folder} has no {', '.join(missing)}: {hint}")
+    return folder
+
+
+def freeze(model: torch.nn.Module, device: torch.device, source: str | Path) -> torch.nn.Module:
+    """`model` on `device`, in eval mode, without gradients.
+
+    Raises:
+        RewardError: a weight is empty or has no storage, as inside DeepSpeed's `zero.Init`.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.numel() == 0 or parameter.is_meta:
+            raise RewardError(f"{name} of {source} is empty: load rewards outside DeepSpeed's `zero.Init`")
+    return model.to(device).eval().requires_grad_(False)
+
+
+def check_pictures(samples: Sequence[Sample], reward: str) -> None:
+    """Raise ValueError for a sample without pictures, or with one that failed; the caller leaves such samples out."""
+    for sample in samples:
+        if not sample.images or any(image is None for image in sample.images):
+            raise ValueError(
+                f"prompt {sample.prompt.id} ({sample.prompt.text!r}) came with images {sample.images}: give {reward} "
+                "only samples whose pictures are all there"
+            )
+
+
+def distinct_pictures(samples: Sequence[Sample]) -> list[Image.Image]:
+    """Each picture of the samples once (the same PIL object, not the same pixels), in order of appearance."""
+    return list({id(image): image for sample in samples for image in sample.images}.values())
+
+
+def batches(rows: Sequence, size: int) -> Iterator[Sequence]:
+    """`rows` in slices of at most `size`."""
+    return (rows[start : start + size] for start in range(0, len(rows), size))
+
+
+def one_line(error: Exception, most: int = 200) -> str:
+    """The text of an error on one line, or its class where it has none."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
