@@ -42,9 +42,11 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallb
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from data.prompts import DataError, load_prompts
-from interfaces import Renderer, Reward
+from interfaces import Prompt, Renderer, Reward
 from prompting import messages
-from rewards import REWARDS, RewardError, RewardSettings, build
+from rewards import REWARDS, RewardError, RewardOptions, Setting, build, check
+from rewards.frozen import footprint
+from training.diagnostics import diagnose, mean_of_processes
 from training.policy import PolicyError, load_tokenizer
 from training.report import write_report
 from training.run_folder import RunFolder, RunFolderError, git_commit
@@ -80,6 +82,10 @@ class ScriptArguments:
         default_factory=lambda: ["hps", "format", "length"],
         metadata={"help": f"Rewards, of: {', '.join(REWARDS)}; weighted by --reward_weights in this order (1 each)."},
     )
+    held_out: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Rewards that only watch: scored and logged, never trained on; they show reward hacking."},
+    )
     images_per_rewrite: int = field(
         default=1,
         metadata={"help": "Pictures per rewrite, averaged; another prompt often teaches more at the same cost."},
@@ -100,24 +106,7 @@ class ScriptArguments:
     render_batch_size: int = field(
         default=8, metadata={"help": "Pictures per pipeline call; at 512 px a GPU is busy from about 8 on."}
     )
-    render_device: str | None = field(default=None, metadata={"help": "Of renderer and rewards; unset: its own."})
-    reward_dtype: str = field(
-        default="float32",
-        metadata={
-            "help": "Arithmetic of model rewards; scores of a group differ in the third digit, so not bfloat16.",
-            "choices": ["bfloat16", "float16", "float32"],
-        },
-    )
-    reward_batch_size: int = field(default=32, metadata={"help": "Pictures or texts per forward pass of a reward."})
-    hps_path: str | None = field(
-        default=None, metadata={"help": "HPS checkpoint, .pt file or open_clip folder; unset: the published v2.1."}
-    )
-    length_low: int = field(
-        default=15, metadata={"help": "Renderer tokens; below it a rewrite loses length score: it adds nothing."}
-    )
-    length_high: int = field(
-        default=77, metadata={"help": "Renderer tokens; above it a rewrite loses length score; RePrompt's bound."}
-    )
+    render_device: str | None = field(default=None, metadata={"help": "Of the renderer; unset: the process's own."})
     max_absent_share: float = field(
         default=0.5,
         metadata={"help": "Share of samples without score, 0 to 1, above which three batches in a row stop the run."},
@@ -138,7 +127,7 @@ class Parser(TrlParser):
         raise UsageError(message)
 
 
-def parse_options(argv: Sequence[str]) -> tuple[ScriptArguments, GRPOConfig, ModelConfig]:
+def parse_options(argv: Sequence[str]) -> tuple[ScriptArguments, RewardOptions, GRPOConfig, ModelConfig]:
     """Options of one run: the recipe, then the `--config` YAML, then flags.
 
     Raises:
@@ -146,13 +135,14 @@ def parse_options(argv: Sequence[str]) -> tuple[ScriptArguments, GRPOConfig, Mod
     """
     config_only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     config_only.add_argument("--config", help="YAML file of options; it states only what differs from the recipe.")
-    parser = Parser((ScriptArguments, GRPOConfig, ModelConfig), parents=[config_only], allow_abbrev=False)
+    kinds = (ScriptArguments, RewardOptions, GRPOConfig, ModelConfig)
+    parser = Parser(kinds, parents=[config_only], allow_abbrev=False)
     parser.set_defaults(use_cpu=not torch.cuda.is_available())
     for path in (RECIPE, config_only.parse_known_args(argv)[0].config):
         if path is not None:
             parser.set_defaults_with_config(**_read_yaml(Path(path), parser))
     try:
-        script, training, model, _, unknown = parser.parse_args_into_dataclasses(
+        script, options, training, model, _, unknown = parser.parse_args_into_dataclasses(
             args=list(argv), return_remaining_strings=True, look_for_args_file=False
         )
     except ValueError as error:  # TRL and transformers check values against each other while they build their config
@@ -161,7 +151,7 @@ def parse_options(argv: Sequence[str]) -> tuple[ScriptArguments, GRPOConfig, Mod
         flags = [option for action in parser._actions for option in action.option_strings]
         raise UsageError(f"unknown argument {unknown[0]!r}, did you mean {_nearest(unknown[0], flags)!r}?")
     _set_what_ours_rename(script, training, model)
-    return script, training, model
+    return script, options, training, model
 
 
 def _read_yaml(path: Path, parser: Parser) -> dict[str, Any]:
@@ -249,9 +239,9 @@ def plan(script: ScriptArguments, training: GRPOConfig, prompts: int) -> dict[st
 
 
 def load_frozen(
-    script: ScriptArguments, training: GRPOConfig
-) -> tuple[PreTrainedTokenizerBase, Renderer, list[Reward]]:
-    """Tokenizer, renderer and rewards; one error names all checkpoints that are missing.
+    script: ScriptArguments, options: RewardOptions, training: GRPOConfig, prompts: Sequence[Prompt]
+) -> tuple[PreTrainedTokenizerBase, Renderer, list[Reward], list[Reward]]:
+    """Tokenizer, renderer, rewards and held-out scorers; one error names all that is missing.
 
     Raises:
         UsageError: with each missing checkpoint's name, size, licence and the command that fetches it.
@@ -259,7 +249,7 @@ def load_frozen(
     from rendering.local import CheckpointError, LocalRenderer  # diffusers: seconds that a bad option need not cost
 
     device, missing, tokenizer, renderer = script.render_device or str(training.device), [], None, None
-    names = script.rewards
+    names = [*script.rewards, *script.held_out]
     with _outside_zero_init(training):
         try:
             tokenizer = load_tokenizer(script.gpt_path)
@@ -280,22 +270,15 @@ def load_frozen(
         except (CheckpointError, ValueError) as error:
             missing.append(str(error))
             names = [name for name in names if name != "length"]  # it counts the tokens of the renderer
-        settings = RewardSettings(
-            device=device,
-            dtype=script.reward_dtype,
-            batch_size=script.reward_batch_size,
-            hps_path=script.hps_path,
-            length_low=script.length_low,
-            length_high=script.length_high,
-            renderer=renderer,
-        )
+        verdicts = Path(script.outdir) / f"verdicts_{training.process_index}.sqlite"
+        setting = Setting(options.reward_device or device, renderer, prompts, training.seed, verdicts)
         try:
-            rewards = build(names, settings)
-        except RewardError as error:
+            rewards = build(names, options, setting)
+        except (RewardError, ValueError) as error:
             missing.append(str(error))
     if missing:
         raise UsageError("; and ".join(missing))
-    return tokenizer, renderer, rewards
+    return tokenizer, renderer, rewards[: len(script.rewards)], rewards[len(script.rewards) :]
 
 
 @contextlib.contextmanager
@@ -323,11 +306,14 @@ class RewriteTrainer(GRPOTrainer):
         batch = super()._generate_and_score_completions(inputs)  # sample, draw, score, advantages
         seconds = time.perf_counter() - started
         drawing = self.scorer.metrics["seconds/render"] + self.scorer.metrics["seconds/score"]
-        self._metrics["train"]["seconds/generate"].append(seconds - drawing)
+        measured = {**self.scorer.metrics, "seconds/generate": seconds - drawing}
         rows = gather_object(self._rows(batch["advantages"].tolist()))
+        found = diagnose(rows, self.args.num_generations, self.scorer.renderer.max_tokens)
+        for name, value in {**mean_of_processes(gather_object([measured])), **found}.items():
+            self._metrics["train"][name].append(value)
         if self.accelerator.is_main_process:
             self.folder.write_rollouts(self.state.global_step + 1, rows)
-        self.scorer.check_absent(sum(row["total"] is None for row in rows) / len(rows))  # same verdict on every rank
+        self.scorer.check_absent(found["samples/absent"])  # the same verdict on every rank
         return batch
 
     def _rows(self, advantages: list[float]) -> list[dict[str, Any]]:
@@ -354,7 +340,9 @@ class RewriteTrainer(GRPOTrainer):
             "reasoning": scored.reasoning,
             "rewrite": scored.sample.rewrite,
             "seeds": list(scored.seeds),
+            "tokens": scored.tokens,
             "parts": scored.parts,
+            "held_out": scored.held_out,
             "total": total,
             "advantage": advantage,
             "images": images,
@@ -401,25 +389,23 @@ class RunLog(TrainerCallback):
         self.bar.close()
 
 
-def train(script: ScriptArguments, training: GRPOConfig, model: ModelConfig) -> None:
+def train(script: ScriptArguments, options: RewardOptions, training: GRPOConfig, model: ModelConfig) -> None:
     """One run, from options to trained policy and report.
 
     Raises:
         UsageError, DataError, RunFolderError: bad input, found before any model is loaded where that is possible.
         ScoringError: pictures or scores failed for good.
     """
-    unknown = [name for name in script.rewards if name not in REWARDS]
-    if unknown or len(set(script.rewards)) < len(script.rewards):
-        build(script.rewards, RewardSettings())  # only to raise: it names the nearest reward
+    check([*script.rewards, *script.held_out], options, training.ddp_timeout)
     if training.reward_weights is not None and len(training.reward_weights) != len(script.rewards):
         raise UsageError(f"reward_weights {training.reward_weights} for rewards {script.rewards}: give one for each")
     prompts = {prompt.id: prompt for prompt in load_prompts(script.data)}
     numbers = plan(script, training, len(prompts))
-    folder = RunFolder(script.outdir, _resolved(script, training, model), resume=script.resume)
+    folder = RunFolder(script.outdir, _resolved(script, options, training, model), resume=script.resume)
     folder.check()
     if folder.resume_step >= numbers["optimizer_steps"]:  # the Trainer would take one step more than was asked for
         raise RunFolderError(f"--resume: {folder.path} is complete; its policy is {folder.checkpoint}")
-    tokenizer, renderer, rewards = load_frozen(script, training)
+    tokenizer, renderer, rewards, held_out = load_frozen(script, options, training, list(prompts.values()))
 
     scorer = Scorer(
         renderer,
@@ -429,11 +415,12 @@ def train(script: ScriptArguments, training: GRPOConfig, model: ModelConfig) -> 
         images_per_rewrite=script.images_per_rewrite,
         run_seed=training.seed,
         max_absent_share=script.max_absent_share,
+        held_out=held_out,
     )
     PartialState().wait_for_everyone()  # every process has checked the folder before one writes into it
     if training.process_index == 0:
         folder.open(numbers, [Path(sys.argv[0]).name, *sys.argv[1:]], git_commit(HERE))
-        print(_announce(script, training, model, numbers, folder), flush=True)
+        print(_announce(script, training, model, numbers, folder, [*rewards, *held_out]), flush=True)
 
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.path / "tensorboard"))
     trainer = RewriteTrainer(
@@ -457,12 +444,20 @@ def train(script: ScriptArguments, training: GRPOConfig, model: ModelConfig) -> 
         print(f"policy: {script.outdir}\nreport: {write_report(folder.path)}", flush=True)
 
 
-def _resolved(script: ScriptArguments, training: GRPOConfig, model: ModelConfig) -> dict[str, Any]:
-    return {**training.to_dict(), **asdict(model), **asdict(script), "num_processes": training.world_size}
+def _resolved(
+    script: ScriptArguments, options: RewardOptions, training: GRPOConfig, model: ModelConfig
+) -> dict[str, Any]:
+    ours = {**asdict(script), **asdict(options), "num_processes": training.world_size}
+    return {**training.to_dict(), **asdict(model), **ours}
 
 
 def _announce(
-    script: ScriptArguments, training: GRPOConfig, model: ModelConfig, numbers: dict[str, int], folder: RunFolder
+    script: ScriptArguments,
+    training: GRPOConfig,
+    model: ModelConfig,
+    numbers: dict[str, int],
+    folder: RunFolder,
+    scorers: Sequence[Reward],
 ) -> str:
     lines = [
         f"{numbers['prompts_per_generation']} prompts x {training.num_generations} completions = "
@@ -471,7 +466,9 @@ def _announce(
         f"{numbers['optimizer_steps_per_generation']} optimiser step(s) per generation, "
         f"{numbers['optimizer_steps_per_epoch']} per epoch, {numbers['optimizer_steps']} in all; up to "
         f"{numbers['images']} pictures in all",
-        f"rewards {', '.join(script.rewards)}; seed {training.seed}; all options: {folder.path}/run.json",
+        f"rewards {', '.join(script.rewards)}; held out {', '.join(script.held_out) or 'none'}; seed {training.seed}; "
+        f"all options: {folder.path}/run.json",
+        *[f"  {footprint(scorer)}" for scorer in scorers],
     ]
     if folder.resume_step:
         lines.append(f"continuing after step {folder.resume_step}")

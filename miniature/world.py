@@ -227,7 +227,6 @@ def taste(prompt: Prompt, scene: Scene) -> float:
     1 if the prompt holds and nothing else is there; part of it if some of what was asked for is there; 0.1 less for
     each thing that nobody asked for. The miniature HPS learns from this, where the real one learned from people.
     """
-    seen = [Seen(t.color, t.shape, t.place, _nominal_box(t.place)) for t in scene]
     names = {thing.shape for thing in scene} | {f"{thing.color} {thing.shape}" for thing in scene}
     if prompt.counts:
         shape, wanted = prompt.counts[0]
@@ -235,9 +234,14 @@ def taste(prompt: Prompt, scene: Scene) -> float:
         liking, wanted = max(0.0, 1 - 0.35 * abs(there - wanted)), wanted if there else len(scene)
     else:
         asked = (*prompt.nouns, *prompt.attr_nouns)
-        liking = 1.0 if holds(prompt, seen) else 0.5 * sum(name in names for name in asked) / len(asked)
+        liking = 1.0 if keeps(prompt, scene) else 0.5 * sum(name in names for name in asked) / len(asked)
         wanted = len(prompt.nouns)
     return max(0.0, liking - 0.1 * max(0, len(scene) - wanted))
+
+
+def keeps(prompt: Prompt, scene: Scene) -> bool:
+    """Does the prompt hold in the scene itself, no picture drawn?"""
+    return holds(prompt, [Seen(t.color, t.shape, t.place, _nominal_box(t.place)) for t in scene])
 
 
 def _nominal_box(place: int) -> tuple[float, float, float, float]:

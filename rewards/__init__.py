@@ -7,8 +7,9 @@ for `hps` needs neither the packages nor the checkpoints of the others.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from interfaces import Prompt, Renderer, Reward
@@ -18,161 +19,157 @@ class RewardError(RuntimeError):
     """A reward cannot be built or its checkpoint cannot be read; the message says what to do next."""
 
 
+def option(default: object, help: str, **more: object):
+    """A field of `RewardOptions`, which the trainer's command line shows with this help."""
+    return field(default=default, metadata={"help": help, **more})
+
+
+DTYPES = ["float32", "bfloat16", "float16"]
+FORMULAS = ["faithful", "released"]
+
+
+@dataclass
+class RewardOptions:
+    """What a user may choose about rewards; every field is a flag of the trainer and a key of its YAML files."""
+
+    reward_device: str | None = option(None, "Where reward models compute; unset: where the renderer does.")
+    reward_offload: bool = option(False, "Keep reward models in main memory while they do not score.")
+    reward_dtype: str = option(
+        "float32", "Their arithmetic; a group's scores differ in the third digit, so not bfloat16.", choices=DTYPES
+    )
+    reward_batch_size: int = option(32, "Pictures or texts per forward pass of a reward.")
+    hps_path: str | None = option(None, "HPS checkpoint, .pt file or open_clip folder; unset: the published v2.1.")
+    git_path: str | None = option(None, "GIT folder; unset: microsoft/git-large-vqav2.")
+    git_formula: str = option("faithful", "Published formula, or the released code's.", choices=FORMULAS)
+    gdino_path: str | None = option(None, "GroundingDINO folder; unset: IDEA-Research/grounding-dino-tiny.")
+    gdino_formula: str = option("faithful", "Published formula, or the released code's bugs too.", choices=FORMULAS)
+    orm_path: str | None = option(None, "ORM folder; unset: CaraJ/ORM-T2I-R1.")
+    orm_dtype: str = option("bfloat16", "Weights and arithmetic of the ORM, 8 billion parameters.", choices=DTYPES)
+    orm_temperature: float = option(1.0, "Of the ORM's yes/no softmax; 0.3 is as sharp as the released code.")
+    imagereward_path: str | None = option(None, "ImageReward folder; unset: THUDM/ImageReward.")
+    pickscore_path: str | None = option(None, "PickScore folder; unset: yuvalkirstain/PickScore_v1.")
+    judge_url: str = option("http://127.0.0.1:8080/v1", "OpenAI-compatible API; its key: environment JUDGE_API_KEY.")
+    judge_model: str = option("UnifiedReward", "The judge's name there.")
+    judge_concurrency: int = option(16, "Calls of one process in flight at once.")
+    judge_timeout: float = option(120.0, "Seconds for one call, retries included.")
+    judge_batch_timeout: float = option(900.0, "Seconds for all calls of a batch; what is open then is absent.")
+    judge_cache: str | None = option(None, "SQLite file of verdicts; unset: one per process in the run folder.")
+    preference_pairs: str = option(
+        "all", "Pairs of a group to compare: all, anchor (each with the raw prompt's), or k."
+    )
+    preference_both_orders: bool = option(False, "Ask each pair twice, swapped; a disagreement is a tie.")
+    length_low: int = option(15, "Renderer tokens; below it a rewrite loses length score: it adds nothing.")
+    length_high: int = option(77, "Renderer tokens; above it a rewrite loses length score; RePrompt's bound.")
+
+
 @dataclass(frozen=True)
-class RewardSettings:
-    """All that the constructors below choose from; each takes what it needs.
+class Setting:
+    """What a run gives its rewards beside the options.
 
     Attributes:
-        device: where the models run ("cuda:3", "cpu").
-        dtype: arithmetic of the models, "float32", "bfloat16" or "float16".
-        batch_size: pictures (or texts) per forward pass.
-        prompts: the data, so that a reward can say at load what it cannot judge, and refuse what it would get wrong.
+        device: where models compute ("cuda:3", "cpu").
         renderer: whose tokens `length` counts; None if no reward that counts them is named.
-        length_low, length_high: shortest and longest rewrite, in those tokens, that has the full length score.
-        hps_path, git_path, gdino_path, orm_path, imagereward_path, pickscore_path: checkpoint file or folder; None is
-            the published one, from the hub's local cache.
-        git_formula, gdino_formula: "faithful" or "released", see `rewards.git` and `rewards.gdino`.
-        orm_dtype: weights and arithmetic of the ORM; it has 8 billion parameters.
-        orm_temperature: of its yes/no softmax; 1 is the model's own probability.
-        judge_url: base of an OpenAI-compatible API ("http://127.0.0.1:8080/v1"). Its key: environment JUDGE_API_KEY.
-        judge_model: the model's name there.
-        judge_concurrency: calls in flight at once.
-        judge_timeout: seconds for one call, retries included.
-        judge_batch_timeout: seconds for all calls of one batch; below half of the process group's timeout.
-        judge_cache: SQLite file of verdicts; None keeps none.
-        preference_pairs: "all", "anchor", or how many partners each picture of a group meets.
-        preference_both_orders: ask each pair twice, swapped; a disagreement is a tie.
-        seed: of what a judge reward draws at random (which picture is shown first).
+        prompts: the data, so that a reward can say at load what it cannot judge.
+        seed: of what a judge draws at random (which picture it is shown first).
+        judge_cache: where verdicts are kept if the options name no file; None keeps none.
     """
 
     device: str = "cpu"
-    dtype: str = "float32"
-    batch_size: int = 32
-    prompts: Sequence[Prompt] = ()
     renderer: Renderer | None = None
-    length_low: int = 15
-    length_high: int = 77
-    hps_path: str | Path | None = None
-    git_path: str | Path | None = None
-    git_formula: str = "faithful"
-    gdino_path: str | Path | None = None
-    gdino_formula: str = "faithful"
-    orm_path: str | Path | None = None
-    orm_dtype: str = "bfloat16"
-    orm_temperature: float = 1.0
-    imagereward_path: str | Path | None = None
-    pickscore_path: str | Path | None = None
-    judge_url: str = "http://127.0.0.1:8080/v1"
-    judge_model: str = "UnifiedReward"
-    judge_concurrency: int = 16
-    judge_timeout: float = 120.0
-    judge_batch_timeout: float = 900.0
-    judge_cache: str | Path | None = None
-    preference_pairs: str = "all"
-    preference_both_orders: bool = False
+    prompts: Sequence[Prompt] = ()
     seed: int = 0
-
-    def computing(self) -> dict[str, object]:
-        """The keyword arguments that every model reward takes."""
-        return {"device": self.device, "dtype": self.dtype, "batch_size": self.batch_size}
+    judge_cache: Path | None = None
 
 
-def _hps(settings: RewardSettings) -> Reward:
+def _computing(options: RewardOptions, setting: Setting) -> dict[str, object]:
+    """The keyword arguments that every model reward takes."""
+    return {"device": setting.device, "dtype": options.reward_dtype, "batch_size": options.reward_batch_size}
+
+
+def _hps(options: RewardOptions, setting: Setting) -> Reward:
     from rewards.hps import DEFAULT, HPS
 
-    return HPS(settings.hps_path or DEFAULT, **settings.computing())
+    return HPS(options.hps_path or DEFAULT, **_computing(options, setting))
 
 
-def _git(settings: RewardSettings) -> Reward:
+def _git(options: RewardOptions, setting: Setting) -> Reward:
     from rewards.git import GIT, PUBLISHED
 
-    return GIT(
-        settings.git_path or PUBLISHED.repo,
-        formula=settings.git_formula,
-        prompts=settings.prompts,
-        **settings.computing(),
-    )
+    path, formula = options.git_path or PUBLISHED.repo, options.git_formula
+    return GIT(path, formula=formula, prompts=setting.prompts, **_computing(options, setting))
 
 
-def _gdino(settings: RewardSettings) -> Reward:
+def _gdino(options: RewardOptions, setting: Setting) -> Reward:
     from rewards.gdino import PUBLISHED, GroundingDino
 
-    return GroundingDino(
-        settings.gdino_path or PUBLISHED.repo,
-        formula=settings.gdino_formula,
-        prompts=settings.prompts,
-        **settings.computing(),
-    )
+    path, formula = options.gdino_path or PUBLISHED.repo, options.gdino_formula
+    return GroundingDino(path, formula=formula, prompts=setting.prompts, **_computing(options, setting))
 
 
-def _orm(settings: RewardSettings) -> Reward:
+def _orm(options: RewardOptions, setting: Setting) -> Reward:
     from rewards.orm import ORM, PUBLISHED
 
-    return ORM(
-        settings.orm_path or PUBLISHED.repo,
-        temperature=settings.orm_temperature,
-        **{**settings.computing(), "dtype": settings.orm_dtype},
-    )
+    computing = {**_computing(options, setting), "dtype": options.orm_dtype}
+    return ORM(options.orm_path or PUBLISHED.repo, temperature=options.orm_temperature, **computing)
 
 
-def _imagereward(settings: RewardSettings) -> Reward:
+def _imagereward(options: RewardOptions, setting: Setting) -> Reward:
     from rewards.imagereward import PUBLISHED, ImageReward
 
-    return ImageReward(settings.imagereward_path or PUBLISHED.repo, **settings.computing())
+    return ImageReward(options.imagereward_path or PUBLISHED.repo, **_computing(options, setting))
 
 
-def _pickscore(settings: RewardSettings) -> Reward:
+def _pickscore(options: RewardOptions, setting: Setting) -> Reward:
     from rewards.pickscore import PUBLISHED, PickScore
 
-    return PickScore(settings.pickscore_path or PUBLISHED.repo, **settings.computing())
+    return PickScore(options.pickscore_path or PUBLISHED.repo, **_computing(options, setting))
 
 
-def _judge(settings: RewardSettings) -> Reward:
+def _judge(options: RewardOptions, setting: Setting) -> Reward:
     from rewards.judge import Judge
 
-    return Judge(_client(settings))
+    return Judge(_client(options, setting))
 
 
-def _preference(settings: RewardSettings) -> Reward:
+def _preference(options: RewardOptions, setting: Setting) -> Reward:
     from rewards.preference import Preference
 
-    return Preference(
-        _client(settings),
-        pairs=settings.preference_pairs,
-        both_orders=settings.preference_both_orders,
-        seed=settings.seed,
-    )
+    pairs, both = options.preference_pairs, options.preference_both_orders
+    return Preference(_client(options, setting), pairs=pairs, both_orders=both, seed=setting.seed)
 
 
-def _client(settings: RewardSettings):
+def _client(options: RewardOptions, setting: Setting):
+    """The judge's client, once the judge has answered: a run must not find out after an hour that nobody is there."""
     from rewards.vlm import VLMClient
 
-    return VLMClient(
-        settings.judge_url,
-        settings.judge_model,
-        concurrency=settings.judge_concurrency,
-        call_timeout=settings.judge_timeout,
-        batch_timeout=settings.judge_batch_timeout,
-        cache=settings.judge_cache,
+    client = VLMClient(
+        options.judge_url,
+        options.judge_model,
+        concurrency=options.judge_concurrency,
+        call_timeout=options.judge_timeout,
+        batch_timeout=options.judge_batch_timeout,
+        cache=options.judge_cache or setting.judge_cache,
     )
+    client.check()
+    return client
 
 
-def _format(settings: RewardSettings) -> Reward:
+def _format(options: RewardOptions, setting: Setting) -> Reward:
     from rewards.text import Format
 
     return Format()
 
 
-def _length(settings: RewardSettings) -> Reward:
+def _length(options: RewardOptions, setting: Setting) -> Reward:
     from rewards.text import Length
 
-    renderer = settings.renderer
+    renderer = setting.renderer
     if renderer is None:
-        raise RewardError("reward 'length' counts the renderer's tokens, but RewardSettings.renderer is None: set it")
-    return Length(renderer.count_tokens, settings.length_low, settings.length_high, renderer.max_tokens)
+        raise RewardError("reward 'length' counts the renderer's tokens, but Setting.renderer is None: set it")
+    return Length(renderer.count_tokens, options.length_low, options.length_high, renderer.max_tokens)
 
 
-REWARDS: dict[str, Callable[[RewardSettings], Reward]] = {
+REWARDS: dict[str, Callable[[RewardOptions, Setting], Reward]] = {
     "hps": _hps,
     "git": _git,
     "gdino": _gdino,
@@ -186,11 +183,12 @@ REWARDS: dict[str, Callable[[RewardSettings], Reward]] = {
 }
 
 
-def build(names: Sequence[str], settings: RewardSettings) -> list[Reward]:
-    """Build the named rewards, in the order of `names`. All names are checked before the first model is loaded.
+def check(names: Sequence[str], options: RewardOptions, ddp_timeout: float = math.inf) -> None:
+    """Check what can be known before any model is loaded.
 
     Raises:
-        RewardError: an unknown or repeated name, or a reward that cannot be built (missing checkpoint).
+        RewardError: a name that is unknown (with the nearest one) or comes twice; judges that together may hold a
+            process for half of `ddp_timeout` seconds or more, while the others wait and take it for dead.
     """
     for name in names:
         if name not in REWARDS:
@@ -200,4 +198,32 @@ def build(names: Sequence[str], settings: RewardSettings) -> list[Reward]:
             )
     if len(set(names)) != len(names):
         raise RewardError(f"a reward is named twice in {list(names)}: name each once and weight it instead")
-    return [REWARDS[name](settings) for name in names]
+    waiting = sum(name in ("judge", "preference") for name in names) * options.judge_batch_timeout
+    if waiting and waiting >= ddp_timeout / 2:
+        raise RewardError(
+            f"judges may take {waiting:g} s of a batch (judge_batch_timeout {options.judge_batch_timeout:g} s each), "
+            f"not below half of ddp_timeout {ddp_timeout:g} s: lower the first or raise the second"
+        )
+
+
+def build(names: Sequence[str], options: RewardOptions, setting: Setting) -> list[Reward]:
+    """Build the named rewards, in the order of `names`. All names are checked before the first model is loaded.
+
+    Raises:
+        RewardError: an unknown or repeated name, or rewards that cannot be built (missing checkpoints, a judge that
+            does not answer): all of them in one message.
+    """
+    check(names, options)
+    rewards, missing = [], []
+    for name in names:
+        try:
+            rewards.append(REWARDS[name](options, setting))
+        except RewardError as error:
+            missing.append(str(error))
+    if missing:
+        raise RewardError("; and ".join(missing))
+    if not options.reward_offload:
+        return rewards
+    from rewards.frozen import offloaded
+
+    return [offloaded(reward) for reward in rewards]

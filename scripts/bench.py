@@ -28,7 +28,7 @@ from data.prompts import load_prompts
 from interfaces import Prompt, Sample
 from prompting import messages, parse
 from rendering.local import LocalRenderer
-from rewards import RewardSettings, build
+from rewards import RewardOptions, Setting, build
 from scripts.reprompt import Reprompter
 from training.scoring import Scorer
 from training.seeds import render_seed
@@ -58,7 +58,7 @@ def bench_cpu(groups: int, group: int) -> dict:
     prompts = random.Random(0).sample(load_prompts(ROOT / options["data"]), groups)
     asked = [prompt for prompt in prompts for _ in range(group)]
     renderer, one_by_one = (_renderer(options, chunk) for chunk in (options["render_batch_size"], 1))
-    rewards = build(REWARDS, RewardSettings(hps_path=str(ROOT / options["hps_path"]), renderer=renderer))
+    rewards = build(REWARDS, RewardOptions(hps_path=str(ROOT / options["hps_path"])), Setting(renderer=renderer))
     scorer = Scorer(renderer, rewards, {prompt.id: prompt for prompt in prompts}, num_generations=group)
 
     completions, generating = _sample(ROOT / options["gpt_path"], asked, options["max_completion_length"])

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from interfaces import Prompt
+from interfaces import Prompt, Reward
 from prompting import completion
 from training.scoring import PATIENCE, Scorer, ScoringError
 from training.seeds import render_seed
@@ -37,7 +37,7 @@ class Painter:
         return len(text.split())
 
 
-class Grey:
+class Grey(Reward):
     """An image reward in [0, 1]: how light the picture is; `table` replaces scores by prompt and rewrite."""
 
     needs_images, range = True, (0.0, 1.0)
@@ -50,17 +50,18 @@ class Grey:
         return [self.table.get(s.rewrite, s.images[0].getpixel((0, 0))[0] / 255) for s in samples]
 
 
-class Readable:
+class Readable(Reward):
     name, needs_images, range = "readable", False, (0.0, 1.0)
 
     def __call__(self, samples):
         return [float(s.rewrite is not None) for s in samples]
 
 
-def scorer(*rewards, renderer=None, group=2, images=1):
+def scorer(*rewards, renderer=None, group=2, images=1, held_out=()):
     return Scorer(
-        renderer or Painter(), rewards, PROMPTS, num_generations=group, images_per_rewrite=images, run_seed=7
-    )
+        renderer or Painter(), rewards, PROMPTS, num_generations=group, images_per_rewrite=images, run_seed=7,
+        held_out=held_out,
+    )  # fmt: skip
 
 
 def score(it, answers, step=1):
@@ -78,7 +79,7 @@ def test_each_distinct_rewrite_and_seed_is_drawn_once_whatever_the_number_of_rew
 
 
 def test_trl_calls_share_one_drawing_and_the_next_batch_is_drawn_anew():
-    renderer, logged = Painter(), {}
+    renderer = Painter()
     it = scorer(Grey("a"), Grey("b"), renderer=renderer)
     for step in (0, 1):
         completions = [[{"role": "assistant", "content": completion("hm", "one cat")}] for _ in range(2)]
@@ -87,10 +88,9 @@ def test_trl_calls_share_one_drawing_and_the_next_batch_is_drawn_anew():
                 completions=completions,
                 prompt_id=[CAT.id] * 2,
                 trainer_state=SimpleNamespace(global_step=step),
-                log_metric=logged.__setitem__,
             )
     assert [seed for _, seed in renderer.calls] == [render_seed(7, CAT.id, step, 0) for step in (1, 2)]
-    assert [f.__name__ for f in it.reward_functions()] == ["a", "b"] and logged["images/drawn"] == 1
+    assert [f.__name__ for f in it.reward_functions()] == ["a", "b"] and it.metrics["images/drawn"] == 1
 
 
 def test_seeds_are_shared_in_a_group_and_know_nothing_of_batch_position():
@@ -106,7 +106,7 @@ def test_absent_in_one_reward_makes_all_parts_none(nothing):
     it = scorer(Grey("a"), Grey("b", {"one cat": nothing}), Readable())
     rows = score(it, [(CAT, "one cat"), (CAT, "two")])
     assert rows[0].parts == {"a": None, "b": None, "readable": None} and rows[0].absent
-    assert None not in rows[1].parts.values() and it.metrics["samples/absent"] == 0.5
+    assert None not in rows[1].parts.values()
 
 
 def test_a_picture_that_could_not_be_drawn_is_absent_and_not_scored():
@@ -121,7 +121,6 @@ def test_an_unreadable_answer_gets_the_lowest_score_of_its_own_group_and_is_not_
     rows = score(it, [(CAT, "low"), (CAT, None), (CAT, "high"), (DOG, "other"), (DOG, "other"), (DOG, "other")])
     assert rows[1].parts == {"grey": 0.2, "readable": 0.0} and not rows[1].absent
     assert rows[1].seeds == () and len(renderer.calls) == 3
-    assert it.metrics["rewrites/unreadable"] == 1 / 6
 
 
 def test_where_no_answer_of_a_group_was_scored_the_unreadable_get_the_lower_bound():
@@ -138,10 +137,37 @@ def test_nothing_is_drawn_for_rewards_that_need_no_pictures():
 
 
 def test_rewrites_are_measured_in_the_renderers_tokens():
-    it = scorer(Grey())
-    score(it, [(CAT, "A  CAT"), (CAT, "one two three four five six seven")])
-    assert it.metrics["rewrites/tokens"] == 4.5
-    assert it.metrics["rewrites/overflow"] == it.metrics["rewrites/copied"] == 0.5
+    rows = score(scorer(Grey()), [(CAT, "A  CAT"), (CAT, None), (DOG, "one two three"), (DOG, "x")])
+    assert [row.tokens for row in rows] == [2, None, 3, 1]
+
+
+def test_a_held_out_scorer_is_asked_but_makes_no_sample_absent():
+    it = scorer(Grey("a"), held_out=[Grey("watch", {"one cat": None})])
+    rows = score(it, [(CAT, "one cat"), (CAT, "two")])
+    assert [row.held_out["watch"] for row in rows] == [None, 3 / 255]
+    assert not any(row.absent for row in rows) and all(list(row.parts) == ["a"] for row in rows)
+
+
+class AgainstRaw(Grey):
+    """Lighter than the picture of the raw prompt?"""
+
+    needs_anchors = True
+
+    def __call__(self, samples):
+        self.metrics = {"grey/asked": float(len(samples))}
+        return [float(s.images[0].getpixel((0, 0)) > s.anchors[0].getpixel((0, 0))) for s in samples]
+
+
+def test_the_raw_prompt_is_drawn_once_a_group_from_the_same_seeds_where_a_reward_needs_it():
+    renderer = Painter()
+    it = scorer(AgainstRaw(), renderer=renderer, group=3)
+    rows = score(it, [(CAT, "a"), (CAT, "a big cat"), (CAT, CAT.text)])
+    assert [row.parts["grey"] for row in rows] == [0.0, 1.0, 0.0]
+    seed = render_seed(7, CAT.id, 1, 0)
+    assert sorted(renderer.calls) == sorted([("a", seed), ("a big cat", seed), (CAT.text, seed)])
+    assert it.metrics["grey/asked"] == 3
+    score(scorer(Grey(), renderer=(plain := Painter())), [(CAT, "a"), (CAT, "b")])
+    assert CAT.text not in dict(plain.calls)
 
 
 def test_a_group_that_mixes_prompts_is_refused():

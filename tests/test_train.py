@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import yaml
 
+from interfaces import Reward
 from training.run_folder import RunFolder, RunFolderError
 from training.seeds import render_seed
 
@@ -42,7 +43,7 @@ def main(*argv: object) -> int:
     return r1_prompter.main([str(word) for word in argv])
 
 
-class Scripted:
+class Scripted(Reward):
     """A text reward that gives what a function of the completion's index says."""
 
     needs_images, range = False, (-10.0, 10.0)
@@ -66,7 +67,7 @@ def expected_advantages(parts: np.ndarray, group: int) -> np.ndarray:
 def test_equal_rewards_give_zero_advantage_and_zero_gradient(toy, tmp_path, monkeypatch):
     import rewards
 
-    monkeypatch.setitem(rewards.REWARDS, "same", lambda settings: Scripted("same", lambda i: 0.5))
+    monkeypatch.setitem(rewards.REWARDS, "same", lambda *_: Scripted("same", lambda i: 0.5))
     options = ["--rewards", "same", "--save_strategy", "no"]
     assert main("--config", toy.config, "--outdir", tmp_path / "run", *options) == 0
     assert all(row["advantage"] == 0 for step in rollouts(tmp_path / "run").values() for row in step)
@@ -77,9 +78,9 @@ def test_advantages_are_those_of_the_formula_and_an_absent_row_has_none(toy, tmp
     import rewards
 
     noise = np.random.default_rng(0).normal(size=(2, 8))
-    monkeypatch.setitem(rewards.REWARDS, "one", lambda settings: Scripted("one", lambda i: noise[0, i]))
+    monkeypatch.setitem(rewards.REWARDS, "one", lambda *_: Scripted("one", lambda i: noise[0, i]))
     gaps = Scripted("gaps", lambda i: None if i == 2 else noise[1, i] / 50)
-    monkeypatch.setitem(rewards.REWARDS, "gaps", lambda settings: gaps)
+    monkeypatch.setitem(rewards.REWARDS, "gaps", lambda *_: gaps)
     options = ["--rewards", "one", "gaps", "--max_steps", 1, "--save_strategy", "no", "--num_generations", 4]
     assert main("--config", toy.config, "--outdir", tmp_path / "run", *options) == 0
     step = rollouts(tmp_path / "run")[1]
@@ -91,7 +92,7 @@ def test_advantages_are_those_of_the_formula_and_an_absent_row_has_none(toy, tmp
 def test_three_batches_without_scores_stop_the_run_with_code_1(toy, tmp_path, monkeypatch, capfd):
     import rewards
 
-    monkeypatch.setitem(rewards.REWARDS, "dead", lambda settings: Scripted("dead", lambda i: None))
+    monkeypatch.setitem(rewards.REWARDS, "dead", lambda *_: Scripted("dead", lambda i: None))
     options = ["--rewards", "dead", "--max_steps", 9, "--save_strategy", "no"]
     assert main("--config", toy.config, "--outdir", tmp_path / "run", *options) == 1
     assert sorted(rollouts(tmp_path / "run")) == [1, 2, 3]
@@ -175,7 +176,7 @@ def test_the_recipe_holds_for_the_bare_command_and_yields_to_yaml_and_flags(tmp_
     for key, value in recipe.items():
         assert known[key] == ([value] if key == "report_to" else value), key
     argv = [*bare, "--config", str(tmp_path / "own.yaml"), "--temperature", "0.9"]
-    script, training, model = r1_prompter.parse_options(argv)
+    script, _, training, model = r1_prompter.parse_options(argv)
     assert (training.learning_rate, training.temperature, script.rewards) == (1e-5, 0.9, ["hps"])
     assert training.model_init_kwargs["dtype"] == model.dtype == "bfloat16"
 

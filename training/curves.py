@@ -20,6 +20,17 @@ BOX = {"w": WIDTH, "h": HEIGHT, "left": LEFT, "right": WIDTH - RIGHT, "bottom": 
 PANELS = (
     ("Spread within a group", "standard deviation of the reward", {"reward_std": "std"}, True),
     ("Groups without a signal", "share whose rewards are all equal", {"frac_reward_zero_std": "share"}, True),
+    ("Win rate against the raw prompt", "same noise, 0.5 is no better", {"preference/win_rate_vs_raw": "wins"}, True),
+    (
+        "Judges",
+        "shares; an unbiased one prefers the first picture half of the time",
+        {
+            "preference/first_position": "first picture won",
+            "preference/ties": "ties",
+            "preference/failed_pairs": "failed pairs",
+        },
+        True,
+    ),
     (
         "Lost samples",
         "shares of all rollouts",
@@ -30,6 +41,12 @@ PANELS = (
         "Rewrites",
         "shares of the readable ones",
         {"rewrites/overflow": "longer than the renderer reads", "rewrites/copied": "copy of the prompt"},
+        True,
+    ),
+    (
+        "Variety",
+        "of the rewrites: words changed from the prompt, distinct n-grams of a batch",
+        {"rewrites/edit_distance": "edit distance", "rewrites/distinct_1": "n = 1", "rewrites/distinct_2": "n = 2"},
         True,
     ),
     (
@@ -128,10 +145,37 @@ def phases_panel(rows: list[dict]) -> dict | None:
     return {"title": "Seconds a step", "note": "by phase", "grid": grid, "series": [], "areas": areas}
 
 
+def _part_panels(rows: list[dict]) -> list[tuple]:
+    """One plot a reward, but for a win rate within the group: its mean is 0.5 whatever the policy does."""
+    keys = {key for row in rows for key in row}
+    parts = sorted(match[1] for key in keys if (match := re.fullmatch(r"rewards/(.+)/mean", key)))
+    if "preference/win_rate_vs_raw" not in keys:
+        parts = [part for part in parts if part != "preference"]
+    return [(f"Reward part: {part}", "mean of a step", {f"rewards/{part}/mean": part}, False) for part in parts]
+
+
+def _families(rows: list[dict]) -> list[tuple]:
+    """One plot each of the metrics whose names depend on which rewards a run has."""
+    keys = sorted({key for row in rows for key in row})
+
+    def family(title: str, note: str, pattern: str, from_zero: bool) -> tuple:
+        found = {key: match[1] for key in keys if (match := re.fullmatch(pattern, key))}
+        return (title, note, found, from_zero)
+
+    return [
+        family("Held-out scorers", "mean; nothing is trained on them", r"held_out/(.+)/mean", False),
+        family("Held-out against the reward", "correlation within groups", r"held_out/(.+)/correlation", False),
+        family("Do rewards agree?", "correlation within groups", r"correlation/(.+)", False),
+        family("Rewards without a signal", "share of groups scored alike", r"rewards/(.+)/zero_spread", True),
+        family("Judge calls that failed", "of a batch, all tries spent", r"(.+)/failed", True),
+        family("Judge answers that could not be read", "of a batch", r"(.+)/unparsable", True),
+    ]
+
+
 def panels(rows: list[dict]) -> list[dict]:
     """All plots of a run, the reward and its parts first."""
-    parts = sorted({m[1] for row in rows for key in row if (m := re.fullmatch(r"rewards/(.+)/mean", key))})
-    wanted = [("Reward", "weighted sum, mean of a step", {"reward": "reward"}, False)]
-    wanted += [(f"Reward part: {part}", "mean of a step", {f"rewards/{part}/mean": part}, False) for part in parts]
-    plots = [panel(rows, *one) for one in (*wanted, *PANELS)] if rows else []
-    return [plot for plot in (*plots, phases_panel(rows) if rows else None) if plot]
+    if not rows:
+        return []
+    wanted = [("Reward", "weighted sum, mean of a step", {"reward": "reward"}, False), *_part_panels(rows)]
+    plots = [panel(rows, *one) for one in (*wanted, *_families(rows), *PANELS)]
+    return [plot for plot in (*plots, phases_panel(rows)) if plot]

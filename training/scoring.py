@@ -38,13 +38,17 @@ class Scored:
         sample: what was asked, answered and drawn.
         reasoning: the think block, None if the answer could not be read.
         seeds: noise of each picture; () if nothing was drawn.
+        tokens: length of the rewrite in the renderer's tokens, None if there is none.
         parts: reward name -> score, all None if the sample is absent.
+        held_out: scorer name -> score that nothing is trained on; absent only where that scorer has none.
     """
 
     sample: Sample
     reasoning: str | None
     seeds: tuple[int, ...]
+    tokens: int | None
     parts: dict[str, float | None]
+    held_out: dict[str, float | None]
 
     @property
     def absent(self) -> bool:
@@ -62,6 +66,7 @@ class Scorer:
         images_per_rewrite: pictures per rewrite, one seed each, that image rewards average over.
         run_seed: the run's `--seed`.
         max_absent_share: above this share of absent samples a batch counts against PATIENCE, in [0, 1].
+        held_out: scorers that are asked and logged but feed no advantage.
     """
 
     def __init__(
@@ -74,11 +79,14 @@ class Scorer:
         images_per_rewrite: int = 1,
         run_seed: int = 0,
         max_absent_share: float = 0.5,
+        held_out: Sequence[Reward] = (),
     ):
         self.renderer, self.rewards, self.prompts = renderer, list(rewards), prompts
-        self.num_generations = num_generations
+        self.held_out, self.num_generations = list(held_out), num_generations
         self.run_seed, self.max_absent_share = run_seed, max_absent_share
-        self._pictures = images_per_rewrite if any(reward.needs_images for reward in self.rewards) else 0
+        scorers = [*self.rewards, *self.held_out]
+        self._pictures = images_per_rewrite if any(scorer.needs_images for scorer in scorers) else 0
+        self._anchors = any(scorer.needs_anchors for scorer in scorers)
         self.last: list[Scored] = []
         self.metrics: dict[str, float] = {}
         self._completions: list | None = None
@@ -89,13 +97,11 @@ class Scorer:
         return [self._reward_function(reward.name) for reward in self.rewards]
 
     def _reward_function(self, name: str) -> Callable[..., list[float | None]]:
-        def column(*, completions, prompt_id, trainer_state, log_metric, **_) -> list[float | None]:
+        def column(*, completions, prompt_id, trainer_state, **_) -> list[float | None]:
             if completions is not self._completions:  # the first reward of this batch: draw and score it
                 texts = [turns[0]["content"] for turns in completions]
                 self.last = self.score(texts, prompt_id, trainer_state.global_step + 1)
                 self._completions = completions
-                for metric, value in self.metrics.items():
-                    log_metric(metric, value)
             return [scored.parts[name] for scored in self.last]
 
         column.__name__ = name
@@ -114,29 +120,36 @@ class Scorer:
             for id, answer in zip(prompt_ids, answers, strict=True)
         ]
         rewrites = [answer.rewrite if answer else None for answer in answers]
+        texts = [self.prompts[id].text for id in prompt_ids] if self._anchors else [None] * len(prompt_ids)
 
         started = time.perf_counter()
-        images, drawn = self._draw(rewrites, seeds)
+        drawn = self._draw(list(zip(rewrites, seeds, strict=True)) + list(zip(texts, seeds, strict=True)))
         rendered = time.perf_counter()
         samples = [
-            Sample(self.prompts[id], completion, rewrite, pictures)
-            for id, completion, rewrite, pictures in zip(prompt_ids, completions, rewrites, images, strict=True)
+            Sample(self.prompts[id], completion, rewrite, _of(drawn, rewrite, row), _of(drawn, text, row))
+            for id, completion, rewrite, text, row in zip(prompt_ids, completions, rewrites, texts, seeds, strict=True)
         ]
-        parts = self._parts(samples)
+        parts, held_out = self._parts(samples), self._held_out(samples)
         scored = [
-            Scored(sample, answer.reasoning if answer else None, row_seeds, row_parts)
-            for sample, answer, row_seeds, row_parts in zip(samples, answers, seeds, parts, strict=True)
+            Scored(
+                sample,
+                answer.reasoning if answer else None,
+                seeds[i],
+                self.renderer.count_tokens(answer.rewrite) if answer else None,
+                parts[i],
+                held_out[i],
+            )
+            for i, (sample, answer) in enumerate(zip(samples, answers, strict=True))
         ]
         wanted = sum(map(len, seeds))
         self.metrics = {
             "seconds/render": rendered - started,
             "seconds/score": time.perf_counter() - rendered,
-            "images/drawn": float(drawn),
-            **({"images/distinct": drawn / wanted} if drawn else {}),
-            "samples/absent": _share([row.absent for row in scored]),
-            "rewrites/unreadable": _share([rewrite is None for rewrite in rewrites]),
-            **self._rewrite_metrics([sample for sample in samples if sample.rewrite is not None]),
+            "images/drawn": float(len(drawn)),
+            **({"images/distinct": len(drawn) / wanted} if wanted else {}),
         }
+        for scorer in (*self.rewards, *self.held_out):
+            self.metrics.update(scorer.metrics)
         return scored
 
     def check_absent(self, share: float) -> None:
@@ -162,16 +175,13 @@ class Scorer:
             if len(group) > 1:
                 raise ScoringError(f"rollouts {start} to {start + size - 1} mix prompts {sorted(group)}: no group")
 
-    def _draw(
-        self, rewrites: Sequence[str | None], seeds: Sequence[tuple[int, ...]]
-    ) -> tuple[list[tuple[Image.Image | None, ...]], int]:
-        """Pictures of each row, and how many were drawn: every distinct (rewrite, seed) once."""
-        keys = list(dict.fromkeys((r, seed) for r, row in zip(rewrites, seeds, strict=True) for seed in row))
-        pictures = self.renderer([rewrite for rewrite, _ in keys], [seed for _, seed in keys]) if keys else []
+    def _draw(self, rows: Sequence[tuple[str | None, tuple[int, ...]]]) -> dict[tuple[str, int], Image.Image | None]:
+        """(text, seed) -> picture, of rows of a text and its seeds: every distinct one is drawn once."""
+        keys = list(dict.fromkeys((text, seed) for text, seeds in rows for seed in seeds if text is not None))
+        pictures = self.renderer([text for text, _ in keys], [seed for _, seed in keys]) if keys else []
         if len(pictures) != len(keys):
             raise ScoringError(f"the renderer returned {len(pictures)} images for {len(keys)} rewrites")
-        drawn = dict(zip(keys, pictures, strict=True))
-        return [tuple(drawn[r, seed] for seed in row) for r, row in zip(rewrites, seeds, strict=True)], len(keys)
+        return dict(zip(keys, pictures, strict=True))
 
     def _parts(self, samples: Sequence[Sample]) -> list[dict[str, float | None]]:
         """Scores of each sample by reward name, after both rules of this module."""
@@ -198,21 +208,22 @@ class Scorer:
             for i in group:
                 column[i] = lowest if to_fill[i] else column[i]
 
-    def _rewrite_metrics(self, readable: Sequence[Sample]) -> dict[str, float]:
-        if not readable:
-            return {}
-        lengths = [self.renderer.count_tokens(sample.rewrite) for sample in readable]
-        return {
-            "rewrites/tokens": sum(lengths) / len(lengths),
-            "rewrites/overflow": _share([length > self.renderer.max_tokens for length in lengths]),
-            "rewrites/copied": _share([_words(s.rewrite) == _words(s.prompt.text) for s in readable]),
-        }
+    def _held_out(self, samples: Sequence[Sample]) -> list[dict[str, float | None]]:
+        columns = {scorer.name: _column(scorer, samples) for scorer in self.held_out}
+        return [{name: column[i] for name, column in columns.items()} for i in range(len(samples))]
+
+
+def _of(
+    drawn: Mapping[tuple[str, int], Image.Image | None], text: str | None, seeds: tuple[int, ...]
+) -> tuple[Image.Image | None, ...]:
+    """The pictures of one text from its seeds; () if there is no text."""
+    return () if text is None else tuple(drawn[text, seed] for seed in seeds)
 
 
 def _column(reward: Reward, samples: Sequence[Sample]) -> list[float | None]:
     """Scores of all samples, right in number and range; None if not finite, or without the pictures it needs."""
     rows = [i for i, s in enumerate(samples) if not reward.needs_images or (s.images and None not in s.images)]
-    scores = reward([samples[i] for i in rows]) if rows else []
+    scores = reward([samples[i] for i in rows])
     if len(scores) != len(rows):
         raise ScoringError(f"reward {reward.name!r} returned {len(scores)} scores for {len(rows)} samples")
     low, high = reward.range
@@ -225,11 +236,3 @@ def _column(reward: Reward, samples: Sequence[Sample]) -> list[float | None]:
             raise ScoringError(f"reward {reward.name!r} gave {score} for {text!r}: outside its range [{low}, {high}]")
         column[i] = float(score)
     return column
-
-
-def _share(flags: Sequence[bool]) -> float:
-    return sum(flags) / len(flags)
-
-
-def _words(text: str) -> list[str]:
-    return text.casefold().split()

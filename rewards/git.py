@@ -1,0 +1,224 @@
+"""GIT visual question answering: is each thing that the ORIGINAL prompt names, with its attribute, in the picture?
+
+Every item of `prompt.attr_nouns` (of `prompt.nouns` where there are none) is asked as the literal question
+"red dog?", and answered by one next-token distribution after `[CLS] red dog ?`:
+
+    p(yes) = P(yes) / (P(yes) + P(no)) = sigmoid(z_yes - z_no),    score = mean over items, then over pictures
+
+Source: T2I-R1, arXiv 2505.00703, and its released code; model microsoft/git-large-vqav2 (GIT, arXiv 2205.14100).
+
+- `formula="faithful"`: the objects of every prompt are asked about, whatever its task.
+- `formula="released"`: prompts about places and numbers score a constant 0, as in the released code.
+
+A prompt that names no object scores `UNJUDGED` in both: the same for its whole group, hence without any advantage.
+Left out of the released code: encoding the picture anew for each question, and loading weights with names unchecked.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoImageProcessor, AutoTokenizer, DynamicCache, GitForCausalLM
+
+from interfaces import Prompt, Reward, Sample
+from prompting import well_formed
+from rewards import RewardError
+from rewards.frozen import (
+    Published,
+    arithmetic,
+    batches,
+    check_pictures,
+    distinct_pictures,
+    folder_of,
+    freeze,
+    one_line,
+)
+
+log = logging.getLogger(__name__)
+
+PUBLISHED = Published(
+    "microsoft/git-large-vqav2", "1.6 GB", "MIT", ("*.json", "*.txt", "*.safetensors", "pytorch_model*.bin")
+)
+NEEDS = ("config.json", "preprocessor_config.json", "tokenizer_config.json")
+FORMULAS = ("faithful", "released")
+CONSTANT_TASKS = ("position", "counting")  # 0 under "released"
+UNJUDGED = 1.0  # of a prompt without objects
+
+
+class GIT(Reward):
+    """Probability of "yes" to each object of the original prompt; the mean over objects and a sample's pictures.
+
+    Args:
+        path: a folder with a `GitForCausalLM`, its tokenizer and its image processor (safetensors, or else
+            `pytorch_model.bin`, of which only tensors are unpickled), or `PUBLISHED.repo`, from the hub's local cache.
+        device: where the model runs.
+        dtype: "float32", as in the released code, or "float16"/"bfloat16": autocast over float32 weights.
+        batch_size: pictures, or questions, per forward pass.
+        formula: "faithful" or "released", see the module.
+        prompts: the data; what cannot be judged in it is counted in one log line.
+
+    Raises:
+        RewardError: no checkpoint at `path`, or one that cannot be used.
+        ValueError: an unknown `dtype` or `formula`, or a `batch_size` below 1.
+    """
+
+    name = "git"
+    range = (0.0, 1.0)
+
+    def __init__(
+        self,
+        path: str | Path = PUBLISHED.repo,
+        *,
+        device: str | torch.device,
+        dtype: str = "float32",
+        batch_size: int = 32,
+        formula: str = "faithful",
+        prompts: Sequence[Prompt] = (),
+    ):
+        if formula not in FORMULAS:
+            raise ValueError(f"git's formula {formula!r} is none of {', '.join(FORMULAS)}")
+        self.device, self.dtype, self.batch_size = torch.device(device), arithmetic(dtype, batch_size), batch_size
+        self.formula = formula
+        folder = folder_of(path, PUBLISHED, NEEDS)
+        model, self.tokenizer, self.processor = _load(folder)
+        self.model = freeze(model, self.device, folder)
+        self.yes, self.no = (_answer(self.tokenizer, word, folder) for word in ("yes", "no"))
+        self.longest = model.config.max_position_embeddings
+        self._log_unjudged(prompts)
+
+    @torch.inference_mode()
+    def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
+        """One score in [0, 1] per sample, None where it is not finite.
+
+        Each distinct picture (the same PIL object) is encoded once, and asked each distinct question once.
+
+        Raises:
+            ValueError: a sample without pictures, or with one that failed; the caller leaves such samples out.
+        """
+        check_pictures(samples, self.name)
+        asked = {}  # id of a picture -> its questions, each once
+        for sample in samples:
+            for image in sample.images:
+                asked.setdefault(id(image), {}).update(dict.fromkeys(self._questions(sample.prompt)))
+        pictures = [image for image in distinct_pictures(samples) if asked[id(image)]]
+        answers = {}
+        for some in batches(pictures, self.batch_size):
+            answers |= self._answers(some, [(row, q) for row, image in enumerate(some) for q in asked[id(image)]])
+        return [self._score(sample, answers) for sample in samples]
+
+    def question_ids(self, question: str) -> list[int]:
+        """`[CLS]` and the question's tokens, without `[SEP]`; what is beyond the model's positions is cut."""
+        ids = self.tokenizer(well_formed(question), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return [self.tokenizer.cls_token_id, *ids][: self.longest]
+
+    def _constant(self, prompt: Prompt) -> float | None:
+        """The score that every picture of this prompt gets, or None if the model is asked."""
+        if self.formula == "released" and prompt.task in CONSTANT_TASKS:
+            return 0.0
+        return None if prompt.nouns or prompt.attr_nouns else UNJUDGED
+
+    def _questions(self, prompt: Prompt) -> list[str]:
+        if self._constant(prompt) is not None:
+            return []
+        return [f"{item}?" for item in prompt.attr_nouns or prompt.nouns]
+
+    def _score(self, sample: Sample, answers: dict[tuple[int, str], float]) -> float | None:
+        """The mean over items, then over pictures: one mean over both, for each picture is asked the same items."""
+        constant = self._constant(sample.prompt)
+        if constant is not None:
+            return constant
+        asked = [answers[id(image), q] for image in sample.images for q in self._questions(sample.prompt)]
+        score = sum(asked) / len(asked)
+        return score if math.isfinite(score) else None
+
+    def _answers(
+        self, pictures: Sequence[Image.Image], asked: Sequence[tuple[int, str]]
+    ) -> dict[tuple[int, str], float]:
+        """(id of the picture, question) -> p(yes), for `asked` pairs of (row in `pictures`, question)."""
+        seen = self._look(pictures)
+        answers = {}
+        for some in batches(asked, self.batch_size):
+            rows = torch.tensor([row for row, _ in some], device=self.device)
+            yes = self._ask([(keys[rows], values[rows]) for keys, values in seen], [q for _, q in some])
+            answers |= {(id(pictures[row]), q): p for (row, q), p in zip(some, yes, strict=True)}
+        return answers
+
+    def _look(self, pictures: Sequence[Image.Image]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values (P, heads, visual tokens, width) of each decoder layer: all a question sees of a picture.
+
+        Visual tokens come first and attend to each other only, so they do not depend on the question. The forward
+        pass insists on text: `[CLS]` stands in and is cut off again, being the first token of each question.
+        """
+        pixels = self.processor([image.convert("RGB") for image in pictures], return_tensors="pt")["pixel_values"]
+        start = torch.full((len(pictures), 1), self.tokenizer.cls_token_id, device=self.device)
+        with self._autocast():
+            out = self.model(start, pixel_values=pixels.to(self.device), use_cache=True, logits_to_keep=1)
+        return [(layer.keys[:, :, :-1], layer.values[:, :, :-1]) for layer in out.past_key_values.layers]
+
+    def _ask(self, seen: Sequence[tuple[torch.Tensor, torch.Tensor]], questions: Sequence[str]) -> list[float]:
+        """p(yes) of each question about the picture in its row of `seen`.
+
+        Text is causal, so padding on the right changes nothing before it: each row is read at its own last token.
+        """
+        ids = [torch.tensor(self.question_ids(question), device=self.device) for question in questions]
+        ids_QT = pad_sequence(ids, batch_first=True)
+        places = torch.arange(ids_QT.shape[1], device=self.device).expand_as(ids_QT)  # of the text alone, as trained
+        with self._autocast():
+            logits_QTV = self.model(ids_QT, position_ids=places, past_key_values=DynamicCache(seen)).logits
+        last = torch.tensor([len(row) - 1 for row in ids], device=self.device)
+        logits_QV = logits_QTV[torch.arange(len(ids), device=self.device), last].float()
+        return torch.sigmoid(logits_QV[:, self.yes] - logits_QV[:, self.no]).tolist()
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    def _log_unjudged(self, prompts: Sequence[Prompt]) -> None:
+        constants = [self._constant(prompt) for prompt in prompts]
+        unjudged, zero = constants.count(UNJUDGED), constants.count(0.0)
+        if unjudged or zero:
+            log.warning(
+                "git: %d of %d prompts name no object and always score %g%s: no advantage comes from them",
+                unjudged,
+                len(prompts),
+                UNJUDGED,
+                f", {zero} are about {' or '.join(CONSTANT_TASKS)} and always score 0" if zero else "",
+            )
+
+
+def _load(folder: Path):
+    """(model, tokenizer, image processor on PIL, as the original) of a folder; every weight must be there."""
+    try:
+        model, report = GitForCausalLM.from_pretrained(
+            folder, local_files_only=True, dtype=torch.float32, weights_only=True, output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
+    except (OSError, EOFError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        raise RewardError(f"cannot read {folder} as a GIT checkpoint ({one_line(error)})") from error
+    if report["missing_keys"]:
+        raise RewardError(
+            f"{folder} lacks weights of a GitForCausalLM: {', '.join(sorted(report['missing_keys'])[:5])}; "
+            f"fetch it again, run `{PUBLISHED.command}`"
+        )
+    if tokenizer.cls_token_id is None:
+        raise RewardError(f"the tokenizer in {folder} has no [CLS], with which GIT's questions begin: set cls_token")
+    return model, tokenizer, processor
+
+
+def _answer(tokenizer, word: str, folder: Path) -> int:
+    """The one token id of an answer."""
+    ids = tokenizer.encode(word, add_special_tokens=False)
+    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+        raise RewardError(
+            f"the tokenizer in {folder} reads {word!r} as {ids}, GIT needs it as one known token: "
+            "give the tokenizer that the model was trained with"
+        )
+    return ids[0]

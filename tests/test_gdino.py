@@ -1,0 +1,683 @@
+"""Claims about GroundingDINO: formulas on hand-made boxes, and the model part on a random toy of the real class."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    GroundingDinoConfig,
+    GroundingDinoForObjectDetection,
+    GroundingDinoImageProcessorPil,
+    PreTrainedTokenizerFast,
+    SwinConfig,
+)
+
+from data.grammar import RELATIONS, read
+from interfaces import Prompt, Sample
+from rewards import RewardError
+from rewards.gdino import (
+    FAITHFUL,
+    PUBLISHED,
+    RELEASED,
+    Detection,
+    GroundingDino,
+    caption_of,
+    corners,
+    count_score,
+    iou,
+    nms,
+    object_score,
+    picture_score,
+    position_term,
+    spans,
+    spatial_score,
+)
+
+FRAME = (480, 480)
+# locality -> where it puts object 1, as seen from object 2
+PLACES = {
+    "left of": "left",
+    "on the left of": "left",
+    "right of": "right",
+    "on the right of": "right",
+    "above": "top",
+    "on top of": "top",
+    "on the top of": "top",
+    "below": "bottom",
+    "on the bottom of": "bottom",
+    "next to": "near",
+    "near": "near",
+    "on side of": "near",
+}
+SHIFTS = {"left": (-0.375, 0.0625), "right": (0.375, 0.0625), "top": (0.0625, -0.375), "bottom": (0.0625, 0.375)}
+
+
+def box(noun: int, x: float, y: float, w: float = 0.1, h: float = 0.1, score: float = 0.9) -> Detection:
+    return Detection(noun, score, (x, y, w, h))
+
+
+def cells(noun: int, left: int, top: int, right: int, bottom: int, score: float = 0.9) -> Detection:
+    """A box by its corners, in sixteenths of the picture: such numbers are exact."""
+    return box(noun, (left + right) / 32, (top + bottom) / 32, (right - left) / 16, (bottom - top) / 16, score)
+
+
+def related(relation: str, first: str = "car", second: str = "zebra") -> Prompt:
+    return Prompt("a prompt", "position", (first, second), spatial=(first, relation, second))
+
+
+def counted(*counts: tuple[str, int]) -> Prompt:
+    return Prompt("a prompt", "counting", tuple(name for name, _ in counts), counts=counts)
+
+
+# ----- position
+
+
+def test_every_locality_of_the_data_is_known_here():
+    assert set(PLACES) == set(RELATIONS.values())
+
+
+@pytest.mark.parametrize("place", SHIFTS)
+@pytest.mark.parametrize("locality", PLACES)
+def test_a_position_is_full_where_the_locality_puts_it_and_nowhere_else(locality, place):
+    x, y = SHIFTS[place]
+    found = [box(0, 0.5 + x, 0.5 + y), box(1, 0.5, 0.5)]
+    holds = PLACES[locality] in (place, "near")
+    assert spatial_score(related(locality), found, FRAME) == pytest.approx(1.0 if holds else 0.4)
+    handled = locality not in ("above", "on top of")
+    assert spatial_score(related(locality), found, FRAME, RELEASED) == pytest.approx(0.9 if holds and handled else 0.4)
+
+
+@pytest.mark.parametrize("locality", [locality for locality, place in PLACES.items() if place != "near"])
+def test_a_direction_needs_strictly_more_along_than_across(locality):
+    for x in (-0.25, 0.25):
+        for y in (-0.25, 0.25):
+            for formula in (FAITHFUL, RELEASED):
+                assert position_term(locality, (0.5 + x, 0.5 + y, 0.1, 0.1), (0.5, 0.5, 0.1, 0.1), FRAME, formula) == 0
+    x, y = SHIFTS[PLACES[locality]]
+    nearly = (0.5 + np.sign(x) * (0.25 + (abs(x) > abs(y)) / 64), 0.5 + np.sign(y) * (0.25 + (abs(y) > abs(x)) / 64))
+    assert position_term(locality, (*nearly, 0.1, 0.1), (0.5, 0.5, 0.1, 0.1), FRAME) == 1
+
+
+def test_two_objects_in_one_place_stand_in_no_direction():
+    same = [box(0, 0.5, 0.5), box(1, 0.5, 0.5)]
+    assert [spatial_score(related(locality), same, FRAME) for locality in PLACES] == pytest.approx(
+        [1.0 if place == "near" else 0.4 for place in PLACES.values()]
+    )
+
+
+def test_overlap_takes_from_a_direction_from_a_tenth_on():
+    tenth = [cells(0, 0, 0, 3, 2), cells(1, 2, 1, 7, 2)]  # areas 6 and 5, intersection 1: exactly 1 / 10
+    eighth = [cells(0, 0, 0, 3, 2), cells(1, 2, 1, 5, 2)]  # 6 and 3, intersection 1
+    quarter = [cells(0, 0, 0, 5, 2), cells(1, 3, 0, 8, 2)]  # 10 and 10, intersection 4
+    assert iou(corners(tenth[0].box), corners(tenth[1].box)) == 0.1
+    assert spatial_score(related("left of"), tenth, FRAME) == pytest.approx(1.0)
+    assert spatial_score(related("left of"), eighth, FRAME) == pytest.approx(0.4 + 0.6 * 0.8)
+    assert spatial_score(related("left of"), quarter, FRAME) == pytest.approx(0.4 + 0.6 * 0.1 / 0.25)
+    assert spatial_score(related("left of"), quarter, FRAME, RELEASED) == pytest.approx(0.4 + 0.5 * 0.1 / 0.25)
+    assert spatial_score(related("near"), quarter, FRAME) == pytest.approx(1.0)
+
+
+def test_near_is_150_of_480_pixels_along_x_or_y_and_falls_with_the_larger_distance():
+    def score(x: float, y: float, size=FRAME, formula=FAITHFUL) -> float:
+        return spatial_score(related("near"), [box(0, 0.125, 0.125), box(1, 0.125 + x, 0.125 + y)], size, formula)
+
+    assert score(0.3125, 0.3125) == pytest.approx(1.0)
+    assert score(0.625, 0.625) == pytest.approx(0.4 + 0.6 * 150 / 300)
+    assert score(0.375, 0.75) == pytest.approx(0.4 + 0.6 * 150 / 360)
+    assert score(0.75, 0.3125) == pytest.approx(0.4 + 0.6 * 150 / 360)  # 150 is not below 150
+    assert score(0.75, 0.3) == score(0.3, 0.75) == pytest.approx(1.0)  # one row or one column is near: as published
+    assert score(0.625, 0.625, (64, 64)) == pytest.approx(0.7)
+    assert score(0.625, 0.625, formula=RELEASED) == pytest.approx(0.9)
+
+
+def test_near_is_measured_on_the_shorter_side_of_a_picture():
+    far = [box(0, 0.125, 0.125), box(1, 0.125 + 0.3125, 0.125 + 0.625)]  # 300 and 300, or 150 and 600 pixels
+    assert spatial_score(related("next to"), far, (960, 480)) == pytest.approx(0.4 + 0.6 * 150 / 300)
+    assert spatial_score(related("next to"), far, (480, 960)) == pytest.approx(0.4 + 0.6 * 150 / 600)
+    assert spatial_score(related("next to"), far, (960, 480), RELEASED) == pytest.approx(0.9)
+
+
+def test_directions_are_compared_in_pixels_unlike_in_the_released_code():
+    found = [box(0, 0.25, 0.25), box(1, 0.45, 0.55)]  # 192 pixels to the right, 144 down on 960 x 480
+    assert spatial_score(related("left of"), found, (960, 480)) == pytest.approx(1.0)
+    assert spatial_score(related("on the top of"), found, (960, 480)) == pytest.approx(0.4)
+    assert spatial_score(related("left of"), found, (960, 480), RELEASED) == pytest.approx(0.4)
+    assert spatial_score(related("on the top of"), found, (960, 480), RELEASED) == pytest.approx(0.9)
+
+
+def test_an_object_that_is_missing_takes_half_of_existence_and_all_of_position():
+    one = [box(1, 0.7, 0.5)]
+    for formula in (FAITHFUL, RELEASED):
+        assert spatial_score(related("near"), one, FRAME, formula) == pytest.approx(0.2)
+        assert spatial_score(related("near"), [], FRAME, formula) == 0
+
+
+@pytest.mark.parametrize("formula", [FAITHFUL, RELEASED])
+def test_the_best_box_of_each_object_is_compared_and_the_first_of_equals(formula):
+    zebra, best = box(1, 0.5, 0.5), formula.spatial_weights[1]
+    left, right = box(0, 0.1, 0.5, score=0.5), box(0, 0.9, 0.5, score=0.4)
+    for cars, holds in [
+        ([left, right], True),
+        ([right, left], True),
+        ([left, replace(right, score=0.6)], False),
+        ([left, replace(right, score=0.5)], True),
+        ([replace(right, score=0.5), left], False),
+    ]:
+        assert spatial_score(related("left of"), [*cars, zebra], FRAME, formula) == pytest.approx(0.4 + best * holds)
+
+
+def test_two_objects_of_one_name_are_its_two_best_boxes_in_either_order():
+    def score(locality: str, *found: Detection, formula=FAITHFUL) -> float:
+        return spatial_score(related(locality, "dog", "dog"), found, FRAME, formula)
+
+    left, right, copy = box(0, 0.2, 0.5, score=0.5), box(1, 0.8, 0.5, score=0.8), box(1, 0.2, 0.5, score=0.4)
+    for locality, expected in [("left of", 1.0), ("right of", 1.0), ("near", 1.0), ("above", 0.4)]:
+        assert score(locality, left, right, copy) == pytest.approx(expected)
+    assert score("left of", left, copy) == pytest.approx(0.2), "one dog, seen for both nouns, is one dog"
+    assert score("left of") == 0
+    assert score("left of", left, right, formula=RELEASED) == 0
+
+
+# ----- number
+
+
+@pytest.mark.parametrize("there", range(5))
+@pytest.mark.parametrize("asked", range(1, 5))
+def test_a_number_scores_one_if_it_is_right(asked, there):
+    found = [box(0, 0.1 + 0.2 * i, 0.5) for i in range(there)]
+    copies = [box(0, 0.105 + 0.2 * i, 0.5, score=0.4) for i in range(there)]  # IoU 0.095 / 0.105: the same objects
+    prompt = counted(("dog", asked))
+    assert count_score(prompt, copies + found) == (there == asked)
+    assert count_score(prompt, found, RELEASED) == (0 if there == 0 else 1 if there == asked else 0.2)
+    inflated = 2 * there  # nothing is suppressed
+    assert count_score(prompt, copies + found, RELEASED) == (0 if there == 0 else 1 if inflated == asked else 0.2)
+
+
+def test_numbers_of_several_objects_are_averaged():
+    found = [box(0, 0.2, 0.5), box(1, 0.5, 0.5), box(1, 0.8, 0.5)]
+    assert count_score(counted(("dog", 1), ("cat", 3)), found) == 0.5
+    assert count_score(counted(("dog", 1), ("cat", 3)), found, RELEASED) == pytest.approx(0.6)
+    assert count_score(counted(("dog", 1), ("cat", 2)), found) == 1
+
+
+def test_suppression_takes_centre_and_size_for_corners_only_in_the_released_code():
+    small = [box(0, 0.5, 0.5, 0.4, 0.4), box(0, 0.5, 0.5, 0.4, 0.4, 0.8)]  # (0.5, 0.5)-(0.4, 0.4) as corners: empty
+    large = [box(0, 0.5, 0.5, 0.9, 0.9), box(0, 0.5, 0.5, 0.9, 0.9, 0.8)]  # (0.5, 0.5)-(0.9, 0.9) as corners: a box
+    assert (nms(small), nms(small, formula=RELEASED)) == (small[:1], small)
+    assert (nms(large), nms(large, formula=RELEASED)) == (large[:1], large[:1])
+    assert count_score(counted(("dog", 1)), small, RELEASED) == 0.2
+
+
+def test_suppression_keeps_the_best_first_and_an_overlap_of_just_the_threshold():
+    whole, half, low = cells(0, 0, 0, 4, 2, 0.5), cells(0, 0, 0, 2, 2, 0.7), cells(0, 0, 0, 4, 2, 0.4)
+    assert nms([whole, half, low]) == [half, whole]
+    assert nms([whole, half, low], 0.49) == [half]
+    assert nms([]) == []
+    twins = [replace(whole, noun_index=i) for i in range(3)]
+    assert nms(twins) == twins[:1]
+
+
+# ----- objects
+
+
+def test_objects_score_the_share_that_has_a_box():
+    prompt = Prompt("a prompt", "two_object", ("car", "zebra", "dog"))
+    assert object_score(prompt, [box(0, 0.5, 0.5), box(2, 0.1, 0.1), box(2, 0.9, 0.9)]) == pytest.approx(2 / 3)
+    assert object_score(prompt, []) == 0
+    one_query = (0.5, 0.5, 0.2, 0.2)
+    assert object_score(prompt, [Detection(noun, 0.4, one_query) for noun in range(3)]) == 1
+
+
+def test_a_noun_of_three_words_is_never_found_by_the_released_code():
+    nouns = ("car", "teddy bear", "toy train set")
+    found = [box(noun, 0.2 + 0.3 * noun, 0.5) for noun in range(3)]
+    assert object_score(Prompt("", "", nouns), found) == 1
+    assert object_score(Prompt("", "", nouns), found, RELEASED) == pytest.approx(2 / 3)
+    toy = related("left of", "teddy bear", "toy train set")
+    toys = [box(0, 0.2, 0.5), box(1, 0.8, 0.5)]
+    assert spatial_score(toy, toys, FRAME) == pytest.approx(1.0)
+    assert spatial_score(toy, toys, FRAME, RELEASED) == pytest.approx(0.2)
+    assert count_score(counted(("toy train set", 1)), [box(0, 0.5, 0.5)]) == 1
+    assert count_score(counted(("toy train set", 1)), [box(0, 0.5, 0.5)], RELEASED) == 0
+    assert object_score(Prompt("", "", ("toy train set", "toy set")), [box(0, 0.5, 0.5)], RELEASED) == 0.5
+
+
+def test_empty_boxes_and_boxes_beyond_the_picture_are_counted_and_never_overlap_wrongly():
+    line, beyond = box(0, 0.2, 0.5, 0.0, 0.2), box(0, 1.0, 0.5, 0.4, 0.4)
+    assert iou(corners(line.box), corners(line.box)) == 0
+    assert count_score(counted(("dog", 3)), [line, line, beyond]) == 1
+    point = [box(0, 0.2, 0.5, 0.0, 0.0), box(1, 1.0, 0.5, 2.0, 2.0)]
+    assert spatial_score(related("left of"), point, FRAME) == pytest.approx(1.0)
+    assert iou(corners((1.0, 0.5, 0.4, 0.4)), corners((1.2, 0.5, 0.4, 0.4))) == pytest.approx(1 / 3)
+
+
+# ----- which formula
+
+
+def test_the_task_says_what_is_judged():
+    found = [box(0, 0.9, 0.5), box(1, 0.1, 0.5)]  # both there, each once, the car on the right
+    spatial, counts = ("car", "left of", "zebra"), (("car", 2), ("zebra", 1))
+
+    def score(task: str, **fields) -> float:
+        return picture_score(Prompt("a prompt", task, ("car", "zebra"), **fields), found, FRAME)
+
+    assert score("position", spatial=spatial) == pytest.approx(0.4)
+    assert score("counting", counts=counts) == 0.5
+    for task in ("single_object", "two_object", "colors", "color_attr", "shape", "texture", "complex", "non", ""):
+        assert score(task, spatial=spatial, counts=counts, attr_nouns=("a red car", "a blue zebra")) == 1
+
+
+def test_a_prompt_of_the_grammar_is_judged_as_it_reads():
+    on_the_left = [box(0, 0.2, 0.5), box(1, 0.8, 0.5)]
+    for text, expected in [
+        ("a photo of a car to the left of a zebra", 1.0),
+        ("a photo of a car on the right side of a zebra", 0.4),
+        ("a photo of a car beneath a zebra", 0.4),
+        ("a photo of a car beside a zebra", 1.0),
+        ("a photo of two cars and a zebra", 0.5),
+        ("a photo of a red car and a zebra", 1.0),
+    ]:
+        assert picture_score(read(text), on_the_left, FRAME) == pytest.approx(expected), text
+
+
+def test_a_prompt_without_nouns_scores_one():
+    assert picture_score(Prompt("sunset vibes"), [], FRAME) == 1
+    assert object_score(Prompt("sunset vibes"), []) == 1
+
+
+def test_an_object_or_a_locality_that_is_unknown_is_named():
+    with pytest.raises(ValueError, match="'cow' of prompt 'x' is not among its nouns"):
+        picture_score(Prompt("x", "counting", ("dog",), counts=(("cow", 1),)), [], FRAME)
+    with pytest.raises(ValueError, match="'cow' of prompt 'x'"):
+        picture_score(Prompt("x", "position", ("dog",), spatial=("dog", "left of", "cow")), [box(0, 0.5, 0.5)], FRAME)
+    with pytest.raises(ValueError, match="locality is 'behind'"):
+        picture_score(related("behind"), [box(0, 0.5, 0.5), box(1, 0.5, 0.5)], FRAME)
+
+
+def test_each_habit_of_the_released_code_has_its_own_switch():
+    wide = [box(0, 0.25, 0.25), box(1, 0.45, 0.55)]
+    assert spatial_score(related("above"), wide, FRAME, replace(FAITHFUL, bug_above_unhandled=True)) == 0.4
+    normalised = replace(FAITHFUL, bug_near_normalised=True)
+    assert spatial_score(related("left of"), wide, (960, 480), normalised) == 0.4
+    swallowed = replace(FAITHFUL, bug_swallow_errors=True)
+    assert spatial_score(related("near", "dog", "dog"), wide, FRAME, swallowed) == 0
+    assert count_score(counted(("dog", 2)), wide[:1], replace(FAITHFUL, count_partial_credit=0.5)) == 0.5
+    assert spatial_score(related("left of"), wide, (960, 480), replace(FAITHFUL, spatial_weights=(0.2, 0.8))) == 1
+
+
+# ----- caption
+
+
+def test_a_noun_is_all_its_characters_and_its_first_and_last_word_in_the_released_code():
+    nouns = ("car", "teddy bear", "toy train set")
+    caption = caption_of(nouns)
+    assert caption == "car . teddy bear . toy train set."
+    assert spans(nouns) == [[(0, 3)], [(6, 16)], [(19, 32)]]
+    assert spans(nouns, RELEASED) == [[(0, 3)], [(6, 11), (12, 16)], [(19, 22), (29, 32)]]
+    assert [[caption[start:end] for start, end in of_noun] for of_noun in spans(nouns, RELEASED)] == [
+        ["car"], ["teddy", "bear"], ["toy", "set"],
+    ]  # fmt: skip
+
+
+# ----- the model, a random toy
+
+WORDS = "car zebra dog cat teddy bear toy train set ele ##phant red".split()
+FIRST_WORD, MAX_TEXT = 200, 24
+MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+SIZE = {"shortest_edge": 64, "longest_edge": 128}
+
+
+def write_tokenizer(folder: Path, cls_id: int = 101) -> None:
+    """BERT's pipeline on a small vocabulary, with the tokens that GroundingDINO knows by id where they must be."""
+    vocab = {"[PAD]": 0, "[UNK]": 100, "[CLS]": cls_id, "[SEP]": 102, ".": 1012, "?": 1029}
+    vocab |= {word: FIRST_WORD + i for i, word in enumerate(WORDS)}
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    brackets = [("[CLS]", cls_id), ("[SEP]", 102)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=brackets)
+    tokenizer.decoder = decoders.WordPiece()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", sep_token="[SEP]", pad_token="[PAD]", cls_token="[CLS]"
+    ).save_pretrained(folder)
+
+
+def write_folder(folder: Path) -> Path:
+    """A random GroundingDINO with 12 queries; boxes and the text's influence are made as random as the rest."""
+    write_tokenizer(folder)
+    GroundingDinoImageProcessorPil(size=SIZE).save_pretrained(folder)
+    swin = SwinConfig(
+        image_size=64, patch_size=4, embed_dim=16, depths=[1, 1, 1], num_heads=[1, 2, 2], window_size=4,
+        out_indices=[2, 3],
+    )  # fmt: skip
+    bert = BertConfig(
+        vocab_size=1100, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    config = GroundingDinoConfig(
+        backbone_config=swin, text_config=bert, d_model=32, encoder_layers=1, decoder_layers=2, num_queries=12,
+        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64,
+        num_feature_levels=3, max_text_len=MAX_TEXT,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = GroundingDinoForObjectDetection(config)
+    for name, parameter in model.named_parameters():
+        if "bbox_embed" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+        if name.endswith(("vision_param", "text_param")):
+            torch.nn.init.ones_(parameter)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("gdino"))
+
+
+@pytest.fixture(scope="module")
+def gdino(folder) -> GroundingDino:
+    return GroundingDino(folder, device="cpu", batch_size=3)
+
+
+@pytest.fixture(scope="module")
+def every_query(folder) -> GroundingDino:
+    """Keeps all queries for all nouns, so that scores can be compared one by one."""
+    return GroundingDino(folder, device="cpu", batch_size=3, box_threshold=-1.0)
+
+
+def picture(seed: int, width: int = 64, height: int = 64) -> Image.Image:
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BILINEAR)
+
+
+def sample(prompt: Prompt, *images: Image.Image) -> Sample:
+    return Sample(prompt, "completion", "a rewrite", images)
+
+
+def samples() -> list[Sample]:
+    """Two groups of four, captions of several lengths, pictures of two shapes."""
+    prompts = [related("left of"), Prompt("toys", "two_object", ("toy train set", "teddy bear", "elephant"))]
+    sizes = [(64, 64), (128, 64), (64, 64), (128, 64)]
+    return [sample(p, picture(4 * row + i, *size)) for row, p in enumerate(prompts) for i, size in enumerate(sizes)]
+
+
+def numbers(detections: list[Detection]) -> np.ndarray:
+    return np.array([[one.noun_index, one.score, *one.box] for one in detections])
+
+
+def forwarded(monkeypatch, gdino: GroundingDino) -> list[tuple[int, ...]]:
+    """The shape of the pictures of each forward pass from now on."""
+    shapes, original = [], gdino.model.forward
+
+    def count(**inputs):
+        shapes.append(tuple(inputs["pixel_values"].shape))
+        return original(**inputs)
+
+    monkeypatch.setattr(gdino.model, "forward", count)
+    return shapes
+
+
+def ids_of(*words: str) -> list[int]:
+    ids = {".": 1012, "[UNK]": 100} | {word: FIRST_WORD + i for i, word in enumerate(WORDS)}
+    return [101, *(ids[word] for word in words), 102]
+
+
+def test_the_tokens_of_a_noun_are_those_of_its_characters(folder, gdino):
+    nouns = ("toy train set", "elephant", "Car")
+    caption = gdino.read(nouns)
+    assert caption.ids == ids_of("toy", "train", "set", ".", "ele", "##phant", ".", "car", ".")
+    assert caption.tokens == [[1, 2, 3], [5, 6], [8]]
+    released = GroundingDino(folder, device="cpu", formula="released")
+    assert released.read(nouns).tokens == [[1, 3], [5, 6], [8]]
+
+
+@pytest.mark.parametrize("formula, rows", [("faithful", [[1, 2, 3], [5]]), ("released", [[1, 3], [5]])])
+def test_a_detection_is_a_query_whose_mean_sigmoid_over_the_noun_is_above_the_threshold(folder, formula, rows):
+    gdino, image = GroundingDino(folder, device="cpu", formula=formula), picture(3)
+    pixels = ((np.asarray(image) / 255 - MEAN) / STD).transpose(2, 0, 1)[None].astype(np.float32)
+    ids = torch.tensor([ids_of("toy", "train", "set", ".", "dog", ".")])
+    with torch.no_grad():
+        outputs = gdino.model(pixel_values=torch.from_numpy(pixels), input_ids=ids)
+    sigmoid = 1 / (1 + np.exp(-outputs.logits[0].numpy().astype(np.float64)))
+    boxes = outputs.pred_boxes[0].numpy()
+    scores = [sigmoid[:, row].mean(axis=1) for row in rows]
+    expected = [[n, scores[n][q], *boxes[q]] for n in range(2) for q in range(12) if scores[n][q] > 0.3]
+    assert 0 < len(expected) < 24
+    found = gdino.detect([(image, ("toy train set", "dog"))])[0]
+    np.testing.assert_allclose(numbers(found), np.array(expected), atol=1e-5)
+
+
+def test_the_threshold_itself_is_not_above_the_threshold(folder, every_query):
+    row = (picture(0), ("dog",))
+    scores = sorted(one.score for one in every_query.detect([row])[0])
+    at = GroundingDino(folder, device="cpu", box_threshold=scores[6]).detect([row])[0]
+    assert sorted(one.score for one in at) == scores[7:]
+
+
+def test_a_score_is_the_formula_on_the_detections(gdino):
+    for one in samples():
+        found = gdino.detect([(one.images[0], one.prompt.nouns)])[0]
+        assert gdino([one]) == [picture_score(one.prompt, found, one.images[0].size)]
+
+
+def test_pictures_and_prompts_make_a_difference(every_query):
+    found = every_query.detect([(one.images[0], one.prompt.nouns) for one in samples()])
+    assert len({round(sum(one.score for one in detections), 3) for detections in found}) == 8
+
+
+def test_a_row_alone_and_among_other_captions_and_sizes_is_the_same(every_query):
+    nouns = [("dog",), ("toy train set", "elephant"), ("car", "zebra"), ("zebra", "car", "teddy bear", "cat")]
+    sizes = [(64, 64), (64, 32), (32, 48), (30, 30), (128, 128)]
+    rows = [(picture(i, *sizes[i % 5]), nouns[i % 4]) for i in range(20)]
+    together = every_query.detect(rows)
+    for row, found in zip(rows, together, strict=True):
+        np.testing.assert_allclose(numbers(found), numbers(every_query.detect([row])[0]), atol=1e-5)
+
+
+def test_boxes_are_shares_of_the_picture_itself(every_query, monkeypatch):
+    shapes = forwarded(monkeypatch, every_query)
+    every_query.detect([(picture(0), ("dog",)), (picture(1, 120, 40), ("dog",))])
+    assert shapes == [(1, 3, 64, 64), (1, 3, 43, 128)], "no picture is padded to the size of another"
+
+
+def test_each_distinct_picture_and_caption_is_looked_at_once_in_batches(gdino, monkeypatch):
+    shapes = forwarded(monkeypatch, gdino)
+    batch, one, two = samples(), picture(90), picture(91)
+    gdino(batch)
+    assert [shape[0] for shape in shapes] == [3, 1, 3, 1], "four pictures of each of two sizes, three at once"
+    shapes.clear()
+    prompt, other = Prompt("a dog", "", ("dog",)), Prompt("a cat", "", ("cat",))
+    scores = gdino([sample(prompt, one), sample(prompt, two), sample(prompt, one, two), sample(other, one)])
+    assert sum(shape[0] for shape in shapes) == 3
+    assert scores[2] == pytest.approx((scores[0] + scores[1]) / 2)
+
+
+def test_the_score_of_several_pictures_is_their_mean(gdino):
+    prompt = related("left of")
+    pictures = [picture(seed) for seed in range(12)]
+    alone = [gdino([sample(prompt, image)])[0] for image in pictures]
+    assert len(set(alone)) > 1
+    assert gdino([sample(prompt, *pictures)]) == [pytest.approx(np.mean(alone))]
+
+
+def test_neither_rewrite_nor_reasoning_nor_attributes_are_read(gdino):
+    batch = samples()
+    changed = [
+        replace(one, rewrite="cat", completion="x", prompt=replace(one.prompt, attr_nouns=("red car",), text="y"))
+        for one in batch
+    ]
+    assert gdino(changed) == gdino(batch)
+
+
+def test_outputs_that_are_not_finite_leave_the_sample_without_a_score(gdino, monkeypatch):
+    original, prompt = gdino.model.forward, Prompt("a dog", "", ("dog",))
+    batch = [sample(prompt, picture(seed)) for seed in range(3)]
+    for field in ("logits", "pred_boxes"):
+
+        def broken(field=field, **inputs):
+            outputs = original(**inputs)
+            outputs[field][0] = torch.nan
+            return outputs
+
+        monkeypatch.setattr(gdino.model, "forward", broken)
+        scores = gdino(batch)
+        assert scores[0] is None
+        assert all(isinstance(score, float) for score in scores[1:])
+        assert gdino([sample(prompt, picture(0), picture(1))]) == [None]
+
+
+def test_prompts_without_nouns_score_one_without_a_look_and_are_reported(folder, gdino, monkeypatch, caplog):
+    shapes = forwarded(monkeypatch, gdino)
+    assert gdino([sample(Prompt("sunset vibes"), picture(0))]) == [1.0]
+    assert gdino([]) == []
+    assert shapes == []
+    with caplog.at_level(logging.WARNING, logger="rewards.gdino"):
+        GroundingDino(folder, device="cpu", prompts=[related("near")])
+        assert caplog.messages == []
+        GroundingDino(folder, device="cpu", prompts=[related("near"), Prompt("sunset vibes"), Prompt("mood")])
+    assert caplog.messages == ["gdino cannot judge 2 of 3 prompts: they name no object and score 1.0"]
+
+
+def test_an_unknown_locality_in_the_data_stops_the_load(folder):
+    with pytest.raises(RewardError, match="no locality 'behind' .*left of"):
+        GroundingDino(folder, device="cpu", prompts=[related("near"), related("behind")])
+
+
+def test_nouns_beyond_the_text_length_count_as_not_found_and_are_reported(gdino, every_query, caplog):
+    nouns = ("dog", "teddy bear " * 20, "cat")
+    caption = gdino.read(nouns)
+    assert len(caption.ids) == MAX_TEXT and caption.ids[-1] == 102
+    assert caption.tokens == [[1], [], []]
+    assert "reads 24 of 47 tokens" in caplog.text and "2 of its 3 nouns are cut" in caplog.text
+    assert "\n" not in caplog.messages[0]
+    assert every_query([sample(Prompt("x", "", nouns), picture(0))]) == [pytest.approx(1 / 3)]
+
+
+def test_a_caption_that_just_fits_is_not_cut(gdino, caplog):
+    nouns = ("dog " * 10 + "dog", "cat " * 8 + "cat")  # 11 + 9 words, two dots, [CLS] and [SEP]
+    caption = gdino.read(nouns)
+    assert len(caption.ids) == MAX_TEXT
+    assert caption.tokens == [list(range(1, 12)), list(range(13, 22))]
+    assert caplog.messages == []
+
+
+def test_a_noun_is_cut_as_soon_as_one_of_its_tokens_is(gdino, caplog):
+    assert gdino.read(("dog " * 21 + "dog",)).tokens == [list(range(1, 23))], "only the dot behind it is cut"
+    assert caplog.messages == []
+    assert gdino.read(("dog " * 22 + "dog",)).tokens == [[]]
+    assert "1 of its 1 nouns are cut" in caplog.text
+
+
+STRANGE = {
+    "emoji": "🦓",
+    "emoji_between": "zebra 🦓🦓 car",
+    "one_long_word": "x" * 100_000,
+    "many_words": "dog " * 25_000 + "dog",
+    "bracket": "[SEP]",
+    "question": "?",
+    "invisible": "\u200b",
+    "half_a_pair": "\ud83e",
+    "accent": "café",
+}
+
+
+@pytest.mark.parametrize("noun", STRANGE.values(), ids=STRANGE)
+def test_strange_nouns_are_scored_like_others(gdino, noun):
+    prompt = Prompt("x", "position", (noun, "dog"), spatial=(noun, "left of", "dog"))
+    (score,) = gdino([sample(prompt, picture(0))])
+    assert 0 <= score <= 1
+    assert all(0 < token < MAX_TEXT - 1 for tokens in gdino.read(prompt.nouns).tokens for token in tokens)
+
+
+def test_characters_beyond_the_alphabet_do_not_shift_the_nouns_after_them(gdino):
+    caption = gdino.read(("🦓", "İ dog", "teddy bear"))
+    assert [caption.ids[token] for token in caption.tokens[2]] == ids_of("teddy", "bear")[1:-1]
+    assert FIRST_WORD + WORDS.index("dog") in [caption.ids[token] for token in caption.tokens[1]]
+
+
+def test_a_typed_bracket_is_no_special_token(gdino):
+    assert gdino.read(("[SEP]",)).ids.count(102) == 1
+
+
+def test_a_sample_without_its_pictures_is_refused_not_scored(gdino):
+    for images in [(), (picture(0), None)]:
+        with pytest.raises(ValueError, match="'a prompt'"):
+            gdino([sample(related("near"), *images)])
+
+
+def test_the_detector_is_frozen_in_float32_and_in_half_precision_agrees(folder, every_query):
+    row = (picture(0), ("toy train set", "dog"))
+    full = numbers(every_query.detect([row])[0])
+    for dtype, most in [("bfloat16", 0.01), ("float16", 0.001)]:
+        half = GroundingDino(folder, device="cpu", dtype=dtype, box_threshold=-1.0)
+        assert {parameter.dtype for parameter in half.model.parameters()} == {torch.float32}
+        assert not half.model.training and not any(p.requires_grad for p in half.model.parameters())
+        scores = numbers(half.detect([row])[0])[:, 1]
+        assert np.median(np.abs(np.sort(scores) - np.sort(full[:, 1]))) < most
+
+
+def test_a_missing_published_checkpoint_names_size_licence_and_command(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(RewardError) as caught:
+        GroundingDino(device="cpu")
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in ("0.7 GB", "Apache-2.0", f"hf download {PUBLISHED.repo} --include"):
+        assert part in message
+    with pytest.raises(RewardError, match="no folder at .*nowhere"):
+        GroundingDino(tmp_path / "nowhere", device="cpu")
+
+
+def test_a_folder_that_is_not_whole_is_refused(tmp_path):
+    write_folder(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    lost = weights.pop("model.text_projection.weight")
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RewardError, match="lacks 1 weights .model.text_projection.weight"):
+        GroundingDino(tmp_path, device="cpu")
+    save_file({**weights, "model.text_projection.weight": lost[:5]}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RewardError, match="cannot read"):
+        GroundingDino(tmp_path, device="cpu")
+    (tmp_path / "model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(RewardError, match="cannot read"):
+        GroundingDino(tmp_path, device="cpu")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(RewardError, match="no model.safetensors"):
+        GroundingDino(tmp_path, device="cpu")
+
+
+def test_a_box_head_under_its_tied_name_is_refused_for_it_would_stay_random(tmp_path):
+    write_folder(tmp_path)
+    head, tied = "bbox_embed.0.", "model.decoder.bbox_embed.0."
+    weights = load_file(tmp_path / "model.safetensors")
+    renamed = {(name.replace(head, tied) if name.startswith(head) else name): w for name, w in weights.items()}
+    save_file(renamed, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RewardError, match="lacks 1 weights .bbox_embed.0"):
+        GroundingDino(tmp_path, device="cpu")
+
+
+def test_a_tokenizer_with_other_special_tokens_is_refused(tmp_path):
+    write_folder(tmp_path)
+    write_tokenizer(tmp_path, cls_id=7)
+    with pytest.raises(RewardError, match=r"\[7, 102, 1012\], GroundingDINO at \[101, 102, 1012\]"):
+        GroundingDino(tmp_path, device="cpu")
+
+
+def test_bad_constructor_values_are_named(folder):
+    for wrong, message in [
+        ({"dtype": "fp16"}, "'fp16' is none of float32"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"formula": "published"}, "'published' is none of faithful, released"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            GroundingDino(folder, device="cpu", **wrong)
+    assert GroundingDino(folder, device="cpu", formula="released").formula == RELEASED
+    assert GroundingDino(folder, device="cpu", formula=replace(FAITHFUL, spatial_weights=(0, 1))).formula != FAITHFUL
