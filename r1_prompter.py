@@ -21,13 +21,12 @@ the input; 1 if a run had to stop because pictures or scores failed.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import difflib
 import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -51,6 +50,7 @@ from training.policy import PolicyError, load_tokenizer
 from training.report import write_report
 from training.run_folder import RunFolder, RunFolderError, git_commit
 from training.scoring import Scored, Scorer, ScoringError
+from training.whole import whole_parameters
 
 HERE = Path(__file__).resolve().parent
 RECIPE = HERE / "configs" / "flux_dev.yaml"
@@ -250,7 +250,7 @@ def load_frozen(
 
     device, missing, tokenizer, renderer = script.render_device or str(training.device), [], None, None
     names = [*script.rewards, *script.held_out]
-    with _outside_zero_init(training):
+    with whole_parameters():
         try:
             tokenizer = load_tokenizer(script.gpt_path)
         except PolicyError as error:
@@ -279,16 +279,6 @@ def load_frozen(
     if missing:
         raise UsageError("; and ".join(missing))
     return tokenizer, renderer, rewards[: len(script.rewards)], rewards[len(script.rewards) :]
-
-
-@contextlib.contextmanager
-def _outside_zero_init(training: GRPOConfig) -> Iterator[None]:
-    """Under ZeRO-3, transformers would give each process an empty shard of every model it loads, frozen ones too."""
-    if training.deepspeed_plugin is None:
-        yield
-        return
-    with training.deepspeed_plugin.zero3_init_context_manager(enable=False):
-        yield
 
 
 # The method ------------------------------------------------------------------------------------------------------

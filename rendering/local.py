@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import inspect
 import logging
-import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
@@ -27,7 +25,8 @@ from diffusers import AutoPipelineForText2Image, DiffusionPipeline
 from huggingface_hub import HfApi, try_to_load_from_cache
 from PIL import Image
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
-from transformers.integrations import deepspeed
+
+from training.whole import whole_parameters
 
 # Pipelines print every text that they cut, padding included; `LocalRenderer.truncated` counts them and warns once.
 logging.getLogger("diffusers.pipelines").setLevel(logging.ERROR)
@@ -341,7 +340,7 @@ def _longest_tokenizer(pipe: DiffusionPipeline) -> PreTrainedTokenizerBase:
 def _load(path: str, dtype: torch.dtype) -> DiffusionPipeline:
     offline = _check_reachable(path)
     try:
-        with _whole_parameters():
+        with whole_parameters():
             pipe = AutoPipelineForText2Image.from_pretrained(path, dtype=dtype, local_files_only=offline)
     except (OSError, httpx.HTTPError) as error:  # missing or damaged file, gated repository, lost connection
         raise CheckpointError(_missing(path, f"cannot be loaded ({_first_line(error)})")) from error
@@ -383,23 +382,3 @@ def _missing(path: str, problem: str) -> str:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-@contextmanager
-def _whole_parameters() -> Iterator[None]:
-    """Load whole weights although a trainer is configured already.
-
-    While ZeRO-3 is registered transformers builds text encoders as empty shards; with FSDP's RAM-efficient loading
-    every rank but the first gets placeholders. Both switches are process-global, so both are put back afterwards.
-    """
-    reference = deepspeed._hf_deepspeed_config_weak_ref  # there is no public getter of the object, only of its dict
-    zero = reference() if reference is not None else None
-    fsdp = os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING", None)
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if zero is not None:
-            deepspeed.set_hf_deepspeed_config(zero)
-        if fsdp is not None:
-            os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = fsdp

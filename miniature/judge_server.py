@@ -1,0 +1,306 @@
+"""A judge for the miniature: an OpenAI-compatible server of the standard library around any p(yes) of pictures.
+
+    python -m miniature.judge_server --port 8080
+
+plays both VLM judges with the miniature's ORM. It knows the two templates by their words, reads the user's prompt back
+out of them, and answers what a judge would: to `rewards.judge` the grade 10 * p(yes), to `rewards.preference` the
+picture with the higher p(yes), a tie where they are equal. Faults can be asked for, to see how a run bears them.
+
+Loopback by default and without keys: not a server for a network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import binascii
+import hashlib
+import io
+import json
+import random
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from data import grammar
+from interfaces import Sample
+from rewards import judge, preference
+from rewards.vlm import SLOT, Template
+
+Score = Callable[[list[Sample]], list[float | None]]
+Key = tuple[str, str]  # SHA-256 of a picture's data URI, prompt
+
+WEIGHTS = Path(__file__).with_name("weights") / "orm"
+MODEL = "miniature"
+MOST_BYTES = 64 * 2**20  # of a request
+MOST_KNOWN = 100_000  # scores that are remembered
+GARBAGE = "Both have their charm: Image 1 is better lit, Image 2 is better framed. My score? High."
+
+
+class JudgeServer:
+    """Serves while the `with` block lasts: `with JudgeServer(score) as url`. Faults may be changed while it serves.
+
+    Args:
+        score: p(yes) in [0, 1] for one picture per sample, None where there is none (HTTP 500); one call at a time,
+            with all requests that wait at that moment. A picture that was scored for a prompt is not scored again.
+        host: address to listen on.
+        port: 0 takes a free one.
+        model: the name that requests must carry.
+        fail_share: of chat requests that are answered with `fail_status`.
+        fail_status: an HTTP status.
+        garbage_share: of chat requests that are answered with text that holds no verdict.
+        drop_share: of chat requests whose connection is closed without an answer.
+        delay: seconds before each answer to a chat request.
+        seed: of the sequence in which faults fall on requests, in order of arrival.
+        watch: is shown headers and body of each chat request.
+
+    Attributes:
+        requests: chat requests so far.
+        most_in_flight: most of them at one time.
+    """
+
+    def __init__(
+        self,
+        score: Score,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        model: str = MODEL,
+        fail_share: float = 0.0,
+        fail_status: int = 500,
+        garbage_share: float = 0.0,
+        drop_share: float = 0.0,
+        delay: float = 0.0,
+        seed: int = 0,
+        watch: Callable[[Mapping[str, str], bytes], object] = lambda headers, body: None,
+    ):
+        self.model, self.watch = model, watch
+        self.fail_share, self.fail_status, self.garbage_share = fail_share, fail_status, garbage_share
+        self.drop_share, self.delay = drop_share, delay
+        self.requests = self.most_in_flight = self._in_flight = 0
+        self._scores = _Scores(score)
+        self._dice, self._counting, self._closing = random.Random(seed), threading.Lock(), threading.Event()
+        self._http = _Server((host, port), _Handler)
+        self._http.judge = self
+
+    @property
+    def url(self) -> str:
+        """Base of the API."""
+        host, port = self._http.server_address[:2]
+        return f"http://{host}:{port}/v1"
+
+    def __enter__(self) -> str:
+        threading.Thread(target=self.serve, daemon=True).start()
+        return self.url
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.set()
+        self._http.shutdown()
+        self._http.server_close()
+
+    def serve(self) -> None:
+        """Answer until interrupted."""
+        self._http.serve_forever(poll_interval=0.05)
+
+    def reply(self, headers: Mapping[str, str], body: bytes) -> tuple[int, dict] | None:
+        """Status and JSON for one chat request; None drops the connection."""
+        self.watch(headers, body)
+        with self._counting:
+            self.requests += 1
+            self._in_flight += 1
+            self.most_in_flight = max(self.most_in_flight, self._in_flight)
+            fate = self._dice.random()
+        try:
+            self._closing.wait(self.delay)
+            return self._reply(body, fate)
+        finally:
+            with self._counting:
+                self._in_flight -= 1
+
+    def _reply(self, body: bytes, fate: float) -> tuple[int, dict] | None:
+        if fate < self.fail_share:
+            return self.fail_status, _error("a fault that was asked for")
+        if fate < self.fail_share + self.drop_share:
+            return None
+        if fate < self.fail_share + self.drop_share + self.garbage_share:
+            return 200, self._completion(GARBAGE)
+        try:
+            model, uris, text = _read(body)
+            pictures = [_picture(uri) for uri in uris]
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            return 400, _error(f"not a chat request with data URIs: {error}")
+        if model != self.model:
+            return 404, _error(f"no model {model!r}, only {self.model!r}")
+        for template, number, answer in ((judge.TEMPLATE, 1, _grade), (preference.TEMPLATE, 2, _compare)):
+            prompt = prompt_in(template, text)
+            if prompt is None or len(pictures) != number:
+                continue
+            asked = {
+                (hashlib.sha256(uri.encode()).hexdigest(), prompt): Sample(grammar.read(prompt), "", "", (picture,))
+                for uri, picture in zip(uris, pictures, strict=True)
+            }
+            scores = self._scores(asked)
+            if None in scores:
+                return 500, _error("a picture could not be scored")
+            return 200, self._completion(answer(scores[0], scores[-1]))
+        return 400, _error(f"{len(pictures)} picture(s) and a text that is neither judge's template")
+
+    def _completion(self, text: str) -> dict:
+        message = {"role": "assistant", "content": text}
+        return {
+            "id": "chatcmpl-miniature",
+            "object": "chat.completion",
+            "created": int(time.time()),
+            "model": self.model,
+            "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+        }
+
+
+class _Scores:
+    """Remembered scores; the thread that gets to score does so for all that wait."""
+
+    def __init__(self, score: Score):
+        self._score = score
+        self._known: dict[Key, float | None] = {}
+        self._waiting: dict[Key, Sample] = {}
+        self._queueing, self._scoring = threading.Lock(), threading.Lock()
+
+    def __call__(self, asked: Mapping[Key, Sample]) -> list[float | None]:
+        with self._queueing:
+            self._waiting.update(asked)
+        with self._scoring:
+            if not asked.keys() <= self._known.keys():
+                with self._queueing:
+                    waiting, self._waiting = {**self._waiting, **asked}, {}
+                if len(self._known) > MOST_KNOWN:
+                    self._known.clear()
+                new = {key: sample for key, sample in waiting.items() if key not in self._known}
+                self._known.update(zip(new, self._score(list(new.values())), strict=True))
+            return [self._known[key] for key in asked]
+
+
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 128  # the default of 5 refuses what sixteen callers send at once
+    daemon_threads = True
+    judge: JudgeServer
+
+    def handle_error(self, request, client_address) -> None:
+        """A caller that gave up is no error of the server's."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    wbufsize = -1  # one packet per answer
+    disable_nagle_algorithm = True
+    server: _Server
+
+    def do_GET(self) -> None:
+        """The list of models."""
+        if self.path != "/v1/models":
+            return self._send(404, _error(f"no {self.path}, only /v1/models and /v1/chat/completions"))
+        self._send(200, {"object": "list", "data": [{"id": self.server.judge.model, "object": "model"}]})
+
+    def do_POST(self) -> None:
+        """A chat completion."""
+        length = self.headers.get("Content-Length", "")
+        if not length.isdecimal() or int(length) > MOST_BYTES:
+            self.close_connection = True
+            return self._send(413, _error(f"Content-Length is {length!r}, must be at most {MOST_BYTES}"))
+        body = self.rfile.read(int(length))
+        if self.path != "/v1/chat/completions":
+            return self._send(404, _error(f"no {self.path}, only /v1/models and /v1/chat/completions"))
+        reply = self.server.judge.reply(self.headers, body)
+        if reply is None:
+            self.close_connection = True
+        else:
+            self._send(*reply)
+
+    def log_message(self, *_: object) -> None:
+        """Thousands of lines that nobody reads."""
+
+    def _send(self, status: int, content: dict) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def prompt_in(template: Template, text: str) -> str | None:
+    """The user's prompt that `template` was filled with to give `text`; None if it was not."""
+    before, _, after = template.text.partition(SLOT)
+    if len(text) < len(before) + len(after) or not (text.startswith(before) and text.endswith(after)):
+        return None
+    return text[len(before) : len(text) - len(after)]
+
+
+def _read(body: bytes) -> tuple[str, list[str], str]:
+    """Model, data URIs and text of a chat request of one message."""
+    request = json.loads(body)
+    (message,) = request["messages"]
+    parts = message["content"]
+    uris = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
+    (text,) = [part["text"] for part in parts if part["type"] == "text"]
+    return request["model"], uris, text
+
+
+def _picture(uri: str) -> Image.Image:
+    """The picture in a data URI; nothing else is ever fetched. Raises ValueError if there is none."""
+    kind, _, data = uri.partition(";base64,")
+    if not kind.startswith("data:image/"):
+        raise ValueError(f"{uri[:40]!r} is no data URI of a picture")
+    try:
+        return Image.open(io.BytesIO(base64.b64decode(data, validate=True))).convert("RGB")
+    except (binascii.Error, UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"the picture in {uri[:40]!r} cannot be read ({error})") from error
+
+
+def _grade(score: float, _: float) -> str:
+    return f"<score>{10 * score:.2f}</score> This is how sure the picture is to show what was asked for."
+
+
+def _compare(first: float, second: float) -> str:
+    better = "tie" if first == second else f"Image {1 if first > second else 2} is better"
+    return f"<think>Image 1: {first:.4f}, Image 2: {second:.4f}.</think><answer>{better}</answer>"
+
+
+def _error(message: str) -> dict:
+    return {"error": {"message": message}}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Serve the miniature's ORM until interrupted."""
+    parser = argparse.ArgumentParser(prog="python -m miniature.judge_server", description=__doc__.splitlines()[0])
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    parser.add_argument("--port", type=int, default=8080, help="%(default)s; 0 takes a free one")
+    parser.add_argument("--weights", default=WEIGHTS, help="folder of the ORM (%(default)s)")
+    parser.add_argument("--model", default=MODEL, help="name to serve it under (%(default)s)")
+    parser.add_argument("--fail-share", type=float, default=0.0, help="of requests answered with --fail-status")
+    parser.add_argument("--fail-status", type=int, default=500, help="%(default)s")
+    parser.add_argument("--garbage-share", type=float, default=0.0, help="of requests answered without a verdict")
+    parser.add_argument("--drop-share", type=float, default=0.0, help="of requests whose connection is closed")
+    parser.add_argument("--delay", type=float, default=0.0, help="seconds before each answer")
+    parser.add_argument("--seed", type=int, default=0, help="of the sequence of faults")
+    options = vars(parser.parse_args(arguments))
+
+    from rewards.orm import ORM  # here, so that tests with a score of their own need no ORM
+
+    orm = ORM(options.pop("weights"), device="cpu", dtype="float32", batch_size=32, temperature=1.0)
+    server = JudgeServer(orm, **options)
+    print(f"judge {server.model!r} at {server.url}", flush=True)
+    try:
+        server.serve()
+    except KeyboardInterrupt:
+        pass
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""PickScore: which picture people pick for the ORIGINAL prompt, by a CLIP tuned on the choices of Pick-a-Pic.
+
+    score = exp(logit_scale) * cos(text, image)
+
+exactly as published, scale included: exp(logit_scale) is 100 in the released weights, so scores lie in [-100, 100]
+(about 20 for a usual picture), and softmax over the scores of two pictures is the chance that each is picked.
+Source: Pick-a-Pic, arXiv 2305.01569, and the model card of yuvalkirstain/PickScore_v1. Left out: the softmax over a
+group's pictures, which would tie a score to its neighbours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, CLIPModel
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from interfaces import Reward, Sample
+from prompting import well_formed
+from rewards import RewardError
+from rewards.frozen import (
+    Published,
+    arithmetic,
+    batches,
+    check_pictures,
+    distinct_pictures,
+    folder_of,
+    freeze,
+    one_line,
+)
+
+PUBLISHED = Published("yuvalkirstain/PickScore_v1", "3.9 GB", "code MIT, the model card names no licence")
+PROCESSOR_FILES = ("preprocessor_config.json", "tokenizer_config.json")
+# What the published example reads pictures and texts with; used where the checkpoint's folder has no such files.
+PROCESSOR = Published(
+    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    "4 MB",
+    "MIT",
+    ("preprocessor_config.json", "tokenizer*.json", "vocab.json", "merges.txt", "special_tokens_map.json"),
+)
+
+
+class PickScore(Reward):
+    """Scaled cosine of a sample's pictures and its original prompt; the mean over its pictures.
+
+    `range` is plus and minus exp(logit_scale) of the loaded weights, [-100, 100] for the published ones.
+
+    Args:
+        path: a folder with a transformers `CLIPModel` in safetensors, or `PUBLISHED.repo`, from the hub's local cache.
+            If it lacks the image processor or the tokenizer (`PROCESSOR_FILES`), those of `PROCESSOR` are taken.
+        device: where the model runs.
+        dtype: "float32", or "float16"/"bfloat16": autocast over float32 weights.
+        batch_size: pictures, or texts, per forward pass.
+
+    Raises:
+        RewardError: no checkpoint at `path`, or one that cannot be used.
+        ValueError: an unknown `dtype` or a `batch_size` below 1.
+    """
+
+    name = "pickscore"
+
+    def __init__(
+        self,
+        path: str | Path = PUBLISHED.repo,
+        *,
+        device: str | torch.device,
+        dtype: str = "float32",
+        batch_size: int = 32,
+    ):
+        self.device, self.dtype, self.batch_size = torch.device(device), arithmetic(dtype, batch_size), batch_size
+        folder = folder_of(path, PUBLISHED, ("config.json",))
+        model, self.tokenizer, self.processor = _load(folder)
+        self.model = freeze(model, self.device, folder)
+        self.longest = model.config.text_config.max_position_embeddings
+        self.scale = model.logit_scale.exp().item()
+        self.range = (-self.scale, self.scale)
+
+    @torch.inference_mode()
+    def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
+        """One score in `range` per sample, None where it is not finite.
+
+        Each distinct prompt and each distinct picture (the same PIL object) is encoded once, in batches.
+
+        Raises:
+            ValueError: a sample without pictures, or with one that failed; the caller leaves such samples out.
+        """
+        check_pictures(samples, self.name)
+        if not samples:
+            return []
+        texts = list(dict.fromkeys(sample.prompt.text for sample in samples))
+        images = distinct_pictures(samples)
+        text_row = {text: row for row, text in enumerate(texts)}
+        image_row = {id(image): row for row, image in enumerate(images)}
+        text_TD, image_ID = self.encode_texts(texts), self.encode_images(images)
+        scores = []
+        for sample in samples:
+            rows = [image_row[id(image)] for image in sample.images]
+            score = self.scale * (image_ID[rows] @ text_TD[text_row[sample.prompt.text]]).mean().item()
+            scores.append(score if math.isfinite(score) else None)
+        return scores
+
+    @torch.inference_mode()
+    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """(T, D) float32 unit features on the CPU; what is beyond the model's context (77 tokens) is cut.
+
+        Text is causal and read at its end token, so padding on the right changes nothing.
+        """
+        encoded = []
+        for some in batches([well_formed(text) for text in texts], self.batch_size):
+            read = self.tokenizer(
+                some, padding=True, truncation=True, max_length=self.longest, padding_side="right", return_tensors="pt"
+            ).to(self.device)
+            with self._autocast():
+                out = self.model.get_text_features(input_ids=read.input_ids, attention_mask=read.attention_mask)
+            encoded.append(F.normalize(out.pooler_output.float(), dim=-1).cpu())
+        return torch.cat(encoded)
+
+    @torch.inference_mode()
+    def encode_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """(I, D) float32 unit features on the CPU; pictures of any size and mode, centre-cropped by the processor."""
+        encoded = []
+        for some in batches(images, self.batch_size):
+            pixels = self.processor([image.convert("RGB") for image in some], return_tensors="pt")["pixel_values"]
+            with self._autocast():
+                out = self.model.get_image_features(pixel_values=pixels.to(self.device))
+            encoded.append(F.normalize(out.pooler_output.float(), dim=-1).cpu())
+        return torch.cat(encoded)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+
+def _load(folder: Path):
+    """(model, tokenizer, image processor on PIL, as the original) of a folder; every weight must be there."""
+    try:
+        model, report = CLIPModel.from_pretrained(
+            folder, local_files_only=True, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise RewardError(f"cannot read {folder} as a CLIP checkpoint ({one_line(error)})") from error
+    if report["missing_keys"]:
+        raise RewardError(
+            f"{folder} lacks weights of a CLIPModel: {', '.join(sorted(report['missing_keys'])[:5])}; "
+            f"fetch it again, run `{PUBLISHED.command}`"
+        )
+    reader = folder
+    if not all((folder / name).is_file() for name in PROCESSOR_FILES):
+        reader = folder_of(PROCESSOR.repo, PROCESSOR, PROCESSOR_FILES)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(reader, local_files_only=True)
+        processor = CLIPImageProcessorPil.from_pretrained(reader, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise RewardError(f"cannot read the tokenizer or image processor in {reader} ({one_line(error)})") from error
+    side, crop = model.config.vision_config.image_size, processor.crop_size
+    if (crop["height"], crop["width"]) != (side, side):
+        raise RewardError(
+            f"the image processor in {reader} crops to {crop['height']}x{crop['width']}, the model in {folder} reads "
+            f"{side}x{side}: give the {PROCESSOR_FILES[0]} that the model was trained with"
+        )
+    return model, tokenizer, processor

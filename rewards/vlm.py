@@ -1,0 +1,470 @@
+"""The one client for every VLM judge: questions about pictures in, verdicts out, None where none could be had.
+
+A question is a template with the user's ORIGINAL prompt in it, and pictures; it goes to an OpenAI-compatible chat API
+at temperature 0. What can fail does so here and quietly: no verdict is ever made up, nothing remote raises out of a
+batch, and a batch ends in bounded time.
+
+    one call    at most `call_timeout` seconds, retries (connection, 408, 429, 5xx; back-off with jitter) included
+    one batch   at most `batch_timeout` seconds; what is unfinished then is None
+    a dead API  after as many failures in a row as two rounds of calls in flight, at least TRIP, calls fail at once;
+                one probe per PAUSE seconds finds out that it is back
+
+No torch here: a program that only asks starts at once. Left out: streaming, tool calls, logits, `Retry-After`, and
+redirects, which could carry pictures to another host.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import io
+import ipaddress
+import itertools
+import json
+import logging
+import math
+import os
+import random
+import re
+import sqlite3
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from openai import APIConnectionError, APIStatusError, AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
+from PIL import Image
+
+from prompting import MAX_PROMPT_CHARS, well_formed
+from rewards import RewardError
+
+logger = logging.getLogger(__name__)
+
+Verdict = str | float
+
+SLOT = "{prompt}"  # where a template takes the user's prompt
+MAX_TOKENS = 4096  # of an answer: room to think aloud
+LOSSLESS_PIXELS = 512 * 512  # up to here a picture is sent as PNG, above as JPEG
+ATTEMPTS = 4  # of one call
+BACKOFF, LONGEST_BACKOFF = 0.5, 8.0  # seconds before the second attempt, doubled each time, and their most
+CONNECT_TIMEOUT, CHECK_TIMEOUT = 10.0, 10.0  # seconds
+TRIP, PAUSE = 8, 30.0  # failures in a row that open the circuit, at least; seconds until a probe
+RETRIED = {408, 429}  # and 5xx
+ALIVE = {400, 413, 422, 429}  # this question was refused, which says nothing against the server
+
+# "[INST]" and the like: bracketed capitals. Angle brackets, of any kind, need no pattern.
+_BRACKETED = re.compile(r"\[(/?[A-Z_]{2,})\]")
+_ANGLES = str.maketrans("<>", "＜＞")
+
+
+@dataclass(frozen=True)
+class Template:
+    """What a judge is told, and how its answer is read.
+
+    Attributes:
+        text: the instructions, with SLOT where the user's prompt goes.
+        parse: answer -> verdict, None if the answer holds none.
+    """
+
+    text: str
+    parse: Callable[[str], Verdict | None]
+
+    @property
+    def version(self) -> str:
+        """16 hex digits of the text's SHA-256: other words, other verdicts."""
+        return hashlib.sha256(self.text.encode()).hexdigest()[:16]
+
+    def fill(self, prompt: str) -> str:
+        """The text with `prompt` in it: well-formed, cut to MAX_PROMPT_CHARS, `neutralise`d."""
+        before, _, after = self.text.partition(SLOT)
+        return before + neutralise(well_formed(prompt)[:MAX_PROMPT_CHARS]) + after
+
+
+@dataclass(frozen=True)
+class Question:
+    """One thing to ask: a template, the user's own words, and the pictures in the order in which they are shown."""
+
+    template: Template
+    prompt: str
+    images: tuple[Image.Image, ...]
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What came of one call: a verdict, or why the call failed, or an answer that could not be read."""
+
+    verdict: Verdict | None = None
+    failure: str = ""
+    unread: str = ""
+
+
+class _CallFailed(Exception):
+    """No answer could be had; the message says why."""
+
+
+class VLMClient:
+    """Asks a VLM behind an OpenAI-compatible API. Nothing is contacted before the first `ask` or `check`.
+
+    The API key is read from the environment, JUDGE_API_KEY, at each call and is never kept; a server on this machine
+    needs none. Proxies of the environment are used for other machines only. Instances can be pickled.
+
+    Args:
+        url: base of the API ("http://127.0.0.1:8080/v1").
+        model: the model's name there.
+        concurrency: calls in flight at once.
+        call_timeout: seconds for one call, retries included, from the moment that it is its turn.
+        batch_timeout: seconds for all calls of one `ask`.
+        cache: SQLite file of verdicts, shared by any number of processes; None keeps none. A verdict is known by its
+            pictures, filled template, template version and `model`: take a new file when another model gets that name.
+
+    Attributes:
+        metrics: of the last `ask`, distinct questions: "asked" of the server, "cached", and of those asked "failed"
+            (no answer) and "unparsable" (an answer without a verdict).
+
+    Raises:
+        RewardError: a value that cannot work, plain http to another machine, or a cache that is no such file.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        *,
+        concurrency: int = 16,
+        call_timeout: float = 120.0,
+        batch_timeout: float = 900.0,
+        cache: str | Path | None = None,
+    ):
+        self.url, self.loopback = _checked(url)
+        if not model:
+            raise RewardError("the judge's model has no name: give --judge_model, see GET /v1/models of the server")
+        if concurrency < 1:
+            raise RewardError(f"judge concurrency is {concurrency}, must be at least 1")
+        for name, seconds in (("call_timeout", call_timeout), ("batch_timeout", batch_timeout)):
+            if not (math.isfinite(seconds) and seconds > 0):
+                raise RewardError(f"judge {name} is {seconds}, must be a positive number of seconds")
+        self.model, self.concurrency = model, concurrency
+        self.call_timeout, self.batch_timeout = call_timeout, batch_timeout
+        self.cache = _Cache(cache) if cache is not None else None
+        self.metrics: dict[str, float] = {}
+        self._circuit = _Circuit(max(TRIP, 2 * concurrency))
+
+    def ask(self, questions: Sequence[Question]) -> list[Verdict | None]:
+        """One verdict per question, in order; None where the call failed or the answer could not be read.
+
+        Equal questions (same template, prompt and pixels) are asked once. Only verdicts are cached, never failures.
+        Runs its own event loop, so it cannot be called from inside one.
+        """
+        deadline = time.monotonic() + self.batch_timeout
+        keys = self._keys(questions)
+        distinct = dict(zip(keys, questions, strict=True))
+        known = self.cache.get(distinct) if self.cache else {}
+        to_ask = {key: question for key, question in distinct.items() if key not in known}
+        outcomes = asyncio.run(self._ask_all(to_ask, deadline)) if to_ask else {}
+        new = {key: outcome.verdict for key, outcome in outcomes.items() if outcome.verdict is not None}
+        if self.cache and new:
+            self.cache.put(new)
+        self._report(outcomes, cached=len(known))
+        verdicts = known | new
+        return [verdicts.get(key) for key in keys]
+
+    def check(self) -> None:
+        """Ask the server once which models it has (GET /models).
+
+        Raises:
+            RewardError: nobody answers, access is denied, it is no such API, or it lacks `model`; with what to do.
+        """
+        names = asyncio.run(self._model_names())
+        if self.model not in names:
+            raise RewardError(
+                f"the judge at {self.url} serves {', '.join(map(repr, names)) or 'no model'}, not {self.model!r}: "
+                "correct --judge_model"
+            )
+
+    def _keys(self, questions: Sequence[Question]) -> list[str]:
+        """For each question what tells it from all others, in any batch, process and run."""
+        hashes = {key: picture_hash(image) for key, image in _distinct_images(questions).items()}
+        rows = [
+            [q.template.version, self.model, q.template.fill(q.prompt), *(hashes[id(image)] for image in q.images)]
+            for q in questions
+        ]
+        return [hashlib.sha256(json.dumps(row).encode()).hexdigest() for row in rows]
+
+    async def _ask_all(self, questions: Mapping[str, Question], deadline: float) -> dict[str, _Outcome]:
+        """The outcome of every question; what is unfinished at `deadline` (of time.monotonic) has failed."""
+        uris = {key: data_uri(image) for key, image in _distinct_images(questions.values()).items()}
+        turns, outcomes, rows = asyncio.Semaphore(self.concurrency), {}, list(questions.items())
+        probes = 1 if self._circuit.is_open else 0  # asked before the others: is somebody there again?
+        async with self._connect() as api:
+            for some in (rows[:probes], rows[probes:]):
+                calls = {key: asyncio.create_task(self._ask(api, turns, question, uris)) for key, question in some}
+                outcomes |= await self._finished(calls, deadline)
+        return outcomes
+
+    async def _finished(self, calls: Mapping[str, asyncio.Task[_Outcome]], deadline: float) -> dict[str, _Outcome]:
+        """Outcomes of calls that are under way; an error that is no failure of a call (a bug) is raised."""
+        if not calls:
+            return {}
+        time_left = max(0.0, deadline - time.monotonic())
+        _, late = await asyncio.wait(calls.values(), timeout=time_left, return_when=asyncio.FIRST_EXCEPTION)
+        for call in late:
+            call.cancel()
+        await asyncio.gather(*late, return_exceptions=True)
+        too_late = _Outcome(failure=f"unfinished after the batch's {self.batch_timeout:g} s")
+        return {key: too_late if call in late else call.result() for key, call in calls.items()}
+
+    async def _ask(
+        self, api: AsyncOpenAI, turns: asyncio.Semaphore, question: Question, uris: Mapping[int, str]
+    ) -> _Outcome:
+        async with turns:
+            try:
+                async with asyncio.timeout(self.call_timeout):
+                    answer = await self._answer(api, question, uris)
+            except TimeoutError:
+                reason = f"no answer within {self.call_timeout:g} s"
+                self._circuit.failed(reason)
+                return _Outcome(failure=reason)
+            except _CallFailed as error:
+                return _Outcome(failure=str(error))
+        verdict = question.template.parse(answer)
+        return _Outcome(unread=answer or "an empty answer") if verdict is None else _Outcome(verdict)
+
+    async def _answer(self, api: AsyncOpenAI, question: Question, uris: Mapping[int, str]) -> str:
+        """The judge's words; raises _CallFailed once a failure is final or the circuit is open."""
+        pictures = [{"type": "image_url", "image_url": {"url": uris[id(image)]}} for image in question.images]
+        words = {"type": "text", "text": question.template.fill(question.prompt)}
+        for attempt in itertools.count(1):
+            if not self._circuit.lets_through():
+                raise _CallFailed(f"not asked: {self._circuit.failures} failures in a row, {self._circuit.reason}")
+            try:
+                reply = await api.chat.completions.with_raw_response.create(
+                    model=self.model,
+                    messages=[{"role": "user", "content": [*pictures, words]}],
+                    temperature=0,
+                    max_tokens=MAX_TOKENS,
+                )
+            except APIConnectionError as error:
+                reason, again = _one_line(error.__cause__ or error), True
+                self._circuit.failed(reason)
+            except APIStatusError as error:
+                reason, status = _one_line(error), error.status_code
+                again = status in RETRIED or status >= 500
+                if status in ALIVE:
+                    self._circuit.succeeded()
+                else:
+                    self._circuit.failed(reason)
+            else:
+                self._circuit.succeeded()
+                return _content(reply.text)
+            if not again or attempt == ATTEMPTS:
+                raise _CallFailed(reason)
+            await asyncio.sleep(_back_off(attempt))
+
+    async def _model_names(self) -> list[str]:
+        where = f"judge at {self.url}"
+        async with self._connect() as api:
+            try:
+                async with asyncio.timeout(CHECK_TIMEOUT):
+                    reply = await api.models.with_raw_response.list()
+            except (APIConnectionError, TimeoutError) as error:
+                raise RewardError(
+                    f"no {where} ({_one_line(error.__cause__ or error)}): start one with scripts/serve_judge.sh, or "
+                    "name another with --judge_url"
+                ) from error
+            except APIStatusError as error:
+                hint = {401: "set JUDGE_API_KEY", 403: "set JUDGE_API_KEY", 404: "does --judge_url end in /v1?"}
+                what = hint.get(error.status_code, "start one with scripts/serve_judge.sh")
+                raise RewardError(f"{where} answers {_one_line(error)}: {what}") from error
+        try:
+            return [str(model["id"]) for model in json.loads(reply.text)["data"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise RewardError(f"{where} is no OpenAI-compatible API: --judge_url must end in its /v1") from error
+
+    def _connect(self) -> AsyncOpenAI:
+        """The SDK without its own retries and without what the environment says about api.openai.com."""
+        key = os.environ.get("JUDGE_API_KEY", "").strip() or "none"
+        api = AsyncOpenAI(
+            base_url=self.url,
+            api_key=key,
+            default_headers={"Authorization": f"Bearer {key}"},  # else OPENAI_CUSTOM_HEADERS could replace it
+            max_retries=0,
+            timeout=Timeout(self.call_timeout, connect=min(CONNECT_TIMEOUT, self.call_timeout)),
+            http_client=DefaultAsyncHttpxClient(trust_env=not self.loopback, follow_redirects=False),
+        )
+        api.organization = api.project = None
+        return api
+
+    def _report(self, outcomes: Mapping[str, _Outcome], cached: int) -> None:
+        failures = [outcome.failure for outcome in outcomes.values() if outcome.failure]
+        unread = [outcome.unread for outcome in outcomes.values() if outcome.unread]
+        counts = {"asked": len(outcomes), "cached": cached, "failed": len(failures), "unparsable": len(unread)}
+        self.metrics = {name: float(count) for name, count in counts.items()}
+        if failures:
+            logger.warning("%d of %d judge calls failed, one: %s", len(failures), len(outcomes), failures[0])
+        if unread:
+            logger.warning(
+                "%d of %d judge answers have no verdict, one: %.200r", len(unread), len(outcomes), unread[0]
+            )
+
+
+# ----- what is sent, what comes back
+
+
+def neutralise(text: str) -> str:
+    """`text` in which nothing can pass for a tag or a chat marker, readable to a model as before.
+
+    All angle brackets become their full-width twins (`<score>`, `</prompt>`, `<|im_start|>` in any spelling), and so
+    do the brackets around capitals (`[INST]`, `[/IMG]`).
+    """
+    return _BRACKETED.sub(r"［\1］", text).translate(_ANGLES)
+
+
+def after_thinking(answer: str) -> str:
+    """What an answer says once its think blocks are closed; "" if one is left open: then nothing was decided."""
+    final = answer.rpartition("</think>")[2]
+    return "" if "<think>" in final else final
+
+
+def picture_hash(image: Image.Image) -> str:
+    """64 hex digits of the SHA-256 of size and RGB pixels: equal pictures, equal hashes, in every run."""
+    digest = hashlib.sha256(repr(image.size).encode())
+    digest.update(image.convert("RGB").tobytes())
+    return digest.hexdigest()
+
+
+def data_uri(image: Image.Image) -> str:
+    """The RGB picture as a data URI: PNG up to LOSSLESS_PIXELS pixels, else JPEG of quality 95."""
+    kind, options = ("png", {}) if image.width * image.height <= LOSSLESS_PIXELS else ("jpeg", {"quality": 95})
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, kind, **options)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _distinct_images(questions: Iterable[Question]) -> dict[int, Image.Image]:
+    return {id(image): image for question in questions for image in question.images}
+
+
+def _content(body: str) -> str:
+    """The answer in a chat completion's JSON, "" if there is none: then it cannot be parsed either."""
+    try:
+        content = json.loads(body)["choices"][0]["message"]["content"]
+    except (ValueError, KeyError, IndexError, TypeError):
+        return ""
+    return content if isinstance(content, str) else ""
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _back_off(attempt: int) -> float:
+    """Seconds to wait after that failed attempt; drawn outside the random state that a run is seeded with."""
+    longest = min(LONGEST_BACKOFF, BACKOFF * 2 ** (attempt - 1))
+    return longest * random.SystemRandom().uniform(0.5, 1.0)
+
+
+def _checked(url: str) -> tuple[str, bool]:
+    """The URL without a closing slash, and whether it is on this machine."""
+    example = 'give the base of an OpenAI-compatible API, such as "http://127.0.0.1:8080/v1"'
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError as error:
+        raise RewardError(f"judge URL {url!r} cannot be read ({error}): {example}") from error
+    if parts.scheme not in ("http", "https") or not host or parts.query or parts.fragment:
+        raise RewardError(f"judge URL {url!r} is none: {example}")
+    if parts.username is not None:
+        raise RewardError(
+            f"the judge URL of {host} carries a login: remove it, keys go into environment JUDGE_API_KEY"
+        )
+    loopback = _is_loopback(host)
+    if parts.scheme == "http" and not loopback and os.environ.get("JUDGE_ALLOW_HTTP") != "1":
+        raise RewardError(
+            f"judge URL {url!r} would send pictures and key unencrypted to another machine: use https, or set "
+            "environment JUDGE_ALLOW_HTTP=1 if you trust the network"
+        )
+    return url.rstrip("/"), loopback
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+# ----- what outlives a call
+
+
+class _Circuit:
+    """Open (calls fail at once) after `trip` failures in a row; then one call per PAUSE seconds is a probe."""
+
+    def __init__(self, trip: int):
+        self.trip, self.failures, self.since, self.reason = trip, 0, 0.0, ""
+
+    @property
+    def is_open(self) -> bool:
+        return self.failures >= self.trip
+
+    def lets_through(self) -> bool:
+        if not self.is_open:
+            return True
+        if time.monotonic() - self.since < PAUSE:
+            return False
+        self.since = time.monotonic()  # the others wait for this one
+        return True
+
+    def failed(self, reason: str) -> None:
+        self.failures, self.since, self.reason = self.failures + 1, time.monotonic(), reason
+
+    def succeeded(self) -> None:
+        self.failures = 0
+
+
+class _Cache:
+    """Verdicts in an SQLite file: each call opens it anew, so threads and processes may share it.
+
+    SQLite's rollback journal, not its write-ahead log, which needs shared memory and so fails on network folders. Once
+    in use a cache that fails (full disk, lock not had in time) costs the verdicts in it, with a warning, not the run.
+
+    Raises:
+        RewardError: no such file can be opened or made at `path`.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with closing(self._open()) as db, db:
+                db.execute("CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, verdict TEXT NOT NULL)")
+        except (OSError, sqlite3.DatabaseError) as error:
+            raise RewardError(
+                f"{str(path)!r} cannot hold the judge's verdicts ({_one_line(error)}): name another file, or none"
+            ) from error
+
+    def get(self, keys: Iterable[str]) -> dict[str, Verdict]:
+        """The verdicts of those keys that are known."""
+        found: dict[str, Verdict] = {}
+        try:
+            with closing(self._open()) as db:
+                for key in keys:
+                    row = db.execute("SELECT verdict FROM verdicts WHERE key = ?", (key,)).fetchone()
+                    found |= {key: json.loads(row[0])} if row else {}
+        except sqlite3.DatabaseError as error:
+            logger.warning("judge cache %s was not read: %s", self.path, _one_line(error))
+        return found
+
+    def put(self, verdicts: Mapping[str, Verdict]) -> None:
+        """Add what is new, in one transaction."""
+        rows = [(key, json.dumps(verdict)) for key, verdict in verdicts.items()]
+        try:
+            with closing(self._open()) as db, db:
+                db.executemany("INSERT OR IGNORE INTO verdicts VALUES (?, ?)", rows)
+        except sqlite3.DatabaseError as error:
+            logger.warning("%d verdicts were not added to judge cache %s: %s", len(rows), self.path, _one_line(error))
+
+    def _open(self) -> sqlite3.Connection:
+        return sqlite3.connect(self.path, timeout=30)
