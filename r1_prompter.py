@@ -45,6 +45,7 @@ from interfaces import Prompt, Renderer, Reward
 from prompting import messages
 from rewards import REWARDS, RewardError, RewardOptions, Setting, build, check
 from rewards.frozen import footprint
+from training.curves import progressing
 from training.diagnostics import diagnose, mean_of_processes
 from training.policy import PolicyError, load_tokenizer
 from training.report import write_report
@@ -365,7 +366,7 @@ class RunLog(TrainerCallback):
         phases = [logs.get(f"seconds/{phase}", 0.0) for phase in ("generate", "render", "score")]
         self.folder.log(state.global_step, {**logs, "seconds/train": logs["step_time"] - sum(phases)})
         values = {"reward": logs.get("reward")}
-        values |= {key.split("/")[1]: logs[key] for key in logs if key.startswith("rewards/") and key.endswith("mean")}
+        values |= {name: logs[f"rewards/{name}/mean"] for name in progressing(logs)}
         shown = {name: f"{value:.4g}" for name, value in values.items() if value is not None}
         if not self.bar.disable:
             self.bar.set_postfix(shown)

@@ -1,7 +1,7 @@
 """Train every miniature model, of its real architecture at toy size, from the world, on a CPU.
 
     python -m miniature.build                 # all stages, in this order
-    python -m miniature.build --stage flux    # only some: prompts vae flux hps policy measure
+    python -m miniature.build --stage flux    # only some, of STAGES below
 
 Deterministic: the data and noise of a step are a function of (stage, step) alone, so a build that was interrupted goes
 on from its last saved state (`.cache/miniature/`) to the same weights. Each stage is the ceiling of the next: measure
@@ -22,10 +22,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from data.grammar import TASKS
-from interfaces import Prompt, Sample
+from interfaces import Prompt
 from miniature import world
 from miniature.fit import PADDED, ROOT, TEXT_TOKENS, WEIGHTS, fit, pixels, word_tokenizer
-from miniature.preferences import build_hps
+from miniature.preferences import build_hps, build_imagereward, build_pickscore
+from miniature.readers import build_gdino, build_git, build_orm
 from prompting import SYSTEM_PROMPT, completion, messages
 
 # ---------------------------------------------------------------- the renderer: VAE, then FLUX on its latents
@@ -294,24 +295,11 @@ def drawing(draw, prompts: list[Prompt]) -> dict[str, float]:
     }
 
 
-def preference(hps, prompts: list[Prompt]) -> float:
-    """Share of (right picture, wrong picture) pairs, one a prompt, in which `hps` scores the right one higher."""
-    rng = random.Random("preference")
-    samples = []
-    for prompt in prompts:
-        right = wrong = world.layout(prompt, rng)
-        while world.taste(prompt, wrong) >= 0.9 * world.taste(prompt, right):
-            wrong = world.spoil(right, rng)
-        samples += [Sample(prompt, "", "", (world.draw(scene, rng),)) for scene in (right, wrong)]
-    scores = np.array(hps(samples)).reshape(-1, 2)
-    return float(np.mean(scores[:, 0] > scores[:, 1]))
-
-
 def measure() -> None:
-    """Print the ceilings in their order: reconstruction, drawing, reward."""
+    """Print the ceilings in their order: reconstruction, drawing, rewards."""
     from diffusers import AutoencoderKL
 
-    from rewards.hps import HPS
+    from miniature import meaning
 
     _, held_out = world.splits()
     vae = AutoencoderKL.from_pretrained(WEIGHTS / "flux" / "vae", dtype=torch.float32)
@@ -320,9 +308,9 @@ def measure() -> None:
     print(
         f"drawing: {accuracy['written']:.1%} of {len(held_out)} written layouts, {accuracy['raw']:.1%} of raw prompts"
     )
-    train, _ = world.splits()
-    pairs = random.Random(0).sample(train, 300)
-    print(f"HPS: the right picture of {preference(HPS(WEIGHTS / 'hps', device='cpu'), pairs):.1%} of 300 pairs")
+    print("share of 300 pairs in which the right picture scores higher:")
+    for name, share in meaning.measure().items():
+        print(f"    {name:28s} {share:.1%}")
 
 
 STAGES = {
@@ -330,6 +318,11 @@ STAGES = {
     "vae": build_vae,
     "flux": build_flux,
     "hps": build_hps,
+    "pickscore": build_pickscore,
+    "imagereward": build_imagereward,
+    "git": build_git,
+    "gdino": build_gdino,
+    "orm": build_orm,
     "policy": build_policy,
     "measure": measure,
 }

@@ -58,7 +58,7 @@ def _looks(thing: world.Thing) -> tuple[int, int]:
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def build_gdino(sight_steps: int = 400, steps: int = 6000, batch: int = 48) -> None:
+def build_gdino(sight_steps: int = 400, steps: int = 2000, batch: int = 48) -> None:
     """GroundingDinoForObjectDetection: Swin, BERT, two-stage deformable decoder, trained with its own set loss.
 
     A batch shares one caption: transformers 5.17 looks the labels of all rows but the first up in the second row's

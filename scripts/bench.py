@@ -1,6 +1,7 @@
 """How fast is a rollout, against a plain loop in the manner of the published code? Both in one run, on the miniature.
 
     python scripts/bench.py --target cpu [--json PATH] [--prompts 16] [--group 8]
+    python scripts/bench.py --target rewards [--json PATH]      each local reward in batches against one by one
 
 A rollout is: write a completion, draw it, score it. Both sides get the same completions, sampled in one batch as TRL
 does. The plain loop then takes them one by one, as RePrompt and T2I-R1 do: each image reward draws the rewrite again
@@ -16,6 +17,7 @@ import json
 import random
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -35,16 +37,17 @@ from training.seeds import render_seed
 
 ROOT = Path(__file__).resolve().parent.parent
 REWARDS = ("hps", "format")
+LOCAL = ("hps", "git", "gdino", "orm", "imagereward", "pickscore")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Seconds per rollout, batched against one by one, on the miniature.")
-    parser.add_argument("--target", choices=["cpu"], required=True, help="cpu: the miniature")
+    parser.add_argument("--target", choices=["cpu", "rewards"], required=True, help="a rollout, or rewards alone")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     parser.add_argument("--prompts", type=int, default=16, help="groups of a generation")
     parser.add_argument("--group", type=int, default=8, help="completions a prompt")
     args = parser.parse_args()
-    result = bench_cpu(args.prompts, args.group)
+    result = bench_cpu(args.prompts, args.group) if args.target == "cpu" else bench_rewards(args.prompts * args.group)
     for key, value in result.items():
         print(f"{key:28s} {value:.4f}" if isinstance(value, float) else f"{key:28s} {value}")
     if args.json is not None:
@@ -80,6 +83,32 @@ def bench_cpu(groups: int, group: int) -> dict:
         "ratio_to_plain_loop": plain / ours,
         "ratio_with_generation": (generating + plain) / (generating + ours),
     }
+
+
+def bench_rewards(pictures: int) -> dict:
+    """Milliseconds per picture of each local reward, all pictures in one call and one picture a call; medians of 3."""
+    options = yaml.safe_load((ROOT / "configs" / "miniature.yaml").read_text(encoding="utf-8"))
+    prompts = random.Random(0).sample(load_prompts(ROOT / options["data"]), pictures)
+    images = _renderer(options, options["render_batch_size"])([p.text for p in prompts], range(pictures))
+    samples = [Sample(prompt, "", prompt.text, (image,)) for prompt, image in zip(prompts, images, strict=True)]
+    paths = {f"{name}_path": str(ROOT / options[f"{name}_path"]) for name in LOCAL}
+    result = {"pictures": pictures, "threads": torch.get_num_threads()}
+    for reward in build(LOCAL, RewardOptions(**paths, orm_dtype="float32"), Setting()):
+        reward(samples[:1])  # warm up, off the clock
+        together = _median_of_3(lambda reward=reward: reward(samples)) / pictures
+        alone = _median_of_3(lambda reward=reward: [reward([sample]) for sample in samples]) / pictures
+        result |= {f"{reward.name}_batched_ms": 1000 * together, f"{reward.name}_one_by_one_ms": 1000 * alone}
+        result[f"{reward.name}_ratio"] = alone / together
+    return result
+
+
+def _median_of_3(work: Callable[[], object]) -> float:
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return sorted(seconds)[1]
 
 
 def _renderer(options: dict, chunk_size: int) -> LocalRenderer:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from training.terminal import number, thin
 
@@ -145,12 +145,17 @@ def phases_panel(rows: list[dict]) -> dict | None:
     return {"title": "Seconds a step", "note": "by phase", "grid": grid, "series": [], "areas": areas}
 
 
+def progressing(keys: Iterable[str]) -> list[str]:
+    """The rewards whose mean can show progress, of a run that logs these metrics: all, but for one case.
+
+    A win rate within the group has the mean 0.5 whatever the policy does; against the raw prompt's picture it has not.
+    """
+    parts = [match[1] for key in keys if (match := re.fullmatch(r"rewards/(.+)/mean", key))]
+    return [part for part in parts if part != "preference" or "preference/win_rate_vs_raw" in keys]
+
+
 def _part_panels(rows: list[dict]) -> list[tuple]:
-    """One plot a reward, but for a win rate within the group: its mean is 0.5 whatever the policy does."""
-    keys = {key for row in rows for key in row}
-    parts = sorted(match[1] for key in keys if (match := re.fullmatch(r"rewards/(.+)/mean", key)))
-    if "preference/win_rate_vs_raw" not in keys:
-        parts = [part for part in parts if part != "preference"]
+    parts = sorted(progressing({key for row in rows for key in row}))
     return [(f"Reward part: {part}", "mean of a step", {f"rewards/{part}/mean": part}, False) for part in parts]
 
 
