@@ -424,7 +424,8 @@ class GroundingDino(Reward):
         pixels = self.image_processor([image.convert("RGB") for image in images], do_pad=False, return_tensors="pt")
         ids = pad_sequence([torch.tensor(caption.ids) for caption in captions], batch_first=True)
         mask = pad_sequence([torch.ones(len(caption.ids), dtype=torch.long) for caption in captions], batch_first=True)
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # TF32 moves boxes across thresholds
+        with exact, torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             outputs = self.model(
                 pixel_values=pixels["pixel_values"].to(self.device),
                 input_ids=ids.to(self.device),

@@ -165,7 +165,8 @@ def _families(rows: list[dict]) -> list[tuple]:
 
     def family(title: str, note: str, pattern: str, from_zero: bool) -> tuple:
         found = {key: match[1] for key in keys if (match := re.fullmatch(pattern, key))}
-        return (title, note, found, from_zero)
+        named = f"{title}: {next(iter(found.values()))}" if len(found) == 1 else title  # a lone line has no legend
+        return (named, note, found, from_zero)
 
     return [
         family("Held-out scorers", "mean; nothing is trained on them", r"held_out/(.+)/mean", False),

@@ -1,0 +1,66 @@
+"""Claims about the ablation runner, with the real trainer on the toy stack.
+
+pytest tests/test_ablate.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+
+import ablate
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def test_one_table_holds_every_variant_a_failure_is_no_number_and_a_finished_run_is_not_repeated(toy, tmp_path):
+    launch = f"{sys.executable} r1_prompter.py --config {toy.config} --save_strategy no --max_steps 2"
+    command = [sys.executable, "scripts/ablate.py", "--outdir", str(tmp_path / "out"), "--launch", launch]
+    command += ["--variant", "H: --rewards hps format", "--variant", "typo: --rewards hsp"]
+    command += ["--", "--held_out", "length"]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 1
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert table in done.stdout
+    head, _, good, bad = table.splitlines()
+    assert "Δ held_out/length" in head and "Δ rewards/hps" in head
+    cells = [cell.strip() for cell in good.strip("|").split("|")]
+    assert cells[:2] == ["H", "0"] and len([float(cell) for cell in cells[2:]]) == 3
+    assert "0 failed (exit code 2" in bad and "did you mean 'hps'" in bad
+    assert all(cell.strip() == "-" for cell in bad.strip("|").split("|")[2:])
+    written = (tmp_path / "out" / "H_s0" / "metrics.jsonl").stat().st_mtime_ns
+    again = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert again.returncode == 1 and (tmp_path / "out" / "H_s0" / "metrics.jsonl").stat().st_mtime_ns == written
+
+
+def finished(folder: Path, values: list[float], oracle: float | None = None) -> None:
+    folder.mkdir(parents=True)
+    (folder / "report.html").write_text("")
+    rows = [{"step": i, "rewards/hps/mean": value} for i, value in enumerate(values)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if oracle is not None:
+        scores = {"start": {"mean": 0.4}, "trained": {"mean": oracle}}
+        (folder / "summary.json").write_text(json.dumps({"oracle": scores}))
+
+
+def test_figures_are_the_last_tenth_less_the_first_and_intervals_are_of_seeds(tmp_path):
+    finished(tmp_path / "H_s0", [0.0, *[0.5] * 8, 1.0], oracle=0.8)
+    finished(tmp_path / "H_s1", [0.0, *[0.5] * 8, 0.4], oracle=0.6)
+    assert ablate.figures(tmp_path / "H_s0") == {"oracle before": 0.4, "oracle after": 0.8, "Δ rewards/hps": 1.0}
+    assert ablate.figures(tmp_path / "nowhere") == {}
+    row = ablate.write_table(tmp_path, ["H"], [0, 1], {}).splitlines()[-1]
+    assert row == "| H | 0, 1 | 0.400 ± 0.000 | 0.700 ± 1.271 | 0.700 ± 3.812 |"  # t(0.975, 1) = 12.706
+
+
+@pytest.mark.parametrize("text", ["no colon", "../up: --x", ": --x", "a b: --x"])
+def test_a_variant_without_a_plain_name_is_refused(text):
+    with pytest.raises(ValueError, match="name: options"):
+        ablate.read_variant(text)
