@@ -84,7 +84,7 @@ def measure(count: int = 300) -> dict[str, float]:
     found["gdino, existence"] = right_share(gdino, pairs(count, THINGS))
     found["gdino, exact counts"] = exact_counts(gdino, pairs(count, ("counting",)))
     found["gdino, relations"] = right_share(gdino, pairs(count, ("position",)))
-    orm = ORM(WEIGHTS / "orm", device="cpu", dtype="float32")
+    orm = ORM(WEIGHTS / "orm", device="cpu")
     found["orm, all tasks"] = right_share(orm, held)
     for task in TASKS:
         found[f"orm, {task}"] = right_share(orm, pairs(count // 2, (task,)))

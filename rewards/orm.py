@@ -98,6 +98,7 @@ class ORM(Reward):
         model, self.tokenizer = _load(folder, self.dtype, self.device)
         self.model = freeze(model, self.device, folder)
         self.yes, self.no = (_answer(self.tokenizer, word, folder) for word in ("yes", "no"))
+        self.before, self.answer = self._ids(BEFORE_IMAGE), self._ids(ANSWER)  # the same around every question
         self.size = model.config.vision_config.image_size
         self.mean, self.std = _normalisation(folder)
 
@@ -112,26 +113,25 @@ class ORM(Reward):
         """
         check_pictures(samples, self.name)
         pictures = self._look(distinct_pictures(samples))
-        asked = list(dict.fromkeys((id(image), sample.prompt.text) for sample in samples for image in sample.images))
+        after = {sample.prompt.text: self.question_ids(sample.prompt.text) for sample in samples}
+        asked = dict.fromkeys((id(image), sample.prompt.text) for sample in samples for image in sample.images)
         answers = {}
-        for some in batches(asked, self.batch_size):
-            answers |= zip(
-                some, self._ask([pictures[key] for key, _ in some], [text for _, text in some]), strict=True
-            )
+        for some in batches(sorted(asked, key=lambda pair: len(after[pair[1]])), self.batch_size):  # little padding
+            yes = self._ask(torch.stack([pictures[key] for key, _ in some]), [after[text] for _, text in some])
+            answers |= zip(some, yes, strict=True)
         scores = [
             sum(answers[id(image), sample.prompt.text] for image in sample.images) / len(sample.images)
             for sample in samples
         ]
         return [score if math.isfinite(score) else None for score in scores]
 
-    def question_ids(self, prompt: str) -> tuple[list[int], list[int]]:
-        """Tokens before and after the picture; the prompt is cut at MAX_PROMPT_CHARS characters.
+    def question_ids(self, prompt: str) -> list[int]:
+        """Tokens after the picture; the prompt is cut at MAX_PROMPT_CHARS characters.
 
         A chat marker in the prompt (`<|im_end|>`, `<image>`) is read as the plain text that it is.
         """
         question = AFTER_IMAGE.format(prompt=well_formed(prompt[:MAX_PROMPT_CHARS]))
-        after = self._ids(question, split_special_tokens=True) + self._ids(ANSWER)
-        return self._ids(BEFORE_IMAGE), after
+        return self._ids(question, split_special_tokens=True) + self.answer
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
         """(3, size, size) float32: centred on a square of the mean colour, resized (bicubic), then mean and std."""
@@ -154,13 +154,15 @@ class ORM(Reward):
             looks |= zip(map(id, some), torch.cat([tokens_ITD, end], dim=1), strict=True)
         return looks
 
-    def _ask(self, pictures: Sequence[torch.Tensor], prompts: Sequence[str]) -> list[float]:
-        """p(yes) of each prompt about the picture in its row; rows are padded on the left, all end at the answer."""
-        rows = [self._embed(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
-        lengths = torch.tensor([len(row) for row in rows], device=self.device)
-        embeds_QTD = pad_sequence(rows, batch_first=True, padding_side="left")
-        longest = embeds_QTD.shape[1]
-        places_QT = torch.arange(longest, device=self.device) - (longest - lengths)[:, None]
+    def _ask(self, pictures_QPD: torch.Tensor, after: Sequence[list[int]]) -> list[float]:
+        """p(yes) about each picture, given the tokens after it; rows are padded on the left, all end at the answer."""
+        size, start = pictures_QPD.shape[1], len(self.before)
+        rows = [torch.tensor([*self.before, *[0] * size, *ids], device=self.device) for ids in after]
+        ids_QT = pad_sequence(rows, batch_first=True, padding_side="left")
+        padding = torch.tensor([ids_QT.shape[1] - len(row) for row in rows], device=self.device)[:, None]
+        places_QT = torch.arange(ids_QT.shape[1], device=self.device) - padding
+        embeds_QTD = self.model.get_input_embeddings()(ids_QT)
+        embeds_QTD[(places_QT >= start) & (places_QT < start + size)] = pictures_QPD.flatten(0, 1)
         logits_QV = self.model(
             inputs_embeds=embeds_QTD,
             attention_mask=(places_QT >= 0).long(),
@@ -170,12 +172,6 @@ class ORM(Reward):
         ).logits[:, -1]
         z_yes, z_no = logits_QV[:, self.yes].float(), logits_QV[:, self.no].float()
         return torch.sigmoid((z_yes - z_no) / self.temperature).tolist()
-
-    def _embed(self, picture: torch.Tensor, prompt: str) -> torch.Tensor:
-        """(tokens, D) of the whole question, the picture in its place."""
-        words = self.model.get_input_embeddings()
-        before, after = (words(torch.tensor(ids, device=self.device)) for ids in self.question_ids(prompt))
-        return torch.cat([before, picture, after])
 
     def _ids(self, text: str, *, split_special_tokens: bool = False) -> list[int]:
         tokens = self.tokenizer(text, add_special_tokens=False, split_special_tokens=split_special_tokens)

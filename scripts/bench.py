@@ -93,7 +93,7 @@ def bench_rewards(pictures: int) -> dict:
     samples = [Sample(prompt, "", prompt.text, (image,)) for prompt, image in zip(prompts, images, strict=True)]
     paths = {f"{name}_path": str(ROOT / options[f"{name}_path"]) for name in LOCAL}
     result = {"pictures": pictures, "threads": torch.get_num_threads()}
-    for reward in build(LOCAL, RewardOptions(**paths, orm_dtype="float32"), Setting()):
+    for reward in build(LOCAL, RewardOptions(**paths), Setting()):
         reward(samples[:1])  # warm up, off the clock
         together = _median_of_3(lambda reward=reward: reward(samples)) / pictures
         alone = _median_of_3(lambda reward=reward: [reward([sample]) for sample in samples]) / pictures
