@@ -11,8 +11,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from interfaces import Prompt, Renderer, Reward
+
+if TYPE_CHECKING:
+    from rewards.judge import Judge
+    from rewards.preference import Preference
+    from rewards.vlm import VLMClient
 
 
 class RewardError(RuntimeError):
@@ -128,21 +134,26 @@ def _pickscore(options: RewardOptions, setting: Setting) -> Reward:
 def _judge(options: RewardOptions, setting: Setting) -> Reward:
     from rewards.judge import Judge
 
-    return Judge(_client(options, setting))
+    return _reached(Judge(_client(options, setting)))
 
 
 def _preference(options: RewardOptions, setting: Setting) -> Reward:
     from rewards.preference import Preference
 
     pairs, both = options.preference_pairs, options.preference_both_orders
-    return Preference(_client(options, setting), pairs=pairs, both_orders=both, seed=setting.seed)
+    return _reached(Preference(_client(options, setting), pairs=pairs, both_orders=both, seed=setting.seed))
 
 
-def _client(options: RewardOptions, setting: Setting):
-    """The judge's client, once the judge has answered: a run must not find out after an hour that nobody is there."""
+def _reached(reward: Judge | Preference) -> Reward:
+    """`reward`, once its judge has answered: a run must not find out after an hour that nobody is there."""
+    reward.client.check()
+    return reward
+
+
+def _client(options: RewardOptions, setting: Setting) -> VLMClient:
     from rewards.vlm import VLMClient
 
-    client = VLMClient(
+    return VLMClient(
         options.judge_url,
         options.judge_model,
         concurrency=options.judge_concurrency,
@@ -150,8 +161,6 @@ def _client(options: RewardOptions, setting: Setting):
         batch_timeout=options.judge_batch_timeout,
         cache=options.judge_cache or setting.judge_cache,
     )
-    client.check()
-    return client
 
 
 def _format(options: RewardOptions, setting: Setting) -> Reward:

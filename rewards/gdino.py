@@ -500,7 +500,10 @@ def _load(
         raise RewardError(f"cannot read {folder} as a GroundingDINO checkpoint ({one_line(error)})") from error
     missing = sorted(info["missing_keys"]) or [name for name in (BOX_HEAD,) if name not in names]
     if missing:
-        raise RewardError(f"{folder} lacks {len(missing)} weights ({missing[0]} ...): fetch it again")
+        raise RewardError(
+            f"{folder} lacks {len(missing)} weights ({missing[0]} ...) of a GroundingDINO: fetch it again, or name "
+            "another folder"
+        )
     if not tokenizer.is_fast:
         raise RewardError(f"the tokenizer of {folder} has no offsets: save its fast form there (tokenizer.json)")
     ids = [tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.convert_tokens_to_ids(".")]

@@ -430,16 +430,20 @@ class _Cache:
     SQLite's rollback journal, not its write-ahead log, which needs shared memory and so fails on network folders. Once
     in use a cache that fails (full disk, lock not had in time) costs the verdicts in it, with a warning, not the run.
 
+    The file is made with the first batch: a run that is refused before leaves nothing behind.
+
     Raises:
-        RewardError: no such file can be opened or made at `path`.
+        RewardError: what is at `path` is no such file, or `path` lies in something that is no folder.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with closing(self._open()) as db, db:
-                db.execute("CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, verdict TEXT NOT NULL)")
+            there = next(parent for parent in self.path.absolute().parents if parent.exists())
+            if not there.is_dir():
+                raise NotADirectoryError(f"{there} is no folder")
+            if self.path.exists():
+                self._open().close()
         except (OSError, sqlite3.DatabaseError) as error:
             raise RewardError(
                 f"{str(path)!r} cannot hold the judge's verdicts ({_one_line(error)}): name another file, or none"
@@ -453,7 +457,7 @@ class _Cache:
                 for key in keys:
                     row = db.execute("SELECT verdict FROM verdicts WHERE key = ?", (key,)).fetchone()
                     found |= {key: json.loads(row[0])} if row else {}
-        except sqlite3.DatabaseError as error:
+        except (OSError, sqlite3.DatabaseError) as error:
             logger.warning("judge cache %s was not read: %s", self.path, _one_line(error))
         return found
 
@@ -463,8 +467,16 @@ class _Cache:
         try:
             with closing(self._open()) as db, db:
                 db.executemany("INSERT OR IGNORE INTO verdicts VALUES (?, ?)", rows)
-        except sqlite3.DatabaseError as error:
+        except (OSError, sqlite3.DatabaseError) as error:
             logger.warning("%d verdicts were not added to judge cache %s: %s", len(rows), self.path, _one_line(error))
 
     def _open(self) -> sqlite3.Connection:
-        return sqlite3.connect(self.path, timeout=30)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        db = sqlite3.connect(self.path, timeout=30)
+        try:
+            with db:
+                db.execute("CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, verdict TEXT NOT NULL)")
+        except sqlite3.DatabaseError:
+            db.close()
+            raise
+        return db

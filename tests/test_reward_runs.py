@@ -150,6 +150,40 @@ def test_judges_that_may_hold_a_process_for_half_of_the_process_groups_timeout_a
     check(["hps"], options, ddp_timeout=60)  # nobody is asked
 
 
+BAD = {
+    "no judge there": (["--rewards", "judge"], "scripts/serve_judge.sh"),
+    "pairs of no kind": (["--rewards", "preference", "--preference_pairs", "zero"], "'zero'"),
+    "plain http to another machine": (["--rewards", "judge", "--judge_url", "http://example.org/v1"], "https"),
+    "unknown formula": (["--rewards", "git", "--git_formula", "foo"], "'foo'"),
+    "weights of another model": (["--rewards", "gdino", "--gdino_path", "miniature/weights/git"], "GroundingDINO"),
+    "held out and trained on": (["--rewards", "hps", "--held_out", "hps"], "named twice"),
+    "a temperature of nothing": (["--rewards", "orm", "--orm_temperature", "0"], "temperature is 0.0"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_reward_options_are_one_line_with_code_2_and_leave_nothing_behind(bad, tmp_path, capfd, monkeypatch):
+    import r1_prompter
+
+    monkeypatch.chdir(ROOT)
+    options, named = BAD[bad]
+    run = tmp_path / "run"
+    argv = [
+        *MINIATURE,
+        "--outdir",
+        str(run),
+        "--reward_weights",
+        "1",
+        "--judge_url",
+        "http://127.0.0.1:9/v1",
+        *options,
+    ]
+    assert r1_prompter.main(argv) == 2
+    said = [line for line in capfd.readouterr().err.splitlines() if "r1_prompter: error:" in line]
+    assert len(said) == 1 and named in said[0]
+    assert not run.exists()
+
+
 class Model(Reward):
     """A reward that says on which device its weights were while it scored."""
 
