@@ -197,6 +197,8 @@ def test_a_folder_of_another_run_or_of_something_else_is_refused(tmp_path):
     mine.open({}, ["r1_prompter.py", "--hub_token", "secret", "--api_key=secret"], None)
     assert "secret" not in (tmp_path / "run" / "run.json").read_text()
     RunFolder(tmp_path / "run", {"seed": 1, "outdir": "b"}).check()  # where it writes is not what it is
+    moved = {"seed": 1, "judge_url": "https://another/v1", "reward_device": "cuda:1"}  # nor are its judge's address
+    RunFolder(tmp_path / "run", moved).check()
     with pytest.raises(RunFolderError, match="seed 1 -> 2"):
         RunFolder(tmp_path / "run", {"seed": 2}).check()
     with pytest.raises(RunFolderError, match="no whole checkpoint"):
