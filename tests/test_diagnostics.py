@@ -70,6 +70,8 @@ def test_a_held_out_scorer_reports_its_mean_its_absences_and_whether_it_agrees_w
     assert found["held_out/w/correlation"] == pytest.approx(1)
     gone = diagnose([row("a", {"x": 1.0}, held_out={"w": None})] * 2, 2, 77)
     assert gone["held_out/w/absent"] == 1 and "held_out/w/mean" not in gone
+    undrawn = [row("a", {"x": 1.0}, held_out={"w": 0.5}), row(None, {"x": 0.0}, held_out={"w": None})]
+    assert diagnose(undrawn, 2, 77)["held_out/w/absent"] == 0  # the scorer did not fail: there was nothing to score
 
 
 def test_a_batch_in_which_everything_is_absent_still_has_its_counts():

@@ -73,7 +73,9 @@ def held_out(rows: Sequence[Row], group: int) -> dict[str, float]:
     total_PG = _scores([row["total"] for row in rows], group)
     for name in rows[0]["held_out"]:
         scores_PG = _scores([row["held_out"][name] for row in rows], group)
-        found[f"held_out/{name}/absent"] = float(np.isnan(scores_PG).mean())
+        missing = [row["held_out"][name] is None for row in rows if row["rewrite"] is not None]
+        if missing:  # what could not be read was not drawn, and is no failure of the scorer
+            found[f"held_out/{name}/absent"] = float(np.mean(missing))
         if not np.isnan(scores_PG).all():
             found[f"held_out/{name}/mean"] = float(np.nanmean(scores_PG))
         value = correlation((scores_PG - _row_means(scores_PG)).ravel(), (total_PG - _row_means(total_PG)).ravel())
