@@ -56,6 +56,9 @@ def test_correlation_is_of_what_rewards_say_within_a_group_not_of_how_easy_its_p
     easy = [row("a", {"x": 10.0, "y": 11.0}), row("b", {"x": 11.0, "y": 10.0})]
     hard = [row("c", {"x": 0.0, "y": 1.0}), row("d", {"x": 1.0, "y": 0.0})]
     assert diagnose(easy + hard, 2, 77)["correlation/x~y"] == pytest.approx(-1)
+    three = [row(str(i), dict(zip("xyz", values, strict=True))) for i, values in enumerate([(0, 0, 1), (1, 1, 0)] * 2)]
+    found = diagnose(three, 2, 77)
+    assert [found[f"agreement/{name}"] for name in "xyz"] == pytest.approx([0, 0, -1])  # z is the odd one out
     constant = [row("a", {"x": 1.0, "y": 1.0}), row("b", {"x": 1.0, "y": 2.0})] * 2
     assert "correlation/x~y" not in diagnose(constant, 2, 77)
     assert correlation(np.array([1.0, math.nan, 2.0]), np.array([1.0, 5.0, 2.0])) is None

@@ -171,7 +171,7 @@ def _families(rows: list[dict]) -> list[tuple]:
     return [
         family("Held-out scorers", "mean; nothing is trained on them", r"held_out/(.+)/mean", False),
         family("Held-out against the reward", "correlation within groups", r"held_out/(.+)/correlation", False),
-        family("Do rewards agree?", "correlation within groups", r"correlation/(.+)", False),
+        family("Do rewards agree?", "mean correlation with the others, within groups", r"agreement/(.+)", False),
         family("Rewards without a signal", "share of groups scored alike", r"rewards/(.+)/zero_spread", True),
         family("Judge calls that failed", "of a batch, all tries spent", r"(.+)/failed", True),
         family("Judge answers that could not be read", "of a batch", r"(.+)/unparsable", True),

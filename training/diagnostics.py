@@ -50,7 +50,8 @@ def rewrites(readable: Sequence[Row], max_tokens: int) -> dict[str, float]:
 
 
 def rewards(rows: Sequence[Row], group: int) -> dict[str, float]:
-    """Of each reward, the spread within groups and the share of groups without any; of each pair, the correlation.
+    """Of each reward, the spread within groups and the share of groups without any; of each pair, the correlation; and
+    each reward's agreement, the mean of its correlations.
 
     Correlations are of scores less their group's mean: what two rewards say of the members of a group, not of how easy
     its prompt is.
@@ -61,10 +62,13 @@ def rewards(rows: Sequence[Row], group: int) -> dict[str, float]:
         deviations_PG = scores_PG - _row_means(scores_PG)
         found |= _spread(f"rewards/{name}", deviations_PG)
         centred[name] = deviations_PG.ravel()
+    agreeing: dict[str, list[float]] = {}
     for one, other in combinations(centred, 2):
         if (value := correlation(centred[one], centred[other])) is not None:
             found[f"correlation/{one}~{other}"] = value
-    return found
+            for name in (one, other):
+                agreeing.setdefault(name, []).append(value)
+    return found | {f"agreement/{name}": float(np.mean(values)) for name, values in agreeing.items()}
 
 
 def held_out(rows: Sequence[Row], group: int) -> dict[str, float]:
