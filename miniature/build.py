@@ -24,7 +24,7 @@ from tqdm import tqdm
 from data.grammar import TASKS
 from interfaces import Prompt
 from miniature import world
-from miniature.fit import PADDED, ROOT, TEXT_TOKENS, WEIGHTS, fit, pixels, word_tokenizer
+from miniature.fit import PADDED, ROOT, TEXT_TOKENS, WEIGHTS, byte_level_bpe, fit, pixels, word_tokenizer
 from miniature.preferences import build_hps, build_imagereward, build_pickscore
 from miniature.readers import build_gdino, build_git, build_orm
 from prompting import SYSTEM_PROMPT, completion, messages
@@ -234,28 +234,13 @@ def build_policy(reading_steps: int = 700, cold_start_steps: int = 300) -> None:
 
 
 def bpe_tokenizer():
-    """Byte-level BPE with ChatML's special tokens, as Qwen's is: any text in UTF-8 passes and comes back."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
+    """The policy's tokenizer, with its chat template."""
     rng = random.Random("bpe")
     texts = [SYSTEM_PROMPT] * 200
     for task in TASKS:
         prompts = [world.request(task, rng) for _ in range(500)]
         texts += [prompt.text + "\n" + completion(*world.lesson(prompt, rng, SKILL)) for prompt in prompts]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=768, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )  # fmt: skip
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<|endoftext|>", eos_token="<|im_end|>", padding_side="left",
-        model_max_length=2048, chat_template=CHAT_TEMPLATE, clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+    return byte_level_bpe(texts, 768, (), chat_template=CHAT_TEMPLATE)
 
 
 # ---------------------------------------------------------------- prompts, and what all of it is worth

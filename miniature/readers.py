@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from data.grammar import TASKS
 from interfaces import Prompt
 from miniature import world
-from miniature.fit import WEIGHTS, fit
+from miniature.fit import WEIGHTS, byte_level_bpe, fit
 
 CELL = world.SIZE // 3  # pixels a side of one place
 LOOKS = (len(world.COLORS) + 1, len(world.SHAPES) + 1)  # the last of each is "nothing"
@@ -221,34 +221,13 @@ def build_orm(
     As LLaVA was, it is first taught to say what a picture shows. Asked yes or no from the start, it was at the level
     of a coin (loss 0.66) after 670 steps of 64.
     """
-    from transformers import (
-        LlavaOnevisionConfig,
-        LlavaOnevisionForConditionalGeneration,
-        Qwen2Config,
-        SiglipImageProcessor,
-        SiglipVisionConfig,
-    )
+    from transformers import SiglipImageProcessor
 
     from rewards.orm import AFTER_IMAGE, ANSWER, BEFORE_IMAGE
 
     torch.manual_seed(6)
     words = answer_tokenizer()
-    model = LlavaOnevisionForConditionalGeneration(
-        LlavaOnevisionConfig(
-            vision_config=SiglipVisionConfig(
-                hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-                image_size=world.SIZE, patch_size=CELL, vision_use_head=False,
-            ),
-            text_config=Qwen2Config(
-                vocab_size=len(words), hidden_size=128, intermediate_size=384, num_hidden_layers=4,
-                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, initializer_range=0.09,
-                bos_token_id=None, eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id,
-                tie_word_embeddings=True,
-            ),
-            image_token_index=words.convert_tokens_to_ids("<image>"), vision_feature_layer=-1,
-            vision_feature_select_strategy="full", tie_word_embeddings=True,
-        )
-    )  # fmt: skip
+    model = _llava(words)
     tower = model.model.vision_tower
 
     def see(pixels: torch.Tensor) -> torch.Tensor:
@@ -299,6 +278,33 @@ def build_orm(
     SiglipImageProcessor(size={"height": world.SIZE, "width": world.SIZE}).save_pretrained(folder)
 
 
+def _llava(words):
+    """A LLaVA-OneVision with SigLIP's tower and a Qwen2, as the ORM is, at toy size."""
+    from transformers import (
+        LlavaOnevisionConfig,
+        LlavaOnevisionForConditionalGeneration,
+        Qwen2Config,
+        SiglipVisionConfig,
+    )
+
+    return LlavaOnevisionForConditionalGeneration(
+        LlavaOnevisionConfig(
+            vision_config=SiglipVisionConfig(
+                hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+                image_size=world.SIZE, patch_size=CELL, vision_use_head=False,
+            ),
+            text_config=Qwen2Config(
+                vocab_size=len(words), hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, initializer_range=0.09,
+                bos_token_id=None, eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id,
+                tie_word_embeddings=True,
+            ),
+            image_token_index=words.convert_tokens_to_ids("<image>"), vision_feature_layer=-1,
+            vision_feature_select_strategy="full", tie_word_embeddings=True,
+        )
+    )  # fmt: skip
+
+
 def _claim(task: str, rng: random.Random) -> tuple[Prompt, world.Scene, int]:
     """A prompt, a scene and whether it holds there, as often as not; where it does not, it nearly does."""
     prompt = world.request(task, rng)
@@ -314,28 +320,10 @@ def _claim(task: str, rng: random.Random) -> tuple[Prompt, world.Scene, int]:
 
 
 def answer_tokenizer():
-    """Byte-level BPE with ChatML's special tokens and `<image>`, as the ORM's is."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
+    """The ORM's tokenizer, with `<image>`."""
     from rewards.orm import AFTER_IMAGE, ANSWER, BEFORE_IMAGE
 
     rng = random.Random("answers")
     prompts = [world.request(task, rng).text for task in TASKS for _ in range(500)]
-    texts = [
-        BEFORE_IMAGE + AFTER_IMAGE.format(prompt=prompt) + ANSWER + word
-        for prompt in prompts
-        for word in ("yes", "no")
-    ]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
-    )  # fmt: skip
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<|endoftext|>", eos_token="<|im_end|>", padding_side="left",
-        model_max_length=2048, clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+    asked = [BEFORE_IMAGE + AFTER_IMAGE.format(prompt=prompt) + ANSWER for prompt in prompts]
+    return byte_level_bpe([question + word for question in asked for word in ("yes", "no")], 600, ("<image>",))

@@ -25,6 +25,11 @@ class RewardError(RuntimeError):
     """A reward cannot be built or its checkpoint cannot be read; the message says what to do next."""
 
 
+def one_line(error: BaseException, most: int = 200) -> str:
+    """The text of an error on one line, or its class where it has none."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 def option(default: object, help: str, **more: object):
     """A field of `RewardOptions`, which the trainer's command line shows with this help."""
     return field(default=default, metadata={"help": help, **more})

@@ -6,7 +6,7 @@ Nothing is ever fetched here: gigabytes by eight processes are a person's call, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -15,6 +15,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
+from transformers import PreTrainedTokenizerBase
 
 from interfaces import Reward, Sample
 from rewards import RewardError
@@ -141,6 +142,50 @@ def freeze(model: torch.nn.Module, device: torch.device, source: str | Path) -> 
     return model.to(device).eval().requires_grad_(False)
 
 
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Arithmetic in `dtype` over float32 weights; nothing changes if that is float32."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def known_token(tokenizer: PreTrainedTokenizerBase, word: str, folder: Path, model: str) -> int:
+    """The one token id of `word`, which `model` answers with or is marked up by.
+
+    Raises:
+        RewardError: the tokenizer does not know it as one token.
+    """
+    ids = tokenizer.encode(word, add_special_tokens=False)
+    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+        raise RewardError(
+            f"the tokenizer in {folder} reads {word!r} as {ids}, {model} needs it as one known token: "
+            "give the tokenizer that the model was trained with"
+        )
+    return ids[0]
+
+
+def mean_cosines(
+    samples: Sequence[Sample],
+    encode_texts: Callable[[Sequence[str]], torch.Tensor],
+    encode_images: Callable[[Sequence[Image.Image]], torch.Tensor],
+) -> list[float]:
+    """For each sample the cosine of its prompt and its pictures, the mean over the pictures.
+
+    Each distinct prompt and each distinct picture (the same PIL object) is encoded once, into unit rows (n, D).
+    """
+    if not samples:
+        return []
+    texts = list(dict.fromkeys(sample.prompt.text for sample in samples))
+    images = distinct_pictures(samples)
+    text_row = {text: row for row, text in enumerate(texts)}
+    image_row = {id(image): row for row, image in enumerate(images)}
+    text_TD, image_ID = encode_texts(texts), encode_images(images)
+    return [
+        (image_ID[[image_row[id(image)] for image in sample.images]] @ text_TD[text_row[sample.prompt.text]])
+        .mean()
+        .item()
+        for sample in samples
+    ]
+
+
 def check_pictures(samples: Sequence[Sample], reward: str) -> None:
     """Raise ValueError for a sample without pictures, or with one that failed; the caller leaves such samples out."""
     for sample in samples:
@@ -159,8 +204,3 @@ def distinct_pictures(samples: Sequence[Sample]) -> list[Image.Image]:
 def batches(rows: Sequence, size: int) -> Iterator[Sequence]:
     """`rows` in slices of at most `size`."""
     return (rows[start : start + size] for start in range(0, len(rows), size))
-
-
-def one_line(error: Exception, most: int = 200) -> str:
-    """The text of an error on one line, or its class where it has none."""
-    return " ".join(str(error).split())[:most] or type(error).__name__

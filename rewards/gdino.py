@@ -39,8 +39,8 @@ from transformers.models.grounding_dino.modeling_grounding_dino import SPECIAL_T
 from data.grammar import RELATIONS
 from interfaces import Prompt, Reward, Sample
 from prompting import well_formed
-from rewards import RewardError
-from rewards.frozen import Published, arithmetic, batches, check_pictures, folder_of, freeze, one_line
+from rewards import RewardError, one_line
+from rewards.frozen import Published, arithmetic, autocast, batches, check_pictures, folder_of, freeze
 
 log = logging.getLogger(__name__)
 
@@ -425,7 +425,7 @@ class GroundingDino(Reward):
         ids = pad_sequence([torch.tensor(caption.ids) for caption in captions], batch_first=True)
         mask = pad_sequence([torch.ones(len(caption.ids), dtype=torch.long) for caption in captions], batch_first=True)
         exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # TF32 moves boxes across thresholds
-        with exact, torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+        with exact, autocast(self.device, self.dtype):
             outputs = self.model(
                 pixel_values=pixels["pixel_values"].to(self.device),
                 input_ids=ids.to(self.device),

@@ -30,16 +30,17 @@ from transformers import AutoImageProcessor, AutoTokenizer, DynamicCache, GitFor
 
 from interfaces import Prompt, Reward, Sample
 from prompting import well_formed
-from rewards import RewardError
+from rewards import RewardError, one_line
 from rewards.frozen import (
     Published,
     arithmetic,
+    autocast,
     batches,
     check_pictures,
     distinct_pictures,
     folder_of,
     freeze,
-    one_line,
+    known_token,
 )
 
 log = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ class GIT(Reward):
         folder = folder_of(path, PUBLISHED, NEEDS)
         model, self.tokenizer, self.processor = _load(folder)
         self.model = freeze(model, self.device, folder)
-        self.yes, self.no = (_answer(self.tokenizer, word, folder) for word in ("yes", "no"))
+        self.yes, self.no = (known_token(self.tokenizer, word, folder, "GIT") for word in ("yes", "no"))
         self.longest = model.config.max_position_embeddings
         self._log_unjudged(prompts)
 
@@ -159,7 +160,7 @@ class GIT(Reward):
         """
         pixels = self.processor([image.convert("RGB") for image in pictures], return_tensors="pt")["pixel_values"]
         start = torch.full((len(pictures), 1), self.tokenizer.cls_token_id, device=self.device)
-        with self._autocast():
+        with autocast(self.device, self.dtype):
             out = self.model(start, pixel_values=pixels.to(self.device), use_cache=True, logits_to_keep=1)
         return [(layer.keys[:, :, :-1], layer.values[:, :, :-1]) for layer in out.past_key_values.layers]
 
@@ -171,14 +172,11 @@ class GIT(Reward):
         ids = [torch.tensor(self.question_ids(question), device=self.device) for question in questions]
         ids_QT = pad_sequence(ids, batch_first=True)
         places = torch.arange(ids_QT.shape[1], device=self.device).expand_as(ids_QT)  # of the text alone, as trained
-        with self._autocast():
+        with autocast(self.device, self.dtype):
             logits_QTV = self.model(ids_QT, position_ids=places, past_key_values=DynamicCache(seen)).logits
         last = torch.tensor([len(row) - 1 for row in ids], device=self.device)
         logits_QV = logits_QTV[torch.arange(len(ids), device=self.device), last].float()
         return torch.sigmoid(logits_QV[:, self.yes] - logits_QV[:, self.no]).tolist()
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     def _log_unjudged(self, prompts: Sequence[Prompt]) -> None:
         constants = [self._constant(prompt) for prompt in prompts]
@@ -211,14 +209,3 @@ def _load(folder: Path):
     if tokenizer.cls_token_id is None:
         raise RewardError(f"the tokenizer in {folder} has no [CLS], with which GIT's questions begin: set cls_token")
     return model, tokenizer, processor
-
-
-def _answer(tokenizer, word: str, folder: Path) -> int:
-    """The one token id of an answer."""
-    ids = tokenizer.encode(word, add_special_tokens=False)
-    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
-        raise RewardError(
-            f"the tokenizer in {folder} reads {word!r} as {ids}, GIT needs it as one known token: "
-            "give the tokenizer that the model was trained with"
-        )
-    return ids[0]

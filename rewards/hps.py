@@ -26,7 +26,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from interfaces import Reward, Sample
 from rewards import RewardError
-from rewards.frozen import arithmetic, batches, check_pictures, distinct_pictures, freeze
+from rewards.frozen import arithmetic, autocast, batches, check_pictures, freeze, mean_cosines
 
 DEFAULT_REPO, DEFAULT_FILE = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
 DEFAULT = f"{DEFAULT_REPO}/{DEFAULT_FILE}"
@@ -84,26 +84,15 @@ class HPS(Reward):
             ValueError: a sample without pictures, or with one that failed; the caller leaves such samples out.
         """
         check_pictures(samples, self.name)
-        if not samples:
-            return []
-        texts = list(dict.fromkeys(sample.prompt.text for sample in samples))
-        images = distinct_pictures(samples)
-        text_row = {text: row for row, text in enumerate(texts)}
-        image_row = {id(image): row for row, image in enumerate(images)}
-        text_TD, image_ID = self.encode_texts(texts), self.encode_images(images)
-        scores = []
-        for sample in samples:
-            rows = [image_row[id(image)] for image in sample.images]
-            score = (image_ID[rows] @ text_TD[text_row[sample.prompt.text]]).mean().item()
-            scores.append(score if math.isfinite(score) else None)
-        return scores
+        scores = mean_cosines(samples, self.encode_texts, self.encode_images)
+        return [score if math.isfinite(score) else None for score in scores]
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """(T, D) float32 unit features on the CPU; what is beyond the model's context (77 tokens) is cut."""
         encoded = []
         for some in batches(texts, self.batch_size):
-            with self._autocast():
+            with autocast(self.device, self.dtype):
                 features = self.model.encode_text(self.tokenize(list(some)).to(self.device))
             encoded.append(F.normalize(features.float(), dim=-1).cpu())
         return torch.cat(encoded)
@@ -113,7 +102,7 @@ class HPS(Reward):
         """(I, D) float32 unit features on the CPU; pictures of any size and mode."""
         encoded = []
         for some in batches(images, self.batch_size):
-            with self._autocast():
+            with autocast(self.device, self.dtype):
                 features = self.model.encode_image(torch.stack([self.preprocess(image) for image in some]))
             encoded.append(F.normalize(features.float(), dim=-1).cpu())
         return torch.cat(encoded)
@@ -127,9 +116,6 @@ class HPS(Reward):
         left, top = (self.size - width) // 2, (self.size - height) // 2
         pixels = F.pad(pixels, (left, self.size - width - left, top, self.size - height - top))
         return (pixels - self.mean) / self.std
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
 
 def _locate(path: str | Path) -> Path:

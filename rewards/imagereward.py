@@ -39,16 +39,16 @@ from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisio
 
 from interfaces import Reward, Sample
 from prompting import well_formed
-from rewards import RewardError
+from rewards import RewardError, one_line
 from rewards.frozen import (
     Published,
     arithmetic,
+    autocast,
     batches,
     check_pictures,
     distinct_pictures,
     folder_of,
     freeze,
-    one_line,
 )
 
 PUBLISHED = Published("THUDM/ImageReward", "1.8 GB", "Apache-2.0", ("ImageReward.pt", "med_config.json"))
@@ -190,7 +190,7 @@ class ImageReward(Reward):
     @torch.inference_mode()
     def encode_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """(I, patches + 1, D) features of one batch of pictures, on the device."""
-        with self._autocast():
+        with autocast(self.device, self.dtype):
             return self.model.look(torch.stack([self.preprocess(image) for image in images]).to(self.device))
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
@@ -208,12 +208,9 @@ class ImageReward(Reward):
         read = self.tokenizer(
             texts, padding=True, truncation=True, max_length=TEXT_TOKENS, return_tensors="pt"
         ).to(self.device)  # fmt: skip
-        with self._autocast():
+        with autocast(self.device, self.dtype):
             first_BD = self.model.read(read.input_ids, read.attention_mask, seen_BPD)
         return ((self.model.head(first_BD.float())[:, 0] - MEAN) / SPREAD).tolist()
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
 
 def _mean(scores: Sequence[float]) -> float | None:

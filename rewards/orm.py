@@ -36,7 +36,7 @@ from transformers import AutoTokenizer, LlavaOnevisionConfig, LlavaOnevisionForC
 
 from interfaces import Reward, Sample
 from prompting import MAX_PROMPT_CHARS, well_formed
-from rewards import RewardError
+from rewards import RewardError, one_line
 from rewards.frozen import (
     Published,
     arithmetic,
@@ -45,7 +45,7 @@ from rewards.frozen import (
     distinct_pictures,
     folder_of,
     freeze,
-    one_line,
+    known_token,
 )
 
 PUBLISHED = Published("CaraJ/ORM-T2I-R1", "16 GB", "Apache-2.0")
@@ -97,7 +97,7 @@ class ORM(Reward):
         folder = native_folder(folder_of(path, PUBLISHED, NEEDS))
         model, self.tokenizer = _load(folder, self.dtype, self.device)
         self.model = freeze(model, self.device, folder)
-        self.yes, self.no = (_answer(self.tokenizer, word, folder) for word in ("yes", "no"))
+        self.yes, self.no = (known_token(self.tokenizer, word, folder, "the ORM") for word in ("yes", "no"))
         self.before, self.answer = self._ids(BEFORE_IMAGE), self._ids(ANSWER)  # the same around every question
         self.size = model.config.vision_config.image_size
         self.mean, self.std = _normalisation(folder)
@@ -204,19 +204,8 @@ def _load(folder: Path, dtype: torch.dtype, device: torch.device):
             f"{config.vision_feature_layer!r}: an ORM reads 'full' of one layer, give a checkpoint of that kind"
         )
     for marker in MARKERS:
-        _answer(tokenizer, marker, folder)
+        known_token(tokenizer, marker, folder, "the ORM")
     return model, tokenizer
-
-
-def _answer(tokenizer, word: str, folder: Path) -> int:
-    """The one token id of a word."""
-    ids = tokenizer.encode(word, add_special_tokens=False)
-    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
-        raise RewardError(
-            f"the tokenizer in {folder} reads {word!r} as {ids}, the ORM needs it as one known token: "
-            "give the tokenizer that the model was trained with"
-        )
-    return ids[0]
 
 
 def _normalisation(folder: Path) -> tuple[list[float], list[float]]:

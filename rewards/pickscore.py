@@ -23,16 +23,16 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from interfaces import Reward, Sample
 from prompting import well_formed
-from rewards import RewardError
+from rewards import RewardError, one_line
 from rewards.frozen import (
     Published,
     arithmetic,
+    autocast,
     batches,
     check_pictures,
-    distinct_pictures,
     folder_of,
     freeze,
-    one_line,
+    mean_cosines,
 )
 
 PUBLISHED = Published("yuvalkirstain/PickScore_v1", "3.9 GB", "code MIT, the model card names no licence")
@@ -91,19 +91,8 @@ class PickScore(Reward):
             ValueError: a sample without pictures, or with one that failed; the caller leaves such samples out.
         """
         check_pictures(samples, self.name)
-        if not samples:
-            return []
-        texts = list(dict.fromkeys(sample.prompt.text for sample in samples))
-        images = distinct_pictures(samples)
-        text_row = {text: row for row, text in enumerate(texts)}
-        image_row = {id(image): row for row, image in enumerate(images)}
-        text_TD, image_ID = self.encode_texts(texts), self.encode_images(images)
-        scores = []
-        for sample in samples:
-            rows = [image_row[id(image)] for image in sample.images]
-            score = self.scale * (image_ID[rows] @ text_TD[text_row[sample.prompt.text]]).mean().item()
-            scores.append(score if math.isfinite(score) else None)
-        return scores
+        scores = [self.scale * cosine for cosine in mean_cosines(samples, self.encode_texts, self.encode_images)]
+        return [score if math.isfinite(score) else None for score in scores]
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
@@ -116,7 +105,7 @@ class PickScore(Reward):
             read = self.tokenizer(
                 some, padding=True, truncation=True, max_length=self.longest, padding_side="right", return_tensors="pt"
             ).to(self.device)
-            with self._autocast():
+            with autocast(self.device, self.dtype):
                 out = self.model.get_text_features(input_ids=read.input_ids, attention_mask=read.attention_mask)
             encoded.append(F.normalize(out.pooler_output.float(), dim=-1).cpu())
         return torch.cat(encoded)
@@ -127,13 +116,10 @@ class PickScore(Reward):
         encoded = []
         for some in batches(images, self.batch_size):
             pixels = self.processor([image.convert("RGB") for image in some], return_tensors="pt")["pixel_values"]
-            with self._autocast():
+            with autocast(self.device, self.dtype):
                 out = self.model.get_image_features(pixel_values=pixels.to(self.device))
             encoded.append(F.normalize(out.pooler_output.float(), dim=-1).cpu())
         return torch.cat(encoded)
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
 
 def _load(folder: Path):

@@ -39,7 +39,7 @@ from openai import APIConnectionError, APIStatusError, AsyncOpenAI, DefaultAsync
 from PIL import Image
 
 from prompting import MAX_PROMPT_CHARS, well_formed
-from rewards import RewardError
+from rewards import RewardError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -247,10 +247,10 @@ class VLMClient:
                     max_tokens=MAX_TOKENS,
                 )
             except APIConnectionError as error:
-                reason, again = _one_line(error.__cause__ or error), True
+                reason, again = one_line(error.__cause__ or error), True
                 self._circuit.failed(reason)
             except APIStatusError as error:
-                reason, status = _one_line(error), error.status_code
+                reason, status = one_line(error), error.status_code
                 again = status in RETRIED or status >= 500
                 if status in ALIVE:
                     self._circuit.succeeded()
@@ -271,13 +271,13 @@ class VLMClient:
                     reply = await api.models.with_raw_response.list()
             except (APIConnectionError, TimeoutError) as error:
                 raise RewardError(
-                    f"no {where} ({_one_line(error.__cause__ or error)}): start one with scripts/serve_judge.sh, or "
+                    f"no {where} ({one_line(error.__cause__ or error)}): start one with scripts/serve_judge.sh, or "
                     "name another with --judge_url"
                 ) from error
             except APIStatusError as error:
                 hint = {401: "set JUDGE_API_KEY", 403: "set JUDGE_API_KEY", 404: "does --judge_url end in /v1?"}
                 what = hint.get(error.status_code, "start one with scripts/serve_judge.sh")
-                raise RewardError(f"{where} answers {_one_line(error)}: {what}") from error
+                raise RewardError(f"{where} answers {one_line(error)}: {what}") from error
         try:
             return [str(model["id"]) for model in json.loads(reply.text)["data"]]
         except (ValueError, KeyError, TypeError) as error:
@@ -354,10 +354,6 @@ def _content(body: str) -> str:
     except (ValueError, KeyError, IndexError, TypeError):
         return ""
     return content if isinstance(content, str) else ""
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _back_off(attempt: int) -> float:
@@ -446,7 +442,7 @@ class _Cache:
                 self._open().close()
         except (OSError, sqlite3.DatabaseError) as error:
             raise RewardError(
-                f"{str(path)!r} cannot hold the judge's verdicts ({_one_line(error)}): name another file, or none"
+                f"{str(path)!r} cannot hold the judge's verdicts ({one_line(error)}): name another file, or none"
             ) from error
 
     def get(self, keys: Iterable[str]) -> dict[str, Verdict]:
@@ -458,7 +454,7 @@ class _Cache:
                     row = db.execute("SELECT verdict FROM verdicts WHERE key = ?", (key,)).fetchone()
                     found |= {key: json.loads(row[0])} if row else {}
         except (OSError, sqlite3.DatabaseError) as error:
-            logger.warning("judge cache %s was not read: %s", self.path, _one_line(error))
+            logger.warning("judge cache %s was not read: %s", self.path, one_line(error))
         return found
 
     def put(self, verdicts: Mapping[str, Verdict]) -> None:
@@ -468,7 +464,7 @@ class _Cache:
             with closing(self._open()) as db, db:
                 db.executemany("INSERT OR IGNORE INTO verdicts VALUES (?, ?)", rows)
         except (OSError, sqlite3.DatabaseError) as error:
-            logger.warning("%d verdicts were not added to judge cache %s: %s", len(rows), self.path, _one_line(error))
+            logger.warning("%d verdicts were not added to judge cache %s: %s", len(rows), self.path, one_line(error))
 
     def _open(self) -> sqlite3.Connection:
         self.path.parent.mkdir(parents=True, exist_ok=True)

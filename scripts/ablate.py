@@ -71,28 +71,26 @@ def read_variant(text: str) -> tuple[str, list[str]]:
 
 
 def run(folder: Path, command: Sequence[str]) -> str | None:
-    """Run, continue or skip one training; None if it is complete, else why it is not."""
-    command = [*command, "--outdir", str(folder)]
-    if _complete(folder, command):
+    """Run, continue or skip one training; None if it is complete, else why it is not.
+
+    `<folder>.done`, beside the folder, says that the command ended well; `<folder>.log` is what it printed.
+    """
+    done, log_file = (folder.parent / f"{folder.name}.{kind}" for kind in ("done", "log"))
+    if done.exists() and folder.exists():
         return None
-    resumable = "demo.py" not in " ".join(command) and any(folder.glob("checkpoint-*/trainer_state.json"))
-    with open(folder.with_suffix(".log"), "a", encoding="utf-8") as log:
+    stopped = any(folder.glob("checkpoint-*/trainer_state.json"))
+    command = [*command, "--outdir", str(folder), *(["--resume"] if stopped else [])]
+    with open(log_file, "a", encoding="utf-8") as log:
         log.write(f"$ {shlex.join(command)}\n")
         log.flush()
         started = time.time()
-        code = subprocess.run(
-            [*command, *(["--resume"] if resumable else [])], cwd=ROOT, stdout=log, stderr=log, check=False
-        ).returncode
+        code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, check=False).returncode
         log.write(f"exit code {code} after {(time.time() - started) / 60:.1f} min\n")
     if code == 0:
+        done.touch()
         return None
-    lines = [line for line in folder.with_suffix(".log").read_text(encoding="utf-8").splitlines() if "error" in line]
+    lines = [line for line in log_file.read_text(encoding="utf-8").splitlines() if "error" in line]
     return f"exit code {code}: {lines[-1][-200:] if lines else 'see the log'}"
-
-
-def _complete(folder: Path, command: Sequence[str]) -> bool:
-    """The last thing that the launched script writes is there."""
-    return (folder / ("summary.json" if "demo.py" in " ".join(command) else "report.html")).exists()
 
 
 def write_table(outdir: Path, variants: Sequence[str], seeds: Sequence[int], failures: dict) -> str:

@@ -24,7 +24,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 def test_one_table_holds_every_variant_a_failure_is_no_number_and_a_finished_run_is_not_repeated(toy, tmp_path):
     launch = f"{sys.executable} r1_prompter.py --config {toy.config} --save_strategy no --max_steps 2"
     command = [sys.executable, "scripts/ablate.py", "--outdir", str(tmp_path / "out"), "--launch", launch]
-    command += ["--variant", "H: --rewards hps format", "--variant", "typo: --rewards hsp"]
+    command += ["--variant", "H.1: --rewards hps format", "--variant", "typo: --rewards hsp"]
     command += ["--", "--held_out", "length"]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 1
@@ -33,12 +33,12 @@ def test_one_table_holds_every_variant_a_failure_is_no_number_and_a_finished_run
     head, _, good, bad = table.splitlines()
     assert "Δ held_out/length" in head and "Δ rewards/hps" in head
     cells = [cell.strip() for cell in good.strip("|").split("|")]
-    assert cells[:2] == ["H", "0"] and len([float(cell) for cell in cells[2:]]) == 3
+    assert cells[:2] == ["H.1", "0"] and len([float(cell) for cell in cells[2:]]) == 3
     assert "0 failed (exit code 2" in bad and "did you mean 'hps'" in bad
     assert all(cell.strip() == "-" for cell in bad.strip("|").split("|")[2:])
-    written = (tmp_path / "out" / "H_s0" / "metrics.jsonl").stat().st_mtime_ns
+    written = (tmp_path / "out" / "H.1_s0" / "metrics.jsonl").stat().st_mtime_ns
     again = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
-    assert again.returncode == 1 and (tmp_path / "out" / "H_s0" / "metrics.jsonl").stat().st_mtime_ns == written
+    assert again.returncode == 1 and (tmp_path / "out" / "H.1_s0" / "metrics.jsonl").stat().st_mtime_ns == written
 
 
 def finished(folder: Path, values: list[float], oracle: float | None = None) -> None:
