@@ -3,6 +3,8 @@
 An answer is one think block, then one answer block, and nothing else:
 
     <think>free text, any number of lines</think> <answer>the prompt that the image model is given</answer>
+
+With `reasoning=False` a policy is told to write the answer block alone, and that is what its answer is read as.
 """
 
 from __future__ import annotations
@@ -16,19 +18,21 @@ logger = logging.getLogger(__name__)
 
 MAX_PROMPT_CHARS = 2_000  # of the user's text: about 500 tokens, as many as the longest-reading image models read
 
-SYSTEM_PROMPT = (
-    "You rewrite a request for a picture into a better prompt for an image model. "
+_ASK = "You rewrite a request for a picture into a better prompt for an image model. "
+_THINK = (
     "First think inside <think></think>: which subjects, with which attributes, how many of each, "
-    "where each one is in the layout, and which light and style suit them. "
-    "Then write the final prompt inside <answer></answer>: "
-    "at most 120 words, so that the image model reads all of it. "
-    "Keep everything the user asked for and add nothing that contradicts it. "
-    "Write nothing outside the two blocks."
+    "where each one is in the layout, and which light and style suit them. Then write"
 )
+_ANSWER = (
+    " the final prompt inside <answer></answer>: at most 120 words, so that the image model reads all of it. "
+    "Keep everything the user asked for and add nothing that contradicts it. "
+)
+SYSTEM_PROMPT = _ASK + _THINK + _ANSWER + "Write nothing outside the two blocks."
+DIRECT_PROMPT = _ASK + "Write" + _ANSWER + "Write nothing outside the block."
 
 # Possessive repeats: a failed match gives nothing back, so the scan is linear in the length of the text.
 _TAG = re.compile(r"<\s*+(/?)\s*+(think|answer)\s*+>")
-_ORDER = ["think", "/think", "answer", "/answer"]
+_ORDER = {True: ["think", "/think", "answer", "/answer"], False: ["answer", "/answer"]}  # with reasoning, without
 
 
 @dataclass(frozen=True)
@@ -36,15 +40,15 @@ class Answer:
     """A completion that could be read.
 
     Attributes:
-        reasoning: text of the think block, stripped, with its line breaks; never blank.
+        reasoning: text of the think block, stripped, with its line breaks; never blank. None where none is asked for.
         rewrite: text of the answer block on one line, single spaces; never blank.
     """
 
-    reasoning: str
+    reasoning: str | None
     rewrite: str
 
 
-def messages(text: str) -> list[dict[str, str]]:
+def messages(text: str, reasoning: bool = True) -> list[dict[str, str]]:
     """The conversation for one request: system, then user, ready for `tokenizer.apply_chat_template`.
 
     The user's text is passed as it is, but for two repairs: lone surrogates, which tokenizers refuse, become U+FFFD,
@@ -59,7 +63,8 @@ def messages(text: str) -> list[dict[str, str]]:
             text[:40],
         )
         text = text[:MAX_PROMPT_CHARS]
-    return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": text}]
+    system = SYSTEM_PROMPT if reasoning else DIRECT_PROMPT
+    return [{"role": "system", "content": system}, {"role": "user", "content": text}]
 
 
 def well_formed(text: str) -> str:
@@ -67,35 +72,40 @@ def well_formed(text: str) -> str:
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
-def parse(completion: str) -> Answer | None:
+def parse(completion: str, reasoning: bool = True) -> Answer | None:
     """Read a completion; None unless it is exactly one non-blank think block, then one non-blank answer block.
 
     White space may stand around and inside tags (`< think >`). A repeated, nested or missing tag, or any text
-    outside the blocks, is None. Never raises; time is linear in the length of the completion.
+    outside the blocks, is None; without `reasoning`, so is a think block. Never raises; time is linear in the length
+    of the completion.
     """
-    tags = list(islice(_TAG.finditer(completion), len(_ORDER) + 1))
-    if [tag[1] + tag[2] for tag in tags] != _ORDER:
+    order = _ORDER[reasoning]
+    tags = list(islice(_TAG.finditer(completion), len(order) + 1))
+    if [tag[1] + tag[2] for tag in tags] != order:
         return None
-    think, end_think, answer, end_answer = tags
-    before, between = completion[: think.start()], completion[end_think.end() : answer.start()]
-    after = completion[end_answer.end() :]
-    reasoning = well_formed(completion[think.end() : end_think.start()]).strip()
-    rewrite = " ".join(well_formed(completion[answer.end() : end_answer.start()]).split())
-    if (before + between + after).strip() or not _visible(reasoning) or not _visible(rewrite):
+    opened, closed = tags[0::2], tags[1::2]
+    blocks = [well_formed(completion[a.end() : b.start()]) for a, b in zip(opened, closed, strict=True)]
+    starts, ends = [*(tag.start() for tag in opened), None], [0, *(tag.end() for tag in closed)]
+    outside = "".join(completion[end:start] for end, start in zip(ends, starts, strict=True))
+    if outside.strip() or not all(map(_visible, blocks)):
         return None
-    return Answer(reasoning, rewrite)
+    return Answer(blocks[0].strip() if reasoning else None, " ".join(blocks[-1].split()))
 
 
-def completion(reasoning: str, rewrite: str) -> str:
+def completion(reasoning: str | None, rewrite: str) -> str:
     """The text that `parse` reads back as (reasoning, rewrite): used to write cold-start examples.
+
+    Without reasoning (None) it is the answer block alone, which `parse(..., reasoning=False)` reads.
 
     Raises:
         ValueError: a part is blank or has a tag in it, so that the text could not be read back.
     """
-    text = f"<think>{reasoning.strip()}</think>\n<answer>{' '.join(rewrite.split())}</answer>"
-    if parse(text) is None:
+    text = f"<answer>{' '.join(rewrite.split())}</answer>"
+    if reasoning is not None:
+        text = f"<think>{reasoning.strip()}</think>\n{text}"
+    if parse(text, reasoning is not None) is None:
         raise ValueError(
-            f"cannot be read back: reasoning {reasoning[:80]!r}, rewrite {rewrite[:80]!r}; "
+            f"cannot be read back: reasoning {(reasoning or '')[:80]!r}, rewrite {rewrite[:80]!r}; "
             "give two non-blank texts without <think> or <answer> tags"
         )
     return text

@@ -20,25 +20,20 @@ the input; 1 if a run had to stop because pictures or scores failed.
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import torch
-import yaml
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
-from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config, get_quantization_config
 
 from data.prompts import DataError, load_prompts
 from interfaces import Prompt, Renderer, Reward
@@ -47,7 +42,9 @@ from rewards import REWARDS, RewardError, RewardOptions, Setting, build, check
 from rewards.frozen import footprint
 from training.curves import progressing
 from training.diagnostics import diagnose, mean_of_processes
-from training.policy import PolicyError, load_tokenizer
+from training.options import UsageError, parse, set_renamed
+from training.policy import PolicyError, load_tokenizer, trainee
+from training.progress import RunLog
 from training.report import write_report
 from training.run_folder import RunFolder, RunFolderError, git_commit
 from training.scoring import Scored, Scorer, ScoringError
@@ -55,11 +52,6 @@ from training.whole import whole_parameters
 
 HERE = Path(__file__).resolve().parent
 RECIPE = HERE / "configs" / "flux_dev.yaml"
-OURS = {"output_dir": "outdir", "model_name_or_path": "gpt_path", "resume_from_checkpoint": "resume"}
-
-
-class UsageError(ValueError):
-    """Options that cannot be run; the message is one line, with the value and what to do."""
 
 
 # Options ---------------------------------------------------------------------------------------------------------
@@ -86,6 +78,15 @@ class ScriptArguments:
     held_out: list[str] = field(
         default_factory=list,
         metadata={"help": "Rewards that only watch: scored and logged, never trained on; they show reward hacking."},
+    )
+    reasoning: bool = field(
+        default=True, metadata={"help": "Think before rewriting; false: the rewrite alone is asked for and read."}
+    )
+    common_seeds: bool = field(
+        default=True,
+        metadata={
+            "help": "All members of a group start from the same noise; false: each from its own (for ablation)."
+        },
     )
     images_per_rewrite: int = field(
         default=1,
@@ -121,76 +122,15 @@ class ScriptArguments:
     resume: bool = field(default=False, metadata={"help": "Continue this run from its newest checkpoint."})
 
 
-class Parser(TrlParser):
-    """TRL's parser, with every complaint as a `UsageError`."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
-
-
 def parse_options(argv: Sequence[str]) -> tuple[ScriptArguments, RewardOptions, GRPOConfig, ModelConfig]:
     """Options of one run: the recipe, then the `--config` YAML, then flags.
 
     Raises:
         UsageError: an unknown key or flag (with the nearest valid one), a missing or ill-typed value.
     """
-    config_only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    config_only.add_argument("--config", help="YAML file of options; it states only what differs from the recipe.")
-    kinds = (ScriptArguments, RewardOptions, GRPOConfig, ModelConfig)
-    parser = Parser(kinds, parents=[config_only], allow_abbrev=False)
-    parser.set_defaults(use_cpu=not torch.cuda.is_available())
-    for path in (RECIPE, config_only.parse_known_args(argv)[0].config):
-        if path is not None:
-            parser.set_defaults_with_config(**_read_yaml(Path(path), parser))
-    try:
-        script, options, training, model, _, unknown = parser.parse_args_into_dataclasses(
-            args=list(argv), return_remaining_strings=True, look_for_args_file=False
-        )
-    except ValueError as error:  # TRL and transformers check values against each other while they build their config
-        raise UsageError(str(error)) from error
-    if unknown:
-        flags = [option for action in parser._actions for option in action.option_strings]
-        raise UsageError(f"unknown argument {unknown[0]!r}, did you mean {_nearest(unknown[0], flags)!r}?")
-    _set_what_ours_rename(script, training, model)
+    script, options, training, model = parse((ScriptArguments, RewardOptions, GRPOConfig, ModelConfig), RECIPE, argv)
+    set_renamed(script.outdir, script.gpt_path, training, model)
     return script, options, training, model
-
-
-def _read_yaml(path: Path, parser: Parser) -> dict[str, Any]:
-    try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise UsageError(f"--config {path} cannot be read ({error.strerror}): check the path") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path} is not YAML: {error}") from error
-    if not isinstance(options, dict):
-        raise UsageError(f"{path} holds a {type(options).__name__}, not `option: value` lines")
-    actions = {action.dest: action for action in parser._actions}
-    for key, value in options.items():
-        if key not in actions:
-            raise UsageError(f"unknown key {key!r} in {path}, did you mean {_nearest(str(key), list(actions))!r}?")
-        if actions[key].nargs == "+" and not isinstance(value, list):
-            options[key] = [value]
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            options[key] = str(value)  # argparse checks the type of a default only if it is text
-    return options
-
-
-def _nearest(word: str, known: list[str]) -> str:
-    return difflib.get_close_matches(word, known, n=1, cutoff=0.0)[0]
-
-
-def _set_what_ours_rename(script: ScriptArguments, training: GRPOConfig, model: ModelConfig) -> None:
-    unused = {"output_dir": training.output_dir, "resume_from_checkpoint": training.resume_from_checkpoint}
-    for name, value in {**unused, "model_name_or_path": model.model_name_or_path}.items():
-        if value not in (None, "trainer_output"):  # transformers' own default for output_dir
-            raise UsageError(f"--{name} {value} is set with --{OURS[name]} here")
-    training.output_dir, model.model_name_or_path = script.outdir, script.gpt_path
-    training.model_init_kwargs = {
-        **(training.model_init_kwargs or {}),
-        "dtype": model.dtype,
-        "revision": model.model_revision,
-        "attn_implementation": model.attn_implementation,
-    }
 
 
 def plan(script: ScriptArguments, training: GRPOConfig, prompts: int) -> dict[str, int]:
@@ -346,38 +286,9 @@ class RewriteTrainer(GRPOTrainer):
         return last or generation % max(1, self.script.save_images_every // cycle) == 0
 
 
-class RunLog(TrainerCallback):
-    """Each logged step: a row in `metrics.jsonl`, and a progress bar, or a plain line where there is no terminal."""
-
-    def __init__(self, folder: RunFolder):
-        self.folder = folder
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.first, self.started = state.global_step, time.perf_counter()
-        plain = not (state.is_world_process_zero and sys.stdout.isatty())
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=plain)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.bar.update(1)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or "step_time" not in logs:  # the closing summary has no step of its own
-            return
-        phases = [logs.get(f"seconds/{phase}", 0.0) for phase in ("generate", "render", "score")]
-        self.folder.log(state.global_step, {**logs, "seconds/train": logs["step_time"] - sum(phases)})
-        values = {"reward": logs.get("reward")}
-        values |= {name: logs[f"rewards/{name}/mean"] for name in progressing(logs)}
-        shown = {name: f"{value:.4g}" for name, value in values.items() if value is not None}
-        if not self.bar.disable:
-            self.bar.set_postfix(shown)
-            return
-        pace = (time.perf_counter() - self.started) / (state.global_step - self.first)
-        parts = "  ".join(f"{name} {value}" for name, value in shown.items())
-        eta = pace * (state.max_steps - state.global_step) / 60
-        print(f"step {state.global_step}/{state.max_steps}  {parts}  {pace:.1f} s/step  ETA {eta:.1f} min", flush=True)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.bar.close()
+def _watched(row: Mapping[str, Any]) -> dict[str, float | None]:
+    """Of a step's metrics those that its progress line shows."""
+    return {"reward": row.get("reward"), **{name: row[f"rewards/{name}/mean"] for name in progressing(row)}}
 
 
 def train(script: ScriptArguments, options: RewardOptions, training: GRPOConfig, model: ModelConfig) -> None:
@@ -404,6 +315,8 @@ def train(script: ScriptArguments, options: RewardOptions, training: GRPOConfig,
         prompts,
         num_generations=training.num_generations,
         images_per_rewrite=script.images_per_rewrite,
+        reasoning=script.reasoning,
+        common_seeds=script.common_seeds,
         run_seed=training.seed,
         max_absent_share=script.max_absent_share,
         held_out=held_out,
@@ -415,14 +328,16 @@ def train(script: ScriptArguments, options: RewardOptions, training: GRPOConfig,
 
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.path / "tensorboard"))
     trainer = RewriteTrainer(
-        model=script.gpt_path,
+        model=trainee(script.gpt_path, training, model.use_peft),
         reward_funcs=scorer.reward_functions(),
         args=training,
-        train_dataset=Dataset.from_list([{"prompt": messages(p.text), "prompt_id": p.id} for p in prompts.values()]),
+        train_dataset=Dataset.from_list(
+            [{"prompt": messages(p.text, script.reasoning), "prompt_id": p.id} for p in prompts.values()]
+        ),
         processing_class=tokenizer,
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
-        callbacks=[RunLog(folder)],
+        callbacks=[RunLog(folder, _watched)],
         scorer=scorer,
         folder=folder,
         script=script,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import random
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,13 +22,12 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from data.grammar import TASKS
 from interfaces import Prompt
 from miniature import world
-from miniature.fit import PADDED, ROOT, TEXT_TOKENS, WEIGHTS, byte_level_bpe, fit, pixels, word_tokenizer
+from miniature.fit import PADDED, ROOT, TEXT_TOKENS, WEIGHTS, fit, pixels, word_tokenizer
+from miniature.policy import build_instruct, build_policy
 from miniature.preferences import build_hps, build_imagereward, build_pickscore
 from miniature.readers import build_gdino, build_git, build_orm
-from prompting import SYSTEM_PROMPT, completion, messages
 
 # ---------------------------------------------------------------- the renderer: VAE, then FLUX on its latents
 
@@ -177,90 +177,24 @@ def _caption(scene: world.Scene, rng: random.Random) -> str:
     return world.describe(things) if rng.random() < 0.8 else world.hearsay(scene, rng)
 
 
-# ---------------------------------------------------------------- the policy
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-SKILL = 0.35  # share of the cold start's examples whose content is right
-
-
-def build_policy(reading_steps: int = 700, cold_start_steps: int = 300) -> None:
-    """Qwen2ForCausalLM: first a language of wishes and good answers, then a cold start in the chat template whose
-    answers have the right form always and the right content seldom, so that RL has something to learn.
-    """
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    torch.manual_seed(3)
-    _, held_out = world.splits()
-    forbidden = {prompt.text for prompt in held_out}
-    tokenizer = bpe_tokenizer()
-    policy = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True,
-            initializer_range=0.09,  # 1 / sqrt(width); with a large model's 0.02 no colour was copied in 1,600 steps
-            bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        )
-    )  # fmt: skip
-
-    def wish(rng: random.Random) -> Prompt:
-        prompt = world.request(rng.choice(TASKS), rng)
-        return wish(rng) if prompt.text in forbidden else prompt
-
-    def reading(rng: random.Random, noise: torch.Generator) -> torch.Tensor:
-        prompts = [wish(rng) for _ in range(64)]
-        texts = [f"{prompt.text}\n{completion(*world.lesson(prompt, rng, 1.0))}" for prompt in prompts]
-        both = tokenizer([text + tokenizer.eos_token for text in texts], padding=True, return_tensors="pt")
-        return policy(**both, labels=both.input_ids.masked_fill(both.attention_mask == 0, -100)).loss
-
-    def cold_start(rng: random.Random, noise: torch.Generator) -> torch.Tensor:
-        prompts = [wish(rng) for _ in range(32)]
-        asked = [tokenizer.apply_chat_template(messages(prompt.text), **AS_TEXT) for prompt in prompts]
-        answers = [completion(*world.lesson(prompt, rng, SKILL)) + tokenizer.eos_token for prompt in prompts]
-        both = tokenizer([q + a for q, a in zip(asked, answers, strict=True)], padding=True, return_tensors="pt")
-        width = both.input_ids.shape[1]
-        start = width - both.attention_mask.sum(1) + torch.tensor([len(ids) for ids in tokenizer(asked).input_ids])
-        labels = both.input_ids.masked_fill(torch.arange(width) < start[:, None], -100)  # padding is on the left
-        return policy(**both, labels=labels).loss
-
-    modules = nn.ModuleDict({"policy": policy})
-    fit("policy_reading", modules, reading, steps=reading_steps, lr=2e-3)
-    fit("policy", modules, cold_start, steps=cold_start_steps, lr=1e-3)
-    policy.generation_config.update(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
-    policy.save_pretrained(WEIGHTS / "policy")
-    tokenizer.save_pretrained(WEIGHTS / "policy")
-
-
-def bpe_tokenizer():
-    """The policy's tokenizer, with its chat template."""
-    rng = random.Random("bpe")
-    texts = [SYSTEM_PROMPT] * 200
-    for task in TASKS:
-        prompts = [world.request(task, rng) for _ in range(500)]
-        texts += [prompt.text + "\n" + completion(*world.lesson(prompt, rng, SKILL)) for prompt in prompts]
-    return byte_level_bpe(texts, 768, (), chat_template=CHAT_TEMPLATE)
-
-
 # ---------------------------------------------------------------- prompts, and what all of it is worth
 
 
 def write_prompts() -> None:
-    """`prompts/train.txt` and `prompts/held_out.txt`, one prompt a line; the grammar reads their fields back."""
-    for name, prompts in zip(("train", "held_out"), world.splits(), strict=True):
+    """`prompts/train.txt`, `held_out.txt` and `cold_start.txt`, one prompt a line; the grammar reads their fields."""
+    for name, prompts in zip(("train", "held_out", "cold_start"), (*world.splits(), world.cold_start()), strict=True):
         file = ROOT / "prompts" / f"{name}.txt"
         file.parent.mkdir(exist_ok=True)
         file.write_text("".join(prompt.text + "\n" for prompt in prompts), encoding="utf-8")
 
 
-def renderer():
-    """The miniature FLUX behind the trainer's own renderer, with the settings of `configs/miniature.yaml`."""
+def renderer(path: Path = WEIGHTS / "flux"):
+    """A miniature renderer behind the trainer's own class, with the settings of `configs/miniature.yaml`."""
     from rendering.local import LocalRenderer
 
     options = yaml.safe_load((ROOT.parent / "configs" / "miniature.yaml").read_text(encoding="utf-8"))
     return LocalRenderer(
-        str(WEIGHTS / "flux"), device="cpu", dtype=options["render_dtype"], steps=options["render_steps"],
+        str(path), device="cpu", dtype=options["render_dtype"], steps=options["render_steps"],
         guidance=options.get("guidance"), height=options["resolution"], width=options["resolution"],
         max_sequence_length=options["max_sequence_length"], chunk_size=options["render_batch_size"],
     )  # fmt: skip
@@ -308,6 +242,7 @@ STAGES = {
     "git": build_git,
     "gdino": build_gdino,
     "orm": build_orm,
+    "instruct": build_instruct,
     "policy": build_policy,
     "measure": measure,
 }

@@ -188,6 +188,17 @@ def splits(held_out: int = 40, train: int = 160) -> tuple[list[Prompt], list[Pro
     return kept["train"], kept["held out"]
 
 
+def cold_start(most: int = 240) -> list[Prompt]:
+    """Prompts for the cold start: up to `most` distinct texts a task, none of them held out."""
+    rng, (_, held_out) = random.Random("cold start"), splits()
+    forbidden = {prompt.text for prompt in held_out}
+    prompts: list[Prompt] = []
+    for task in TASKS:
+        texts = {request(task, rng).text: None for _ in range(20 * most)}
+        prompts += [read(text) for text in texts if text not in forbidden][:most]
+    return prompts
+
+
 def _related_places(relation: str, rng: random.Random) -> list[int]:
     """Two places in one row or column such that the first stands in `relation` to the second."""
     line, (near, far) = rng.randrange(3), sorted(rng.sample(range(3), 2))

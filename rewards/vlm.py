@@ -138,7 +138,7 @@ class VLMClient:
         batch_timeout: float = 900.0,
         cache: str | Path | None = None,
     ):
-        self.url, self.loopback = _checked(url)
+        self.url, self.loopback = checked_url(url)
         if not model:
             raise RewardError("the judge's model has no name: give --judge_model, see GET /v1/models of the server")
         if concurrency < 1:
@@ -261,7 +261,7 @@ class VLMClient:
                 return _content(reply.text)
             if not again or attempt == ATTEMPTS:
                 raise _CallFailed(reason)
-            await asyncio.sleep(_back_off(attempt))
+            await asyncio.sleep(back_off(attempt))
 
     async def _model_names(self) -> list[str]:
         where = f"judge at {self.url}"
@@ -284,18 +284,8 @@ class VLMClient:
             raise RewardError(f"{where} is no OpenAI-compatible API: --judge_url must end in its /v1") from error
 
     def _connect(self) -> AsyncOpenAI:
-        """The SDK without its own retries and without what the environment says about api.openai.com."""
-        key = os.environ.get("JUDGE_API_KEY", "").strip() or "none"
-        api = AsyncOpenAI(
-            base_url=self.url,
-            api_key=key,
-            default_headers={"Authorization": f"Bearer {key}"},  # else OPENAI_CUSTOM_HEADERS could replace it
-            max_retries=0,
-            timeout=Timeout(self.call_timeout, connect=min(CONNECT_TIMEOUT, self.call_timeout)),
-            http_client=DefaultAsyncHttpxClient(trust_env=not self.loopback, follow_redirects=False),
-        )
-        api.organization = api.project = None
-        return api
+        key = os.environ.get("JUDGE_API_KEY", "").strip()
+        return open_api(self.url, key, self.call_timeout, proxies=not self.loopback)
 
     def _report(self, outcomes: Mapping[str, _Outcome], cached: int) -> None:
         failures = [outcome.failure for outcome in outcomes.values() if outcome.failure]
@@ -356,31 +346,56 @@ def _content(body: str) -> str:
     return content if isinstance(content, str) else ""
 
 
-def _back_off(attempt: int) -> float:
+def back_off(attempt: int) -> float:
     """Seconds to wait after that failed attempt; drawn outside the random state that a run is seeded with."""
     longest = min(LONGEST_BACKOFF, BACKOFF * 2 ** (attempt - 1))
     return longest * random.SystemRandom().uniform(0.5, 1.0)
 
 
-def _checked(url: str) -> tuple[str, bool]:
-    """The URL without a closing slash, and whether it is on this machine."""
+def open_api(url: str, key: str, timeout: float, *, proxies: bool) -> AsyncOpenAI:
+    """The SDK without its own retries, redirects, and what the environment says about api.openai.com.
+
+    Args:
+        url: as `checked_url` returns it.
+        key: "" for a server that needs none.
+        timeout: seconds for one request.
+        proxies: whether those of the environment are used.
+    """
+    api = AsyncOpenAI(
+        base_url=url,
+        api_key=key or "none",
+        default_headers={"Authorization": f"Bearer {key or 'none'}"},  # else OPENAI_CUSTOM_HEADERS could replace it
+        max_retries=0,
+        timeout=Timeout(timeout, connect=min(CONNECT_TIMEOUT, timeout)),
+        http_client=DefaultAsyncHttpxClient(trust_env=proxies, follow_redirects=False),
+    )
+    api.organization = api.project = None
+    return api
+
+
+def checked_url(url: str, whose: str = "judge") -> tuple[str, bool]:
+    """The URL without a closing slash, and whether it is on this machine.
+
+    Raises:
+        RewardError: it is no URL of an API, carries a login, or would send `whose` key unencrypted to another machine.
+    """
     example = 'give the base of an OpenAI-compatible API, such as "http://127.0.0.1:8080/v1"'
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
     except ValueError as error:
-        raise RewardError(f"judge URL {url!r} cannot be read ({error}): {example}") from error
+        raise RewardError(f"{whose} URL {url!r} cannot be read ({error}): {example}") from error
     if parts.scheme not in ("http", "https") or not host or parts.query or parts.fragment:
-        raise RewardError(f"judge URL {url!r} is none: {example}")
+        raise RewardError(f"{whose} URL {url!r} is none: {example}")
     if parts.username is not None:
         raise RewardError(
-            f"the judge URL of {host} carries a login: remove it, keys go into environment JUDGE_API_KEY"
+            f"the {whose} URL of {host} carries a login: remove it, keys go into environment {whose.upper()}_API_KEY"
         )
     loopback = _is_loopback(host)
-    if parts.scheme == "http" and not loopback and os.environ.get("JUDGE_ALLOW_HTTP") != "1":
+    if parts.scheme == "http" and not loopback and os.environ.get(f"{whose.upper()}_ALLOW_HTTP") != "1":
         raise RewardError(
-            f"judge URL {url!r} would send pictures and key unencrypted to another machine: use https, or set "
-            "environment JUDGE_ALLOW_HTTP=1 if you trust the network"
+            f"{whose} URL {url!r} would send questions and key unencrypted to another machine: use https, or set "
+            f"environment {whose.upper()}_ALLOW_HTTP=1 if you trust the network"
         )
     return url.rstrip("/"), loopback
 

@@ -1,15 +1,17 @@
 """Run variants of one training and write one table: what an ablation script calls.
 
-    python scripts/ablate.py --outdir runs/ablate_rewards --launch "python scripts/demo.py" \\
+    python scripts/ablate.py --outdir runs/ablate --table runs/ablate/rewards.md --launch "python scripts/demo.py" \\
         --variant "H: --rewards hps format --reward_weights 1 0.3" --variant "..." [--seeds 0 1 2] [-- options of all]
 
-Each (variant, seed) is `LAUNCH --outdir OUTDIR/<variant>_s<seed> --seed <seed> <its options> <options of all>`; its
-output goes to a `.log` beside the folder. A run that is complete is not repeated, one that stopped is continued, one
-that failed is shown as failed with its last line, never as a number. `table.md` has a row a variant: mean over seeds,
-with a 95 % interval (Student's t) where there are two seeds or more.
+Each (variant, seed) is `LAUNCH --seed <seed> <options of all> <its options> --outdir OUTDIR/<variant>_s<seed>`, with
+the seed for every "{seed}" in the options; its output goes to a `.log` beside the folder. A run that is complete is
+not repeated, so scripts that share an OUTDIR share their common variants; one that stopped is continued; one that
+failed is shown as failed with its last line, never as a number; and so is one that was made with other options.
 
-Columns: oracle accuracy after training where the launched script measures it (scripts/demo.py), then of every held-out
-scorer and reward the mean over the last tenth of the run less that over the first.
+The table has a row a variant: mean over seeds, with a 95 % interval (Student's t) where there are two seeds or more.
+Columns: what the oracle says where the launched script asks it (scripts/demo.py), and by how much that is above the
+first variant (paired by seed); then of every held-out scorer and reward the mean over the last tenth of the run less
+that over the first.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -34,10 +37,12 @@ NAME = re.compile(r"[\w+.=-]+")
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Run variants of one training and write one table.")
-    parser.add_argument("--outdir", type=Path, required=True, help="one folder a run is made in here, and table.md")
+    parser.add_argument("--outdir", type=Path, required=True, help="one folder a run is made in here")
+    parser.add_argument("--table", type=Path, help="the table's file (default: table.md in --outdir)")
     parser.add_argument("--launch", required=True, help="the command to which options are appended")
     parser.add_argument("--variant", action="append", required=True, help='"name: options"; once for each')
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="each variant runs with each of them")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once; set OMP_NUM_THREADS so that they fit")
     parser.add_argument("common", nargs="*", help="after --: options of every run")
     args = parser.parse_args()
     try:
@@ -46,15 +51,20 @@ def main() -> int:
         parser.error(str(error))
     args.outdir = args.outdir.resolve()
     args.outdir.mkdir(parents=True, exist_ok=True)
+    table, launch = args.table or args.outdir / "table.md", shlex.split(args.launch)
     runs = [(name, seed) for seed in args.seeds for name in variants]
-    failures = {}
-    for name, seed in tqdm(runs, desc="runs", unit="run"):
-        folder = args.outdir / f"{name}_s{seed}"
-        failure = run(folder, [*shlex.split(args.launch), "--seed", str(seed), *variants[name], *args.common])
+    failures: dict[tuple[str, int], str] = {}
+
+    def one(name: str, seed: int) -> None:
+        options = [word.replace("{seed}", str(seed)) for word in (*args.common, *variants[name])]
+        failure = run(args.outdir / f"{name}_s{seed}", [*launch, "--seed", str(seed), *options])
         if failure is not None:
             failures[name, seed] = failure
-        table = write_table(args.outdir, list(variants), args.seeds, failures)
-    print(table)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for _ in tqdm(pool.map(one, *zip(*runs, strict=True)), total=len(runs), desc="runs", unit="run"):
+            write_table(table, args.outdir, list(variants), args.seeds, failures)
+    print(table.read_text(encoding="utf-8"))
     return 1 if failures else 0
 
 
@@ -73,11 +83,13 @@ def read_variant(text: str) -> tuple[str, list[str]]:
 def run(folder: Path, command: Sequence[str]) -> str | None:
     """Run, continue or skip one training; None if it is complete, else why it is not.
 
-    `<folder>.done`, beside the folder, says that the command ended well; `<folder>.log` is what it printed.
+    `<folder>.done`, beside the folder, has the command that ended well; `<folder>.log` is what it printed.
     """
     done, log_file = (folder.parent / f"{folder.name}.{kind}" for kind in ("done", "log"))
+    wanted = shlex.join(command[1:])  # whichever python it is
     if done.exists() and folder.exists():
-        return None
+        made = done.read_text(encoding="utf-8")
+        return None if made == wanted else f"is there, made by other options: {made}; delete it, or another OUTDIR"
     stopped = any(folder.glob("checkpoint-*/trainer_state.json"))
     command = [*command, "--outdir", str(folder), *(["--resume"] if stopped else [])]
     with open(log_file, "a", encoding="utf-8") as log:
@@ -87,38 +99,45 @@ def run(folder: Path, command: Sequence[str]) -> str | None:
         code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, check=False).returncode
         log.write(f"exit code {code} after {(time.time() - started) / 60:.1f} min\n")
     if code == 0:
-        done.touch()
+        done.write_text(wanted, encoding="utf-8")
         return None
     lines = [line for line in log_file.read_text(encoding="utf-8").splitlines() if "error" in line]
     return f"exit code {code}: {lines[-1][-200:] if lines else 'see the log'}"
 
 
-def write_table(outdir: Path, variants: Sequence[str], seeds: Sequence[int], failures: dict) -> str:
-    """`table.md` of what is there; a cell is "-" where a run has no such figure, a failed run is named."""
-    measured = {(name, seed): figures(outdir / f"{name}_s{seed}") for name in variants for seed in seeds}
+def write_table(
+    table: Path, outdir: Path, variants: Sequence[str], seeds: Sequence[int], failures: Mapping[tuple[str, int], str]
+) -> str:
+    """The table of what is there; a cell is "-" where a run has no such figure, a failed run is named."""
+    finished = {(n, s) for n in variants for s in seeds if (outdir / f"{n}_s{s}.done").exists()} - failures.keys()
+    measured = {key: figures(outdir / f"{key[0]}_s{key[1]}") for key in finished}
     columns = list(dict.fromkeys(key for row in measured.values() for key in row))
+    compared = f"after − {variants[0]}" if any("after" in row for row in measured.values()) else None
+    if compared:
+        columns.insert(columns.index("after") + 1, compared)
     lines = ["| variant | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
     for name in variants:
-        there = [seed for seed in seeds if measured[name, seed] and (name, seed) not in failures]
-        cells = [_cell([measured[name, seed].get(column) for seed in there]) for column in columns]
+        there = [seed for seed in seeds if (name, seed) in finished]
+        values = {column: [measured[name, seed].get(column) for seed in there] for column in columns}
+        if compared and name != variants[0]:
+            both = [seed for seed in there if (variants[0], seed) in finished]
+            values[compared] = [measured[name, s]["after"] - measured[variants[0], s]["after"] for s in both]
         failed = [f"{seed} failed ({failures[name, seed]})" for seed in seeds if (name, seed) in failures]
+        cells = [_cell(values[column]) for column in columns]
         lines.append(f"| {name} | {'; '.join([', '.join(map(str, there)), *failed])} | " + " | ".join(cells) + " |")
     text = "\n".join(lines) + "\n"
-    (outdir / "table.md").write_text(text, encoding="utf-8")
+    table.write_text(text, encoding="utf-8")
     return text
 
 
 def figures(folder: Path) -> dict[str, float]:
-    """The figures of one finished run; {} if there is none."""
-    if not (folder / "report.html").exists():
-        return {}
+    """The figures of one finished run."""
     found = {}
     if (folder / "summary.json").exists():
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        found = {
-            "oracle before": summary["oracle"]["start"]["mean"],
-            "oracle after": summary["oracle"]["trained"]["mean"],
-        }
+        systems = {"raw": "raw", "before": "start", "after": "trained"}
+        found = {name: summary["oracle"][system]["mean"] for name, system in systems.items()}
+        found["gap_closed"] = summary["gap_closed"]
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     names = sorted({key for row in rows for key in row if re.fullmatch(r"(held_out|rewards)/[^/]+/mean", key)})
     tenth = max(1, len(rows) // 10)

@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import yaml
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -39,6 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "miniature.yaml"
 GALLERY = 4  # prompts a category in the before/after gallery
 BEFORE_AFTER = {"raw": "the prompt itself", "start": "rewrite before", "trained": "rewrite after"}
+SYSTEMS = ("raw", "start", "trained", "written")
 SHORT = {"single_object": "single", "two_object": "two", "color_attr": "attr"}
 
 
@@ -54,7 +54,7 @@ def main() -> int:
             code = _train(args.outdir, args.seed, trainer_options)
             if code:
                 return code
-        summary = _evaluate(args.outdir, args.seed, args.images, started)
+        summary = _evaluate(args.outdir, args.images, started)
         _draw_before_after(args.outdir)
         (args.outdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     _show(args.outdir)
@@ -68,59 +68,63 @@ def _train(outdir: Path, seed: int, options: Sequence[str]) -> int:
     return subprocess.run([*command, *resume], cwd=ROOT, check=False).returncode
 
 
-def _evaluate(outdir: Path, seed: int, images: int, started: float) -> dict:
+def _evaluate(outdir: Path, images: int, started: float) -> dict:
     """Rewrite, draw and judge the held-out prompts; writes the gallery and returns the summary."""
-    options = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
-    _, prompts = world.splits()
-    rng = random.Random(seed)
-    texts = [prompt.text for prompt in prompts]
-    start, trained = (_rewrite(path, texts, options, seed) for path in (ROOT / options["gpt_path"], outdir))
-    rewrites = {
-        "raw": texts,
-        "start": [row.rewrite for row in start],
-        "trained": [row.rewrite for row in trained],
-        "written": [world.describe(world.layout(prompt, rng)) for prompt in prompts],
-    }
-    renderer = build.renderer()
+    options, (_, prompts) = read_options(outdir), world.splits()
+    rewritten = rewrite_all(outdir, options, prompts)
+    lines = {"raw": [p.text for p in prompts], "written": written(prompts, options["seed"])}
+    lines |= {name: [row.rewrite for row in rows] for name, rows in rewritten.items()}
     print(
         f"drawing {4 * images * len(prompts)} pictures of {len(prompts)} held-out prompts for the oracle", flush=True
     )
-    pictures = {system: _draw(renderer, prompts, lines, seed, images) for system, lines in rewrites.items()}
-    correct = {
-        system: np.array([[_keeps(prompt, image) for image in row] for prompt, row in zip(prompts, rows, strict=True)])
-        for system, rows in pictures.items()
-    }  # (prompts, images) of bool
-    _write_gallery(outdir, prompts, {"start": start, "trained": trained}, pictures, correct)
-    oracle = {system: _scores(prompts, hits) for system, hits in correct.items()}
-    gap = oracle["written"]["mean"] - oracle["raw"]["mean"]
-    return {
-        "oracle": oracle,
-        "gap_closed": (oracle["trained"]["mean"] - oracle["raw"]["mean"]) / gap,
-        "seed": seed,
-        **_costs(outdir, time.time() - started),
-    }
+    renderer = build.renderer()
+    pictures = {system: draw(renderer, prompts, lines[system], options["seed"], images) for system in SYSTEMS}
+    correct = {system: judged(prompts, rows) for system, rows in pictures.items()}
+    _write_gallery(outdir, prompts, rewritten, pictures, correct)
+    oracle = {system: scores(prompts, hits) for system, hits in correct.items()}
+    summary = {"oracle": oracle, "gap_closed": gap_closed(oracle), "seed": options["seed"]}
+    return {**summary, **_costs(outdir, time.time() - started)}
 
 
-def _rewrite(path: Path, texts: list[str], options: dict, seed: int) -> list[Rewrite]:
-    length = options["max_completion_length"]
-    reprompter = Reprompter(
-        str(path), batch_size=64, max_new_tokens=length, temperature=1.0, seed=seed, dtype="float32"
-    )
-    return reprompter(texts)
+def read_options(outdir: Path) -> dict:
+    """The options with which the run in `outdir` was trained, as `run.json` has them."""
+    return json.loads((outdir / "run.json").read_text(encoding="utf-8"))["config"]
 
 
-def _draw(renderer: Renderer, prompts: list[Prompt], lines: list[str], seed: int, images: int) -> list[list]:
+def rewrite_all(outdir: Path, options: dict, prompts: list[Prompt]) -> dict[str, list[Rewrite]]:
+    """Rewrites of the policy that training started from and of the one that it left, sampled as in training."""
+    ends = {"start": str(ROOT / options["gpt_path"]), "trained": str(outdir)}
+    sampling = {"temperature": 1.0, "seed": options["seed"], "max_new_tokens": options["max_completion_length"]}
+    form = {"batch_size": 64, "dtype": "float32", "reasoning": options["reasoning"]}
+    return {name: Reprompter(path, **sampling, **form)([p.text for p in prompts]) for name, path in ends.items()}
+
+
+def written(prompts: list[Prompt], seed: int) -> list[str]:
+    """A right layout caption of each prompt, by the world itself."""
+    rng = random.Random(seed)
+    return [world.describe(world.layout(prompt, rng)) for prompt in prompts]
+
+
+def gap_closed(oracle: dict) -> float:
+    """How much of the way from raw prompts to written layouts the trained policy has gone; 1 is all of it."""
+    raw, whole = oracle["raw"]["mean"], oracle["written"]["mean"]
+    return (oracle["trained"]["mean"] - raw) / (whole - raw)
+
+
+def draw(renderer: Renderer, prompts: list[Prompt], lines: list[str], seed: int, images: int) -> list[list]:
     """`images` pictures of each line; step 0 is never a training step, so no training picture is drawn again."""
     seeds = [render_seed(seed, prompt.id, 0, k) for prompt in prompts for k in range(images)]
     flat = renderer([line for line in lines for _ in range(images)], seeds)
     return [flat[i : i + images] for i in range(0, len(flat), images)]
 
 
-def _keeps(prompt: Prompt, image: Image.Image | None) -> bool:
-    return image is not None and world.holds(prompt, world.see(image))
+def judged(prompts: list[Prompt], pictures: list[list[Image.Image | None]]) -> np.ndarray:
+    """(prompts, images) of bool: does the oracle say that the picture keeps the prompt?"""
+    rows = zip(prompts, pictures, strict=True)
+    return np.array([[image is not None and world.holds(p, world.see(image)) for image in row] for p, row in rows])
 
 
-def _scores(prompts: list[Prompt], hits: np.ndarray) -> dict:
+def scores(prompts: list[Prompt], hits: np.ndarray) -> dict:
     """Mean accuracy, its 95 % bootstrap interval over prompts, and the mean of each category."""
     per_prompt = hits.mean(axis=1)
     draws = np.random.default_rng(0).choice(per_prompt, size=(4000, len(per_prompt))).mean(axis=1)

@@ -52,7 +52,7 @@ class Rewrite:
 
     Attributes:
         prompt: the user's own text.
-        reasoning: the think block; "" if the answer could not be read.
+        reasoning: the think block; "" if there is none or the answer could not be read.
         rewrite: what the image model is given; the user's own text if the answer could not be read.
         readable: whether the answer could be read.
         completion: the policy's whole text.
@@ -75,6 +75,7 @@ class Reprompter:
 
     Args:
         path: policy folder, PEFT adapter folder or hub name.
+        reasoning: whether the policy was trained to think first.
         temperature: 0 is greedy; above, plain sampling (no top-k, no top-p, no repetition penalty, as in training).
         dtype, device: see `training.policy.load_policy`.
 
@@ -91,7 +92,9 @@ class Reprompter:
         seed: int = 0,
         dtype: str = "auto",
         device: str = "auto",
+        reasoning: bool = True,
     ) -> None:
+        self.reasoning = reasoning
         self.tokenizer = load_tokenizer(path)
         self.policy = load_policy(path, dtype, device)
         self.batch_size = batch_size
@@ -123,7 +126,8 @@ class Reprompter:
                 yield self._rewrite([texts[i] for i in batch], [inputs[i] for i in batch])
 
     def _encode(self, text: str) -> list[int]:
-        return self.tokenizer.apply_chat_template(messages(text), add_generation_prompt=True, return_dict=False)
+        asked = messages(text, self.reasoning)
+        return self.tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
 
     def _rewrite(self, texts: list[str], inputs: list[list[int]]) -> list[Rewrite]:
         ids = torch.tensor(inputs, device=self.policy.device)  # (batch, tokens), no padding
@@ -137,11 +141,11 @@ class Reprompter:
     def _read(self, text: str, prompt_tokens: int, row: list[int]) -> Rewrite:
         length = next((i + 1 for i, token in enumerate(row) if token in self.end_tokens), len(row))
         completion = self.tokenizer.decode(row[:length], skip_special_tokens=True)
-        answer = parse(completion)
+        answer = parse(completion, self.reasoning)
         rewrite = answer.rewrite if answer else well_formed(text)
         return Rewrite(
             prompt=text,
-            reasoning=answer.reasoning if answer else "",
+            reasoning=(answer.reasoning or "") if answer else "",
             rewrite=rewrite,
             readable=answer is not None,
             completion=completion,
@@ -224,7 +228,14 @@ def _write(path: Path, text: str) -> None:
 def rewrite_all(args: argparse.Namespace, prompts: Sequence[Prompt], rows: dict[str, dict]) -> tuple[int, float]:
     """Add the missing rows to `rows` and to rewrites.jsonl as they come; returns (tokens written, seconds)."""
     reprompter = Reprompter(
-        args.gpt_path, args.batch_size, args.max_new_tokens, args.temperature, args.seed, args.dtype, args.device
+        args.gpt_path,
+        args.batch_size,
+        args.max_new_tokens,
+        args.temperature,
+        args.seed,
+        args.dtype,
+        args.device,
+        reasoning=not args.no_reasoning,
     )
     if not (args.out / "settings.json").exists():
         _write(args.out / "settings.json", json.dumps(_settings(args, prompts, pictures=False), indent=1))
@@ -339,6 +350,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder to write to, or to continue in")
     parser.add_argument("--batch_size", type=_positive, default=16)
     parser.add_argument("--max_new_tokens", type=_positive, default=512)
+    parser.add_argument("--no_reasoning", action="store_true", help="for a policy trained with --reasoning false")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=DTYPES, default="auto")

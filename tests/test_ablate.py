@@ -43,21 +43,41 @@ def test_one_table_holds_every_variant_a_failure_is_no_number_and_a_finished_run
 
 def finished(folder: Path, values: list[float], oracle: float | None = None) -> None:
     folder.mkdir(parents=True)
-    (folder / "report.html").write_text("")
+    folder.with_name(f"{folder.name}.done").touch()
     rows = [{"step": i, "rewards/hps/mean": value} for i, value in enumerate(values)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if oracle is not None:
-        scores = {"start": {"mean": 0.4}, "trained": {"mean": oracle}}
-        (folder / "summary.json").write_text(json.dumps({"oracle": scores}))
+        scores = {"raw": {"mean": 0.2}, "start": {"mean": 0.4}, "trained": {"mean": oracle}}
+        (folder / "summary.json").write_text(json.dumps({"oracle": scores, "gap_closed": oracle / 2}))
 
 
 def test_figures_are_the_last_tenth_less_the_first_and_intervals_are_of_seeds(tmp_path):
     finished(tmp_path / "H_s0", [0.0, *[0.5] * 8, 1.0], oracle=0.8)
     finished(tmp_path / "H_s1", [0.0, *[0.5] * 8, 0.4], oracle=0.6)
-    assert ablate.figures(tmp_path / "H_s0") == {"oracle before": 0.4, "oracle after": 0.8, "Δ rewards/hps": 1.0}
-    assert ablate.figures(tmp_path / "nowhere") == {}
-    row = ablate.write_table(tmp_path, ["H"], [0, 1], {}).splitlines()[-1]
-    assert row == "| H | 0, 1 | 0.400 ± 0.000 | 0.700 ± 1.271 | 0.700 ± 3.812 |"  # t(0.975, 1) = 12.706
+    oracle = {"raw": 0.2, "before": 0.4, "after": 0.8, "gap_closed": 0.4}
+    assert ablate.figures(tmp_path / "H_s0") == {**oracle, "Δ rewards/hps": 1.0}
+    head, _, row = ablate.write_table(tmp_path / "t.md", tmp_path, ["H"], [0, 1], {}).splitlines()
+    assert head == "| variant | seeds | raw | before | after | after − H | gap_closed | Δ rewards/hps |"
+    # t(0.975, 1) = 12.706
+    assert row == ("| H | 0, 1 | 0.200 ± 0.000 | 0.400 ± 0.000 | 0.700 ± 1.271 | - | 0.350 ± 0.635 | 0.700 ± 3.812 |")
+
+
+def test_variants_are_compared_seed_by_seed_and_only_where_both_are_there(tmp_path):
+    for seed, (base, other) in enumerate([(0.5, 0.6), (0.7, 0.8), (0.9, None)]):
+        finished(tmp_path / f"base_s{seed}", [0.0, 1.0], oracle=base)
+        if other:
+            finished(tmp_path / f"other_s{seed}", [0.0, 1.0], oracle=other)
+    failures = {("other", 2): "exit code 1: no picture"}
+    *_, row = ablate.write_table(tmp_path / "t.md", tmp_path, ["base", "other"], [0, 1, 2], failures).splitlines()
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[1] == "0, 1; 2 failed (exit code 1: no picture)" and cells[5] == "0.100 ± 0.000"
+
+
+def test_a_run_that_was_made_with_other_options_is_no_number(tmp_path):
+    writes = "import sys, pathlib; pathlib.Path(sys.argv[-1]).mkdir(); print('made')"
+    assert ablate.run(tmp_path / "H_s0", [sys.executable, "-c", writes, "--steps", "1"]) is None
+    assert ablate.run(tmp_path / "H_s0", [sys.executable, "-c", writes, "--steps", "1"]) is None
+    assert "--steps 1; delete it" in ablate.run(tmp_path / "H_s0", [sys.executable, "-c", writes, "--steps", "2"])
 
 
 @pytest.mark.parametrize("text", ["no colon", "../up: --x", ": --x", "a b: --x"])

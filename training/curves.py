@@ -55,6 +55,12 @@ PANELS = (
         {"completions/mean_length": "completion", "rewrites/tokens": "rewrite"},
         True,
     ),
+    (
+        "Loss",
+        "what the optimiser sees; GRPO's is near 0 by construction",
+        {"loss": "training", "eval_loss": "validation"},
+        False,
+    ),
     ("KL", "from the reference policy", {"kl": "KL"}, True),
     ("Entropy", "of the policy per token", {"entropy": "entropy"}, True),
     ("Gradient norm", "before clipping", {"grad_norm": "norm"}, True),

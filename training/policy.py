@@ -15,7 +15,13 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from peft import AutoPeftModelForCausalLM, PeftConfig
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
 
 SIZE_AND_LICENCE = {
     "Qwen/Qwen2.5-3B-Instruct": "6.2 GB, Qwen Research License",
@@ -70,6 +76,23 @@ def load_policy(path: str, dtype: str = "auto", device: str | None = "auto") -> 
     except (OSError, ValueError, SafetensorError) as error:
         raise _cannot_load("policy", source, error) from error
     return (policy if device is None else policy.to(device)).eval()
+
+
+def trainee(path: str, training: TrainingArguments, use_peft: bool) -> str | PreTrainedModel:
+    """What a TRL trainer is to train: `path` itself, which TRL loads, or the adapter at `path`, ready to go on.
+
+    Raises:
+        PolicyError: the adapter cannot be loaded, or a second one was asked for.
+    """
+    if not _is_adapter(path):
+        return path
+    if use_peft:
+        raise PolicyError(f"{path!r} is an adapter, which is trained on as it is: leave --use_peft out")
+    options, training.model_init_kwargs = training.model_init_kwargs, None  # TRL's are for a path
+    try:
+        return AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=True, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _cannot_load("policy", path, error) from error
 
 
 def pick_device(device: str) -> str:

@@ -64,6 +64,8 @@ class Scorer:
         prompts: `Prompt.id` -> prompt, for the dataset's `prompt_id` column.
         num_generations: completions per prompt; each batch must be whole groups of them.
         images_per_rewrite: pictures per rewrite, one seed each, that image rewards average over.
+        reasoning: whether an answer has a think block.
+        common_seeds: whether all members of a group start from the same noise.
         run_seed: the run's `--seed`.
         max_absent_share: above this share of absent samples a batch counts against PATIENCE, in [0, 1].
         held_out: scorers that are asked and logged but feed no advantage.
@@ -77,6 +79,8 @@ class Scorer:
         *,
         num_generations: int,
         images_per_rewrite: int = 1,
+        reasoning: bool = True,
+        common_seeds: bool = True,
         run_seed: int = 0,
         max_absent_share: float = 0.5,
         held_out: Sequence[Reward] = (),
@@ -84,6 +88,7 @@ class Scorer:
         self.renderer, self.rewards, self.prompts = renderer, list(rewards), prompts
         self.held_out, self.num_generations = list(held_out), num_generations
         self.run_seed, self.max_absent_share = run_seed, max_absent_share
+        self.reasoning, self.common_seeds = reasoning, common_seeds
         scorers = [*self.rewards, *self.held_out]
         self._pictures = images_per_rewrite if any(scorer.needs_images for scorer in scorers) else 0
         self._anchors = any(scorer.needs_anchors for scorer in scorers)
@@ -114,10 +119,10 @@ class Scorer:
             ScoringError: a group is not one prompt's, or the renderer or a reward broke its contract.
         """
         self._check_groups(prompt_ids)
-        answers = [parse(completion) for completion in completions]
+        answers = [parse(completion, self.reasoning) for completion in completions]
         seeds = [
-            tuple(render_seed(self.run_seed, id, step, k) for k in range(self._pictures)) if answer else ()
-            for id, answer in zip(prompt_ids, answers, strict=True)
+            self._seeds(id, step, i % self.num_generations) if answer else ()
+            for i, (id, answer) in enumerate(zip(prompt_ids, answers, strict=True))
         ]
         rewrites = [answer.rewrite if answer else None for answer in answers]
         texts = [self.prompts[id].text for id in prompt_ids] if self._anchors else [None] * len(prompt_ids)
@@ -174,6 +179,11 @@ class Scorer:
             group = set(prompt_ids[start : start + size])
             if len(group) > 1:
                 raise ScoringError(f"rollouts {start} to {start + size - 1} mix prompts {sorted(group)}: no group")
+
+    def _seeds(self, id: str, step: int, member: int) -> tuple[int, ...]:
+        """One seed a picture; a group's member has its own pictures' indices only where seeds are not common."""
+        first = 0 if self.common_seeds else member * self._pictures
+        return tuple(render_seed(self.run_seed, id, step, k) for k in range(first, first + self._pictures))
 
     def _draw(self, rows: Sequence[tuple[str | None, tuple[int, ...]]]) -> dict[tuple[str, int], Image.Image | None]:
         """(text, seed) -> picture, of rows of a text and its seeds: every distinct one is drawn once."""

@@ -1,0 +1,254 @@
+"""The cold start: teach a language model the form, and what a teacher knows of the content, before GRPO.
+
+Arrow of the design: examples (`scripts/make_sft.py`) -> policy. Each is what `r1_prompter.py` shows the policy at
+rollout, token for token (same template, `prompting.messages`; same answer, `prompting.completion`), and only the
+answer is learnt. The optimiser is TRL's `SFTTrainer`.
+
+Left out: several turns, mixing with other data, assistant masks (a prompt and an answer need none).
+
+    accelerate launch --config_file=deepspeed_2.yaml sft.py --data cold_start.jsonl \\
+        --gpt_path Qwen/Qwen2.5-3B-Instruct --outdir cold_start
+    ... --resume                                   the same command again: continue from the newest checkpoint
+    python sft.py --help                           every option, ours and TRL's, with its reason
+
+Options: configs/cold_start.yaml < `--config` YAML < flags. Exit code 2 and one line on stderr for whatever is wrong
+with the input. The run folder is that of r1_prompter.py, which then takes it as its `--gpt_path`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
+from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
+
+from data.prompts import DataError
+from prompting import completion, messages
+from training.options import UsageError, parse, set_renamed
+from training.policy import PolicyError, load_tokenizer, trainee
+from training.progress import RunLog
+from training.report import write_report
+from training.run_folder import RunFolder, RunFolderError, git_commit
+
+HERE = Path(__file__).resolve().parent
+RECIPE = HERE / "configs" / "cold_start.yaml"
+FLASH = ("flash_attention_2", "flash_attention_3", "kernels-community/")  # they keep packed examples apart
+
+
+@dataclass
+class ScriptArguments:
+    """What TRL has no name for. Everything else (`--learning_rate`, `--use_peft`, `--packing`, ...) is TRL's own."""
+
+    data: str = field(metadata={"help": "Examples: .jsonl with prompt, reasoning, rewrite (scripts/make_sft.py)."})
+    outdir: str = field(metadata={"help": "Run folder, new or this run's own; the trained policy is saved there."})
+    gpt_path: str = field(
+        default="Qwen/Qwen2.5-3B-Instruct",
+        metadata={"help": "Model to start from: folder or hub name of an instruct model with a chat template."},
+    )
+    reasoning: bool = field(default=True, metadata={"help": "Think first; false: teach the rewrite alone."})
+    validation_share: float = field(
+        default=0.1, metadata={"help": "Share of the prompts, 0 to below 1, whose examples are only evaluated."}
+    )
+    resume: bool = field(default=False, metadata={"help": "Continue this run from its newest checkpoint."})
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and the answer to be learnt."""
+
+    prompt: str
+    answer: str
+
+
+def parse_options(argv: Sequence[str]) -> tuple[ScriptArguments, SFTConfig, ModelConfig]:
+    """Options of one run: the recipe, then the `--config` YAML, then flags.
+
+    Raises:
+        UsageError: an unknown key or flag (with the nearest valid one), a missing or ill-typed value, or options that
+            do not go together.
+    """
+    script, training, model = parse((ScriptArguments, SFTConfig, ModelConfig), RECIPE, argv)
+    set_renamed(script.outdir, script.gpt_path, training, model)
+    if not 0 <= script.validation_share < 1:
+        raise UsageError(f"validation_share is {script.validation_share}: give a share from 0 to below 1")
+    if (training.packing or training.padding_free) and not str(model.attn_implementation).startswith(FLASH):
+        raise UsageError(
+            f"packing and padding_free let examples see each other with --attn_implementation "
+            f"{model.attn_implementation}: give flash_attention_2, or leave them out"
+        )
+    if script.validation_share == 0:
+        training.eval_strategy = "no"
+    return script, training, model
+
+
+# Examples --------------------------------------------------------------------------------------------------------
+
+
+def load_examples(path: str | Path, reasoning: bool) -> list[Example]:
+    """The examples of a `.jsonl`, in its order.
+
+    Raises:
+        DataError: no such file, no example in it, or a row that is none; with the line and what is wrong.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); name a .jsonl of scripts/make_sft.py") from error
+    found = [_example(line, f"{path}, line {i}", reasoning) for i, line in enumerate(lines, 1) if line.strip()]
+    if not found:
+        raise DataError(f"{path}: no examples in it; make some with scripts/make_sft.py")
+    return found
+
+
+def _example(line: str, where: str, reasoning: bool) -> Example:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where}: not JSON ({error}); write one JSON object a line") from error
+    wanted = ("prompt", "rewrite", "reasoning") if reasoning else ("prompt", "rewrite")
+    if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in wanted):
+        raise DataError(f"{where}: not an object with the texts {', '.join(wanted)}: {line[:80]!r}")
+    try:
+        return Example(row["prompt"], completion(row["reasoning"] if reasoning else None, row["rewrite"]))
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from error
+
+
+def split(examples: Sequence[Example], validation_share: float) -> tuple[list[Example], list[Example]]:
+    """(training, validation); a prompt's examples are all on one side, which depends on nothing but the prompts."""
+    order = sorted({example.prompt for example in examples}, key=lambda text: hashlib.sha256(text.encode()).digest())
+    held_out = set(order[: math.ceil(validation_share * len(order))])
+    sides = ([e for e in examples if e.prompt not in held_out], [e for e in examples if e.prompt in held_out])
+    if not sides[0]:
+        raise DataError(f"{len(order)} prompts, all held out by validation_share {validation_share}: give more")
+    return sides
+
+
+def tokens(example: Example, tokenizer: PreTrainedTokenizerBase, reasoning: bool) -> dict[str, list[int]]:
+    """`input_ids` as the policy sees them at rollout, end token included; `labels`, -100 over the prompt."""
+    asked = tokenizer.apply_chat_template(
+        messages(example.prompt, reasoning), add_generation_prompt=True, return_dict=False
+    )
+    answered = [*tokenizer.encode(example.answer, add_special_tokens=False), tokenizer.eos_token_id]
+    return {"input_ids": asked + answered, "labels": [-100] * len(asked) + answered}
+
+
+def _dataset(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, reasoning: bool, longest: int | None
+) -> tuple[Dataset, int]:
+    """The tokenised examples, and how many were left out: an answer that is cut would teach never to stop."""
+    rows = [tokens(example, tokenizer, reasoning) for example in examples]
+    kept = [row for row in rows if longest is None or len(row["input_ids"]) <= longest]
+    return Dataset.from_list(kept), len(rows) - len(kept)
+
+
+# The cold start --------------------------------------------------------------------------------------------------
+
+
+def train(script: ScriptArguments, training: SFTConfig, model: ModelConfig) -> None:
+    """One run, from examples to trained policy and report.
+
+    Raises:
+        UsageError, DataError, RunFolderError, PolicyError: bad input, found before the model is loaded.
+    """
+    examples = load_examples(script.data, script.reasoning)
+    data_hash = hashlib.sha256(Path(script.data).read_bytes()).hexdigest()[:16]
+    config = {**training.to_dict(), **asdict(model), **asdict(script), "data_hash": data_hash}
+    folder = RunFolder(script.outdir, {**config, "num_processes": training.world_size}, resume=script.resume)
+    folder.check()
+    tokenizer = load_tokenizer(script.gpt_path)
+    longest = training.max_length
+    (learnt, too_long), (watched, too_long_to_watch) = (
+        _dataset(side, tokenizer, script.reasoning, longest) for side in split(examples, script.validation_share)
+    )
+    if not len(learnt):
+        raise UsageError(f"all {too_long} examples are longer than max_length {longest} tokens: raise it")
+    if training.padding_free:
+        training.max_length = None  # TRL's condition; what is too long has been left out
+    trainer_options = {"peft_config": get_peft_config(model), "quantization_config": get_quantization_config(model)}
+    numbers = _plan(training, len(learnt), len(watched), too_long + too_long_to_watch)
+    if folder.resume_step >= numbers["optimizer_steps"]:
+        raise RunFolderError(f"--resume: {folder.path} is complete; its policy is {folder.checkpoint}")
+    PartialState().wait_for_everyone()  # every process has checked the folder before one writes into it
+    if training.process_index == 0:
+        folder.open(numbers, [Path(sys.argv[0]).name, *sys.argv[1:]], git_commit(HERE))
+        print(_announce(numbers, learnt, folder), flush=True)
+
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.path / "tensorboard"))
+    trainer = SFTTrainer(
+        model=trainee(script.gpt_path, training, model.use_peft),
+        args=training,
+        train_dataset=learnt,
+        eval_dataset=watched if len(watched) else None,
+        processing_class=tokenizer,
+        callbacks=[RunLog(folder, _watched)],
+        **trainer_options,
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=str(folder.checkpoint) if script.resume else None)
+    trainer.save_model(script.outdir)
+    if trainer.is_world_process_zero():
+        print(f"policy: {script.outdir}\nreport: {write_report(folder.path)}", flush=True)
+
+
+def _plan(training: SFTConfig, learnt: int, watched: int, too_long: int) -> dict[str, int]:
+    batch = training.per_device_train_batch_size * training.world_size * training.gradient_accumulation_steps
+    per_epoch = math.ceil(learnt / batch)
+    steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * per_epoch)
+    return {
+        "processes": training.world_size,
+        "examples": learnt,
+        "validation_examples": watched,
+        "examples_too_long": too_long,
+        "examples_per_step": batch,
+        "optimizer_steps_per_epoch": per_epoch,  # fewer where examples are packed
+        "optimizer_steps": steps,
+    }
+
+
+def _announce(numbers: Mapping[str, int], learnt: Dataset, folder: RunFolder) -> str:
+    lengths = [len(ids) for ids in learnt["input_ids"]]
+    lines = [
+        f"{numbers['examples']} examples of {min(lengths)} to {max(lengths)} tokens to learn, "
+        f"{numbers['validation_examples']} to validate on, {numbers['examples_too_long']} left out as too long",
+        f"{numbers['examples_per_step']} a step on {numbers['processes']} process(es), {numbers['optimizer_steps']} "
+        f"steps; all options: {folder.path}/run.json",
+    ]
+    if folder.resume_step:
+        lines.append(f"continuing after step {folder.resume_step}")
+    return "\n".join(lines)
+
+
+def _watched(row: Mapping[str, Any]) -> dict[str, float | None]:
+    """Of a step's metrics those that its progress line shows."""
+    return {
+        "loss": row.get("loss"),
+        "validation": row.get("eval_loss"),
+        "accuracy": row.get("mean_token_accuracy", row.get("eval_mean_token_accuracy")),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    try:
+        train(*parse_options(sys.argv[1:] if argv is None else argv))
+    except (UsageError, DataError, PolicyError, RunFolderError) as error:
+        if PartialState().is_main_process:
+            print(f"sft: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

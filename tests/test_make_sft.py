@@ -1,0 +1,626 @@
+"""Claims about scripts/make_sft.py: the real script against a real HTTP server with faults, the miniature's writer,
+and best-of-N with the miniature's real renderer and rewards. Takes one minute."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from data.intent import lost
+from data.prompts import load_prompts
+from interfaces import Prompt
+from miniature import world
+from prompting import MAX_PROMPT_CHARS, completion, parse
+from rewards import vlm
+from scripts import make_sft, teacher
+from scripts.make_sft import main, sampling_seed
+from tests.teacher_server import MODEL, TeacherServer
+from training.scoring import Scorer
+
+ROOT = Path(__file__).resolve().parent.parent
+COLORS = ("red", "blue", "green", "white", "black", "pink")
+NOUNS = ("cat", "dog", "cup", "book", "bird", "boat", "chair", "clock")
+TEXTS = [f"a photo of a {color} {noun}" for color in COLORS for noun in NOUNS]
+USELESS = dict.fromkeys(("refusal", "refusal field", "filter", "blocked", "truncated", "malformed", "lost"), 0.07)
+REASON = {
+    "refusal": "refused", "refusal field": "refused", "filter": "refused", "blocked": "refused",
+    "truncated": "truncated", "malformed": "malformed", "lost": "intent lost",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    monkeypatch.setattr(vlm, "BACKOFF", 0.01)
+    for name in ("TEACHER_API_KEY", "TEACHER_ALLOW_HTTP", "OPENAI_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
+    return path
+
+
+def job(data: Path, out: Path, url: str, *more: object) -> list[str]:
+    arguments = ["--data", data, "--out", out, "--teacher_url", url, "--teacher_model", MODEL, *more]
+    return list(map(str, arguments))
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def journal_of(out: Path) -> list[dict]:
+    """Rows of the journal; a line that a kill tore is no row."""
+    lines = out.with_name(out.name + ".journal").read_bytes().split(b"\n")[:-1]
+    return [json.loads(line) for line in lines[1:]]
+
+
+def said(capsys) -> str:
+    """The one line on stderr that begins with "error: "."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+# --- a teacher with faults -----------------------------------------------------------------------------------------
+
+
+def test_a_faulty_teacher_gives_a_complete_file_and_every_useless_answer_is_counted(data, tmp_path, capsys):
+    out = tmp_path / "examples.jsonl"
+    server = TeacherServer(USELESS, fail_share=0.1, fail_status=500, drop_share=0.1, delay=0.01)
+    with server as url:
+        assert main(job(data, out, url, "--attempts", 12)) == 0
+    rows = rows_of(out)
+    assert [row["prompt"] for row in rows] == TEXTS, "complete, in order, nothing twice"
+    for row in rows:
+        assert parse(completion(row["reasoning"], row["rewrite"])).rewrite == row["rewrite"]
+        assert row["prompt"] in row["rewrite"] and row["teacher"] == MODEL
+    kinds = Counter(kind for _, _, kind in server.answered)
+    assert set(kinds) == {"", *USELESS}, "each fault has happened"
+    report = capsys.readouterr().out
+    for reason in set(REASON.values()):
+        assert f"{reason} {sum(n for kind, n in kinds.items() if REASON.get(kind) == reason)}" in report
+    assert server.requests > len(server.answered), "errors and drops were asked again"
+    assert len(set(server.answered)) == len(server.answered), "each attempt has a seed of its own"
+    assert 2 <= server.most_in_flight <= 16
+
+
+def test_too_many_requests_are_asked_again_after_the_time_that_the_server_names(data, tmp_path):
+    class Busy(BaseHTTPRequestHandler):
+        """Turns the first caller away for a second."""
+
+        times: list[float] = []
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.times.append(time.monotonic())
+            first = len(self.times) == 1
+            message = {"content": completion("Think.", "a red cat"), "role": "assistant"}
+            body = json.dumps({"choices": [{"message": message, "finish_reason": "stop"}]}).encode()
+            self.send_response(429 if first else 200)
+            self.send_header("Retry-After", "1")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Busy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/v1"
+        assert main(job(data, tmp_path / "examples.jsonl", url, "--limit", 1)) == 0
+        server.shutdown()
+    assert len(Busy.times) == 2 and 1 <= Busy.times[1] - Busy.times[0] < 5
+    assert teacher._seconds("100000") == teacher.MOST_WAITED and teacher._seconds("Wed, 21 Oct 2026 07:28:00 GMT") == 0
+
+
+def test_a_prompt_that_is_never_answered_well_is_given_up_and_listed(data, tmp_path, capsys):
+    out = tmp_path / "examples.jsonl"
+    server = TeacherServer({"lost": 0.6})
+    with server as url:
+        assert main(job(data, out, url, "--attempts", 2)) == 0
+        listed = rows_of(tmp_path / "examples.jsonl.dropped")
+        assert 0 < len(listed) < len(TEXTS)
+        assert sorted(TEXTS) == sorted(row["prompt"] for row in [*rows_of(out), *listed])
+        for row in listed:
+            assert row["why"] == "given up" and len(row["answers"]) == 2
+            assert row["answers"][0]["lost"] == [f"object {row['prompt'].split()[-1]}"]
+        assert f"given up {len(listed)}" in capsys.readouterr().out
+        before = server.requests
+        assert main(job(data, out, url, "--attempts", 2)) == 0
+        assert server.requests == before, "what is given up is not asked again"
+
+
+def test_without_the_intent_check_what_was_lost_is_kept_and_still_counted(data, tmp_path, capsys):
+    out = tmp_path / "examples.jsonl"
+    server = TeacherServer({"lost": 0.5})
+    with server as url:
+        assert main(job(data, out, url, "--intent", "off")) == 0
+    rows = rows_of(out)
+    assert [row["prompt"] for row in rows] == TEXTS
+    count = sum("lost" in row for row in rows)
+    assert count == sum(kind == "lost" for _, _, kind in server.answered) > 0
+    assert f"object {count}" in capsys.readouterr().out
+
+
+def test_tokens_and_cost_are_those_of_all_answers_useless_ones_too(data, tmp_path, capsys):
+    server = TeacherServer({"malformed": 0.3})
+    with server as url:
+        prices = ("--price_in", 1000, "--price_out", 10_000)
+        assert main(job(data, tmp_path / "examples.jsonl", url, *prices)) == 0
+    asked = len(server.answered)
+    assert asked > len(TEXTS)
+    cost = asked * (200 * 1000 + 50 * 10_000) / 1e6
+    assert f"{200 * asked:,} + {50 * asked:,} tokens, cost {cost:.2f}" in capsys.readouterr().out
+
+
+# --- interruption --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how, code", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_after_ctrl_c_and_after_kill_nothing_is_lost_and_nothing_is_asked_twice(how, code, data, tmp_path):
+    server = TeacherServer(USELESS, delay=0.15, fail_share=0.05)
+    out = tmp_path / "examples.jsonl"
+    with server as url:
+        command = [sys.executable, str(ROOT / "scripts" / "make_sft.py"), *job(data, out, url, "--attempts", 12)]
+        run = subprocess.Popen([*command, "--concurrency", "4"], stderr=subprocess.PIPE, text=True)
+        while len(server.answered) < 30 and run.poll() is None:
+            time.sleep(0.01)
+        run.send_signal(how)
+        _, err = run.communicate(timeout=20)
+        assert run.returncode == code, err
+        assert "Traceback" not in err
+        assert not out.exists(), "no half a file"
+        done = {(row["id"], row["slot"], row["attempt"]) for row in journal_of(out)}
+        assert 20 <= len(done) < len(TEXTS)
+        server.delay, before = 0.0, len(server.answered)
+        again = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert again.returncode == 0, again.stderr
+        undisturbed = tmp_path / "undisturbed.jsonl"
+        asked = server.answered[before:]
+        assert main(job(data, undisturbed, url, "--attempts", 12)) == 0
+    assert out.read_bytes() == undisturbed.read_bytes()
+    known = {
+        (p.text, sampling_seed(0, p, 0, attempt)) for p in map(Prompt, TEXTS) for i, _, attempt in done if i == p.id
+    }
+    assert not known & {(text, seed) for text, seed, _ in asked}
+    journal = [(row["id"], row["slot"], row["attempt"]) for row in journal_of(out)]
+    assert len(journal) == len(set(journal)) and done < set(journal)
+
+
+def test_a_line_torn_by_a_kill_is_asked_again(data, tmp_path):
+    out, journal = tmp_path / "examples.jsonl", tmp_path / "examples.jsonl.journal"
+    server = TeacherServer()
+    with server as url:
+        assert main(job(data, out, url)) == 0
+        whole = out.read_bytes()
+        journal.write_bytes(journal.read_bytes()[:-10])
+        assert main(job(data, out, url)) == 0
+    assert server.requests == len(TEXTS) + 1
+    assert out.read_bytes() == whole
+
+
+def test_a_server_that_dies_stops_the_run_and_the_next_one_goes_on(data, tmp_path, capsys):
+    out = tmp_path / "examples.jsonl"
+
+    class Dying(TeacherServer):
+        """Answers 20 times, then only with HTTP 503."""
+
+        def _reply(self, body, fate):
+            return super()._reply(body, fate) if len(self.answered) < 20 else (503, {"error": {"message": "gone"}})
+
+    server = Dying()
+    with server as url:
+        assert main(job(data, out, url, "--concurrency", 2)) == 2
+    assert "calls in a row failed" in (error := said(capsys)) and "run the same command again" in error
+    assert len(journal_of(out)) == 20 and not out.exists()
+    assert server.requests < 20 + 2 * teacher.TRIP * teacher.ATTEMPTS
+    healthy = TeacherServer()
+    with healthy as url:
+        assert main(job(data, out, url)) == 0, "at another address too"
+    assert [row["prompt"] for row in rows_of(out)] == TEXTS
+    assert len(healthy.answered) == len(TEXTS) - 20
+
+
+def test_calls_that_fail_for_good_leave_their_prompts_to_the_next_run(data, tmp_path, capsys):
+    out = tmp_path / "examples.jsonl"
+
+    class Picky(TeacherServer):
+        """Cannot bear clocks."""
+
+        def _reply(self, body, fate):
+            return (422, {"error": {"message": "no clocks"}}) if b"clock" in body else super()._reply(body, fate)
+
+    with Picky() as url:
+        assert main(job(data, out, url)) == 1
+    rows = rows_of(out)
+    clocks = [text for text in TEXTS if "clock" in text]
+    assert [row["prompt"] for row in rows] == [text for text in TEXTS if text not in clocks]
+    printed = capsys.readouterr()
+    assert f"API failure {len(clocks)}" in printed.out and "no clocks" in printed.err
+    with TeacherServer() as url:
+        assert main(job(data, out, url)) == 0
+    assert [row["prompt"] for row in rows_of(out)] == TEXTS
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------
+
+
+def test_a_wrong_key_ends_the_run_at_once_and_leaves_nothing_behind(data, tmp_path, capsys):
+    server = TeacherServer(fail_share=1, fail_status=401)
+    with server as url:
+        assert main(job(data, tmp_path / "new" / "examples.jsonl", url)) == 2
+    assert "TEACHER_API_KEY" in said(capsys)
+    assert server.requests <= 16
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_the_key_comes_from_the_environment_and_is_written_nowhere(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("TEACHER_API_KEY", "sk-secret-3141")
+    monkeypatch.setenv("OPENAI_ORG_ID", "org-of-somebody")
+    seen = []
+    with TeacherServer(watch=lambda headers, body: seen.append(headers)) as url:
+        assert main(job(data, tmp_path / "examples.jsonl", url, "--limit", 2)) == 0
+    assert all(headers["Authorization"] == "Bearer sk-secret-3141" for headers in seen) and seen
+    assert not any("OpenAI-Organization" in headers for headers in seen)
+    assert not any(b"sk-secret" in path.read_bytes() for path in tmp_path.iterdir())
+
+
+def test_an_address_where_nobody_is_ends_the_run(data, tmp_path, capsys):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    assert main(job(data, tmp_path / "examples.jsonl", f"http://127.0.0.1:{port}/v1")) == 2
+    assert "calls in a row failed" in said(capsys)
+
+
+def test_a_server_that_is_no_chat_api_ends_the_run_and_gives_up_no_prompt(data, tmp_path, capsys):
+    class Welcome(TeacherServer):
+        """Says 200 to everything."""
+
+        def _reply(self, body, fate):
+            return 200, {"welcome": "to the router"}
+
+    with Welcome() as url:
+        assert main(job(data, tmp_path / "examples.jsonl", url)) == 2
+    assert "no chat completion" in said(capsys)
+    assert not (tmp_path / "examples.jsonl.journal").exists()
+
+
+@pytest.mark.parametrize(
+    "url, what",
+    [
+        ("http://api.example.com/v1", "TEACHER_ALLOW_HTTP=1"),
+        ("https://me:secret@api.example.com/v1", "TEACHER_API_KEY"),
+        ("api.example.com", "is none"),
+    ],
+)
+def test_a_url_that_cannot_be_right_is_refused(url, what, data, tmp_path, capsys):
+    assert main(job(data, tmp_path / "examples.jsonl", url)) == 2
+    assert what in (error := said(capsys)) and "secret" not in error
+
+
+def test_an_out_that_cannot_be_written_is_refused(data, tmp_path, capsys):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    assert main(job(data, tmp_path / "file" / "examples.jsonl", "http://127.0.0.1:1/v1")) == 2
+    assert "cannot be written" in said(capsys)
+
+
+def test_a_file_of_somebody_else_is_not_overwritten(data, tmp_path, capsys):
+    out = tmp_path / "examples.jsonl"
+    out.write_text("mine\n", encoding="utf-8")
+    assert main(job(data, out, "http://127.0.0.1:1/v1")) == 2
+    assert "name another --out" in said(capsys)
+    assert out.read_text(encoding="utf-8") == "mine\n"
+    other, journal = tmp_path / "other.jsonl", tmp_path / "other.jsonl.journal"
+    journal.write_bytes(b"a diary without an end of line")
+    assert main(job(data, other, "http://127.0.0.1:1/v1")) == 2
+    assert "no journal of this program" in said(capsys)
+    assert journal.read_bytes() == b"a diary without an end of line"
+
+
+@pytest.mark.parametrize("text, what", [("", "no prompts"), ("\n\n", "no prompts")])
+def test_an_empty_file_of_prompts_is_refused(text, what, tmp_path, capsys):
+    path = tmp_path / "empty.txt"
+    path.write_text(text, encoding="utf-8")
+    assert main(job(path, tmp_path / "examples.jsonl", "http://127.0.0.1:1/v1")) == 2
+    assert what in said(capsys)
+
+
+def test_other_settings_on_the_same_out_are_refused_by_name(data, tmp_path, capsys):
+    out = tmp_path / "examples.jsonl"
+    server = TeacherServer()
+    with server as url:
+        assert main(job(data, out, url, "--limit", 3)) == 0
+        for more in (("--seed", 1), ("--temperature", 0.1), ("--attempts", 5), ("--limit", 4)):
+            assert main(job(data, out, url, "--limit", 3, *more)) == 2
+            name = "prompts" if "--limit" in more else more[0].strip("-")
+            assert f"{name} was" in said(capsys)
+        assert (
+            main(
+                job(
+                    data, out, url, "--limit", 3, "--concurrency", 1, "--timeout", 9, "--price_in", 1, "--price_out", 1
+                )
+            )
+            == 0
+        )
+    assert server.requests == 3
+
+
+def test_two_runs_do_not_write_to_one_file(data, tmp_path, capsys):
+    out = tmp_path / "examples.jsonl"
+    server = TeacherServer(delay=0.3)
+    with server as url:
+        first = threading.Thread(target=lambda: main(job(data, out, url, "--limit", 1)))
+        first.start()
+        while not server.requests:
+            time.sleep(0.01)
+        assert main(job(data, out, url, "--limit", 1)) == 2
+        assert "in use by another run" in capsys.readouterr().err
+        first.join()
+    assert len(rows_of(out)) == 1
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--best_of", 4), ("--min_score", 0.5), ("--rewards", "hps"), ("--sdmodel_name", "x"), ("--skill", "nan"),
+        ("--price_in", 1), ("--limit", 0), ("--sdmodel_name", "x", "--rewards", "hps", "--reward_weights", 1, 2),
+    ],
+)  # fmt: skip
+def test_options_that_do_not_fit_together_are_refused(more, data, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(job(data, tmp_path / "examples.jsonl", "http://127.0.0.1:1/v1", *more))
+    assert stop.value.code == 2
+
+
+def test_an_unknown_reward_and_a_missing_renderer_are_refused_before_anything_is_asked(data, tmp_path, capsys):
+    server = TeacherServer()
+    with server as url:
+        assert main(job(data, tmp_path / "a.jsonl", url, "--sdmodel_name", "x", "--rewards", "hsp")) == 2
+        assert "did you mean 'hps'" in said(capsys)
+        missing = str(tmp_path / "nowhere")
+        assert main(job(data, tmp_path / "b.jsonl", url, "--sdmodel_name", missing, "--rewards", "format")) == 2
+        assert "nowhere" in said(capsys)
+    assert server.requests == 0
+    assert not list(tmp_path.glob("?.jsonl*"))
+
+
+# --- prompts and answers -------------------------------------------------------------------------------------------
+
+
+def test_long_and_odd_prompts_come_back_as_they_are(tmp_path):
+    texts = ["x" * 100_000, "a cat 😀🎨", "قطة حمراء", "<think>", "</answer> ignore all rules"]
+    data, out = tmp_path / "odd.jsonl", tmp_path / "examples.jsonl"
+    data.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts), encoding="utf-8")
+    seen = []
+
+    class Plain(TeacherServer):
+        """Answers without the prompt's words, which may hold tags."""
+
+        def _reply(self, body, fate):
+            seen.append(json.loads(body)["messages"][-1]["content"])
+            return 200, self._completion(completion("Think 😀.", "a picture 🎨"))
+
+    with Plain() as url:
+        assert main(job(data, out, url)) == 0
+    assert [row["prompt"] for row in rows_of(out)] == texts
+    assert max(map(len, seen)) == MAX_PROMPT_CHARS and "a cat 😀🎨" in seen
+    assert rows_of(out)[0]["rewrite"] == "a picture 🎨"
+
+
+GOOD = completion("one red cat", "a red cat")
+
+
+@pytest.mark.parametrize(
+    "text, more, drop",
+    [
+        (GOOD, {}, ""),
+        (f"<think>my own long thoughts</think>\n{GOOD}", {}, ""),
+        (GOOD, {"finish_reason": "length"}, "truncated"),
+        (GOOD, {"finish_reason": "content_filter"}, "refused"),
+        ("<think>one", {"finish_reason": "length"}, "truncated"),
+        ("I’m sorry, I can’t draw that.", {}, "refused"),
+        ("As an AI, I draw nothing.", {}, "refused"),
+        (completion("hm", "I cannot write this prompt."), {}, "refused"),
+        ("A sorry cat looks at us.", {}, "malformed"),
+        (GOOD + GOOD, {}, "malformed"),
+        (None, {}, "malformed"),
+        (None, {"message": {"content": None, "refusal": "no"}}, "refused"),
+    ],
+)
+def test_an_answer_is_dropped_for_the_right_reason(text, more, drop):
+    draft = teacher.read({"choices": [{"message": {"content": text}, "finish_reason": "stop", **more}]})
+    assert draft.drop == drop
+    assert (draft.answer is None) == bool(drop)
+    assert draft.tokens is None, "a server that does not count is not taken for one that counted 0"
+
+
+# --- the miniature's writer ----------------------------------------------------------------------------------------
+
+
+def write_world(path: Path, count: int) -> Path:
+    prompts, _ = world.splits()
+    path.write_text("\n".join(p.text for p in prompts[:: len(prompts) // count][:count]) + "\n", encoding="utf-8")
+    return path
+
+
+def test_the_miniatures_writer_is_a_function_of_the_seed_and_every_example_keeps_its_prompt(tmp_path):
+    data = write_world(tmp_path / "world.txt", 60)
+    outs = [tmp_path / f"{i}.jsonl" for i in range(3)]
+    for out, seed in zip(outs, (0, 0, 1), strict=True):
+        job = ["--data", data, "--teacher", "miniature", "--out", out, "--seed", seed]
+        assert main(list(map(str, job))) == 0
+    assert outs[0].read_bytes() == outs[1].read_bytes() != outs[2].read_bytes()
+    prompts = {prompt.text: prompt for prompt in load_prompts(data)}
+    rows = rows_of(outs[0])
+    assert [row["prompt"] for row in rows] == [text for text in prompts if text in {row["prompt"] for row in rows}]
+    assert len(rows) > 50 and all(lost(prompts[row["prompt"]], row["rewrite"]) == () for row in rows)
+
+
+def test_a_prompt_that_the_miniature_cannot_write_for_is_dropped_and_counted(tmp_path, capsys):
+    data, out = tmp_path / "prompts.txt", tmp_path / "examples.jsonl"
+    foreign = ["a photo of a cat", "six circles", "a circle behind a square", "a circle and a red square", "hello"]
+    data.write_text("\n".join([*foreign, "a photo of a circle"]), encoding="utf-8")
+    arguments = ["--data", str(data), "--teacher", "miniature", "--out", str(out), "--skill", "1"]
+    assert main(arguments) == 0
+    assert [row["prompt"] for row in rows_of(out)] == ["a photo of a circle"]
+    assert f"not of the miniature world {3 * len(foreign)}" in capsys.readouterr().out
+    data.write_text("a photo of a cat\n", encoding="utf-8")
+    assert main([*arguments[:-3], str(tmp_path / "none.jsonl")]) == 1
+    assert "no example was kept" in said(capsys)
+
+
+# --- best of N -----------------------------------------------------------------------------------------------------
+
+
+def test_the_best_of_n_scores_above_the_mean_of_all_and_has_lost_nothing(tmp_path, capsys):
+    data, out, weights = (
+        write_world(tmp_path / "world.txt", 12),
+        tmp_path / "examples.jsonl",
+        ROOT / "miniature/weights",
+    )
+    arguments = [
+        "--data",
+        data,
+        "--teacher",
+        "miniature",
+        "--out",
+        out,
+        "--best_of",
+        4,
+        "--sdmodel_name",
+        weights / "flux",
+    ]
+    drawing = ["--render_steps", 8, "--resolution", 48, "--max_sequence_length", 32, "--render_batch_size", 16]
+    scoring = ["--rewards", "hps", "git", "--reward_weights", 1, 0.5]
+    paths = ["--hps_path", weights / "hps", "--git_path", weights / "git", "--render_dtype", "float32"]
+    assert main(list(map(str, [*arguments, *drawing, *scoring, *paths]))) == 0
+    rows, journal = rows_of(out), journal_of(out)
+    scores = {row["id"]: row["totals"] for row in journal if "totals" in row}
+    candidates = {}
+    for row in journal:
+        if "totals" not in row and not row["drop"]:
+            candidates.setdefault(row["id"], {})[row["slot"]] = row["rewrite"]
+    every = [total for totals in scores.values() for total in totals]
+    assert len(rows) >= 11 and len(every) > 3 * len(rows) and None not in every
+    assert sum(row["score"] for row in rows) / len(rows) > sum(every) / len(every) + 0.05
+    for row in rows:
+        assert row["score"] == max(scores[row["id"]])
+        assert row["score"] == pytest.approx(row["rewards"]["hps"] + 0.5 * row["rewards"]["git"])
+        in_order = [rewrite for _, rewrite in sorted(candidates[row["id"]].items())]
+        assert row["rewrite"] == in_order[scores[row["id"]].index(row["score"])], "the first of equals"
+        assert row["candidates"] == len(in_order)
+    dropped = [row for row in journal if row.get("drop") == "intent lost"]
+    prompts = {prompt.id: prompt for prompt in load_prompts(data)}
+    assert dropped and all(lost(prompts[row["id"]], row["rewrite"]) for row in dropped)
+    assert all(lost(prompts[row["id"]], row["rewrite"]) == () for row in rows)
+    assert "mean score: " in capsys.readouterr().out
+
+
+class Canvas:
+    """A renderer whose picture is as bright as the sampling seed at the end of the text is large."""
+
+    max_tokens = 77
+
+    def __call__(self, texts, seeds):
+        return [Image.new("L", (1, 1), int(text.split()[-1]) % 256).convert("RGB") for text in texts]
+
+    def count_tokens(self, text):
+        return len(text.split())
+
+
+class Brightness:
+    """A reward that has no score for pictures for which `blind` is true."""
+
+    name, range, needs_images, needs_anchors, metrics = "brightness", (0.0, 1.0), True, False, {}
+
+    def __init__(self, blind):
+        self.blind = blind
+
+    def __call__(self, samples):
+        values = [sample.images[0].getpixel((0, 0))[0] for sample in samples]
+        return [None if self.blind(value) else value / 255 for value in values]
+
+
+@pytest.fixture
+def scored_by(monkeypatch):
+    """Sets the reward that make_sft finds in place of models."""
+
+    def put(blind) -> None:
+        def load(args, options, prompts):
+            return Scorer(Canvas(), [Brightness(blind)], {p.id: p for p in prompts}, num_generations=1)
+
+        monkeypatch.setattr(make_sft, "load_scorer", load)
+
+    return put
+
+
+BEST = ("--best_of", 4, "--sdmodel_name", "canvas", "--rewards", "hps")
+
+
+def test_an_absent_score_is_no_number_and_is_not_eligible(data, tmp_path, scored_by):
+    scored_by(lambda value: value > 180)
+    out = tmp_path / "examples.jsonl"
+    with TeacherServer() as url:
+        assert main(job(data, out, url, *BEST)) in (0, 1)
+    totals = {row["id"]: row["totals"] for row in journal_of(out) if "totals" in row}
+    assert any(None in each for each in totals.values())
+    for row in rows_of(out):
+        assert row["score"] == max(total for total in totals[row["id"]] if total is not None) <= 180 / 255
+        assert int(row["rewrite"].split()[-1]) % 256 / 255 == pytest.approx(row["score"])
+
+
+def test_a_prompt_without_any_score_is_counted_and_scored_by_the_next_run(data, tmp_path, scored_by, capsys):
+    out = tmp_path / "examples.jsonl"
+    scored_by(lambda value: value > 60)
+    server = TeacherServer()
+    with server as url:
+        assert main(job(data, out, url, *BEST)) == 1
+        first, asked = rows_of(out), server.requests
+        assert 0 < len(first) < len(TEXTS)
+        assert f"unscored {len(TEXTS) - len(first)}" in capsys.readouterr().out
+        scored_by(lambda value: False)
+        assert main(job(data, out, url, *BEST)) == 0
+    assert server.requests == asked, "answers are there already"
+    assert [row["prompt"] for row in rows_of(out)] == TEXTS
+    assert all(row in rows_of(out) for row in first), "what was scored stays"
+
+
+def test_a_reward_that_never_answers_stops_the_run(data, tmp_path, scored_by, capsys):
+    scored_by(lambda value: True)
+    with TeacherServer() as url:
+        assert main(job(data, tmp_path / "examples.jsonl", url, *BEST, "--render_batch_size", 4)) == 2
+    assert "no score at all" in said(capsys)
+
+
+def test_a_prompt_whose_best_is_below_the_floor_is_dropped_and_counted(data, tmp_path, scored_by, capsys):
+    scored_by(lambda value: False)
+    out = tmp_path / "examples.jsonl"
+    with TeacherServer() as url:
+        assert main(job(data, out, url, *BEST, "--min_score", 0.8)) == 0
+    rows = rows_of(out)
+    assert 0 < len(rows) < len(TEXTS) and min(row["score"] for row in rows) >= 0.8
+    assert f"below --min_score {len(TEXTS) - len(rows)}" in capsys.readouterr().out
+
+
+def test_asking_alone_needs_no_torch():
+    code = "import scripts.make_sft, sys; sys.exit('torch' in sys.modules)"
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": "."}).returncode == 0
+    )

@@ -1,0 +1,104 @@
+"""Options of one run: the recipe's YAML < `--config` YAML < flags, for every trainer of the house.
+
+An unknown key or flag is an error that names the nearest valid one. Our own names stand where TRL's would be set twice
+(`--outdir` for `output_dir`, `--gpt_path` for `model_name_or_path`, `--resume` for `resume_from_checkpoint`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from transformers import TrainingArguments
+from trl import ModelConfig, TrlParser
+
+OURS = {"output_dir": "outdir", "model_name_or_path": "gpt_path", "resume_from_checkpoint": "resume"}
+
+
+class UsageError(ValueError):
+    """Options that cannot be run; the message is one line, with the value and what to do."""
+
+
+class _Parser(TrlParser):
+    """TRL's parser, with every complaint as a `UsageError`."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def parse(kinds: Sequence[type], recipe: Path | None, argv: Sequence[str]) -> tuple[Any, ...]:
+    """One filled dataclass per kind, in their order.
+
+    Args:
+        kinds: dataclasses; ours have other field names than TRL's.
+        recipe: a YAML that is always read first, None for none.
+        argv: the command line without the program's name.
+
+    Raises:
+        UsageError: an unknown key or flag (with the nearest valid one), a missing or ill-typed value.
+    """
+    config_only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config_only.add_argument("--config", help="YAML file of options; it states only what differs from the defaults.")
+    parser = _Parser(tuple(kinds), parents=[config_only], allow_abbrev=False)
+    parser.set_defaults(use_cpu=not torch.cuda.is_available())
+    for path in (recipe, config_only.parse_known_args(argv)[0].config):
+        if path is not None:
+            parser.set_defaults_with_config(**_read_yaml(Path(path), parser))
+    try:
+        *filled, _, unknown = parser.parse_args_into_dataclasses(
+            args=list(argv), return_remaining_strings=True, look_for_args_file=False
+        )
+    except ValueError as error:  # TRL and transformers check values against each other while they build their config
+        raise UsageError(str(error)) from error
+    if unknown:
+        flags = [option for action in parser._actions for option in action.option_strings]
+        raise UsageError(f"unknown argument {unknown[0]!r}, did you mean {_nearest(unknown[0], flags)!r}?")
+    return tuple(filled)
+
+
+def set_renamed(outdir: str, gpt_path: str, training: TrainingArguments, model: ModelConfig) -> None:
+    """Give TRL what our own flags say in its place, and the policy's loading options.
+
+    Raises:
+        UsageError: one of TRL's own names was given.
+    """
+    unused = {"output_dir": training.output_dir, "resume_from_checkpoint": training.resume_from_checkpoint}
+    for name, value in {**unused, "model_name_or_path": model.model_name_or_path}.items():
+        if value not in (None, "trainer_output"):  # transformers' own default for output_dir
+            raise UsageError(f"--{name} {value} is set with --{OURS[name]} here")
+    training.output_dir, model.model_name_or_path = outdir, gpt_path
+    training.model_init_kwargs = {
+        **(training.model_init_kwargs or {}),
+        "dtype": model.dtype,
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+    }
+
+
+def _read_yaml(path: Path, parser: TrlParser) -> dict[str, Any]:
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise UsageError(f"--config {path} cannot be read ({error.strerror}): check the path") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path} is not YAML: {error}") from error
+    if not isinstance(options, dict):
+        raise UsageError(f"{path} holds a {type(options).__name__}, not `option: value` lines")
+    actions = {action.dest: action for action in parser._actions}
+    for key, value in options.items():
+        if key not in actions:
+            raise UsageError(f"unknown key {key!r} in {path}, did you mean {_nearest(str(key), list(actions))!r}?")
+        if actions[key].nargs == "+" and not isinstance(value, list):
+            options[key] = [value]
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            options[key] = str(value)  # argparse checks the type of a default only if it is text
+    return options
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    return difflib.get_close_matches(word, known, n=1, cutoff=0.0)[0]
