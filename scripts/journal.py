@@ -57,24 +57,30 @@ class Journal:
             raise JournalError(f"{self.path} is in use by another run: wait for it, or name another --out") from error
         except OSError as error:
             raise JournalError(f"--out {out} cannot be written ({error.strerror}): name another") from error
-        self._file.seek(0)
-        text = self._file.read()
-        try:
-            if not text.startswith(START) and not START.startswith(text):
-                raise ValueError(text[:20])
-            rows = [json.loads(line) for line in text.split(b"\n")[:-1]]
-            old = rows[0]["settings"] if rows else None
-            for row in rows[1:]:
-                self._take(row)
-        except (ValueError, KeyError, TypeError) as error:
-            raise JournalError(f"{self.path} is no journal of this program ({error!r}): name another --out") from error
-        self._begun = old is not None
         self._settings = settings
+        old = self._load()
+        self._begun = old is not None
         if old not in (None, settings):
             names = sorted(name for name in {*old, *settings} if old.get(name) != settings.get(name))
             changed = "; ".join(f"{name} was {old.get(name)!r}, is {settings.get(name)!r}" for name in names)
             raise JournalError(f"{out} was begun with other settings ({changed}): use those, or name another --out")
+
+    def _load(self) -> dict | None:
+        """Take in all whole lines and cut off a torn one; returns the settings, None if the file is new."""
+        self._file.seek(0)
+        text = self._file.read()
+        try:
+            if not text.startswith(START) and not START.startswith(text):
+                raise ValueError(f"it begins with {text[:20]!r}")
+            rows = [json.loads(line) for line in text.split(b"\n")[:-1]]
+            settings = rows[0]["settings"] if rows else None
+            for row in rows[1:]:
+                self._take(row)
+        except (ValueError, KeyError, TypeError) as error:
+            why = one_line(error)
+            raise JournalError(f"{self.path} is no journal of this program ({why}): name another --out") from error
         self._file.truncate(text.rfind(b"\n") + 1)
+        return settings
 
     def __enter__(self) -> Journal:
         return self

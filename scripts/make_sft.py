@@ -21,16 +21,17 @@ teacher that cannot be asked; 130 interrupted. Left out: several teachers at onc
 
 from __future__ import annotations
 
-import argparse
 import asyncio
+import difflib
 import hashlib
 import json
 import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 from tqdm import tqdm
 from transformers import HfArgumentParser
@@ -41,7 +42,7 @@ from data.intent import lost
 from data.prompts import DataError, load_prompts
 from interfaces import Prompt
 from prompting import SYSTEM_PROMPT, completion
-from rewards import REWARDS, RewardError, RewardOptions, Setting, build, check, one_line
+from rewards import DTYPES, REWARDS, RewardError, RewardOptions, Setting, build, check, one_line, option
 from scripts.journal import Journal, JournalError
 from scripts.teacher import (
     FOR_A_TEACHER,
@@ -67,6 +68,10 @@ NOT_RESULTS = {  # options that a run may go on with other values of; --data and
     "render_device", "render_batch_size", "reward_device", "reward_offload", "reward_batch_size",
     "judge_url", "judge_concurrency", "judge_timeout", "judge_batch_timeout", "judge_cache",
 }  # fmt: skip
+COUNTS = (  # options that are 1 or more
+    "limit", "attempts", "max_tokens", "concurrency", "best_of", "images_per_rewrite", "render_steps", "resolution",
+    "max_sequence_length", "render_batch_size",
+)  # fmt: skip
 PATIENCE = 3  # batches in a row without any score before scoring stops
 
 
@@ -74,10 +79,45 @@ class SftError(RuntimeError):
     """The run cannot start or go on; the message is one line and says what to do."""
 
 
+@dataclass
+class Options:
+    """The command line, but for what the rewards have of their own."""
+
+    data: Path = option(MISSING, "User prompts: .txt, one a line, or .jsonl (data/README.md).")
+    out: Path = option(MISSING, "Examples, .jsonl: a new file, or this run's own to go on with.")
+    limit: int | None = option(None, "Take only the first so many prompts.")
+    seed: int = option(0, "Of sampling and of the noise that pictures start from.")
+    attempts: int = option(3, "At one answer, before it is given up.")
+    intent: str = option("on", "Drop answers that lost something of the prompt.", choices=["on", "off"])
+    teacher: str = option("chat", "Who writes: a chat API, or the miniature world.", choices=["chat", "miniature"])
+    teacher_url: str | None = option(None, "OpenAI-compatible API, ends in /v1; key: environment TEACHER_API_KEY.")
+    teacher_model: str | None = option(None, "Its name there.")
+    temperature: float = option(0.8, "Of the teacher's sampling.")
+    max_tokens: int = option(2048, "Of one answer; a longer one is dropped.")
+    concurrency: int = option(16, "Requests in flight.")
+    timeout: float = option(120.0, "Seconds for one request.")
+    price_in: float | None = option(None, "Of a million tokens read; without it tokens are shown, but no cost.")
+    price_out: float | None = option(None, "Of a million tokens written.")
+    skill: float = option(0.35, "Share, 0 to 1, of what the miniature's writer means to write with care.")
+    best_of: int = option(1, "Answers a prompt, of which the best is kept; needs a renderer and rewards.")
+    min_score: float | None = option(None, "A prompt whose best answer scores less is dropped.")
+    sdmodel_name: str | None = option(None, "Renderer: folder or hub name; unset: nothing is scored.")
+    rewards: list[str] = field(default_factory=list, metadata={"help": f"Of: {', '.join(REWARDS)}."})
+    reward_weights: list[float] | None = option(None, "One for each reward; unset: 1 each.")
+    images_per_rewrite: int = option(1, "Pictures per answer, averaged.")
+    render_steps: int | None = option(None, "Denoising steps; unset: the pipeline's own.")
+    guidance: float | None = option(None, "Guidance scale; unset: the pipeline's own.")
+    resolution: int | None = option(None, "Side of the square pictures in pixels; unset: the pipeline's own size.")
+    max_sequence_length: int | None = option(None, "Renderer tokens read of a rewrite.")
+    render_dtype: str = option("bfloat16", "Renderer's weights and arithmetic.", choices=[*DTYPES])
+    render_batch_size: int = option(8, "Pictures per pipeline call.")
+    render_device: str | None = option(None, "Of the renderer; unset: the GPU if there is one.")
+
+
 # --- asking ---------------------------------------------------------------------------------------
 
 
-def open_slots(args: argparse.Namespace, prompts: Sequence[Prompt], journal: Journal) -> list[tuple[Prompt, int]]:
+def open_slots(args: Options, prompts: Sequence[Prompt], journal: Journal) -> list[tuple[Prompt, int]]:
     """(prompt, slot) of every answer that is neither there nor given up."""
     slots = []
     for prompt in prompts:
@@ -94,7 +134,7 @@ def sampling_seed(seed: int, prompt: Prompt, slot: int, attempt: int) -> int:
 
 
 async def ask_all(
-    args: argparse.Namespace,
+    args: Options,
     teacher: ChatTeacher | MiniatureTeacher,
     slots: Sequence[tuple[Prompt, int]],
     journal: Journal,
@@ -114,7 +154,8 @@ async def ask_all(
                     await _fill(args, teacher, prompt, slot, journal)
                 except CallFailed as error:
                     failures[str(error)] += 1
-                bar.set_postfix_str(spent(args, journal), refresh=False)
+                failed = f", {failures.total():,} calls failed" if failures else ""
+                bar.set_postfix_str(spent(args, journal) + failed, refresh=False)
                 bar.update()
 
         async with teacher:
@@ -123,7 +164,7 @@ async def ask_all(
 
 
 async def _fill(
-    args: argparse.Namespace, teacher: ChatTeacher | MiniatureTeacher, prompt: Prompt, slot: int, journal: Journal
+    args: Options, teacher: ChatTeacher | MiniatureTeacher, prompt: Prompt, slot: int, journal: Journal
 ) -> None:
     """Ask until an answer can be kept or all attempts are spent."""
     for attempt in range(len(journal.answers.get(prompt.id, {}).get(slot, [])), args.attempts):
@@ -150,7 +191,7 @@ def _row(prompt: Prompt, draft: Draft, intent: str) -> dict:
 # --- scoring --------------------------------------------------------------------------------------
 
 
-def load_scorer(args: argparse.Namespace, options: RewardOptions, prompts: Sequence[Prompt]):
+def load_scorer(args: Options, options: RewardOptions, prompts: Sequence[Prompt]):
     """The renderer and rewards that the arguments name, as the trainer has them."""
     from rendering.local import CheckpointError, LocalRenderer  # torch: seconds that asking alone need not cost
     from training.policy import PolicyError, pick_device
@@ -185,7 +226,7 @@ def load_scorer(args: argparse.Namespace, options: RewardOptions, prompts: Seque
     )
 
 
-def unscored(args: argparse.Namespace, prompts: Sequence[Prompt], journal: Journal) -> list[Prompt]:
+def unscored(args: Options, prompts: Sequence[Prompt], journal: Journal) -> list[Prompt]:
     """Prompts with answers and all slots closed, but without scores."""
     if args.sdmodel_name is None:
         return []
@@ -193,7 +234,7 @@ def unscored(args: argparse.Namespace, prompts: Sequence[Prompt], journal: Journ
     return [prompt for prompt in prompts if prompt.id not in waiting and journal.kept(prompt)]
 
 
-def score_all(args: argparse.Namespace, scorer, prompts: Sequence[Prompt], journal: Journal) -> None:
+def score_all(args: Options, scorer, prompts: Sequence[Prompt], journal: Journal) -> None:
     """Score the answers to `prompts`; a prompt of whose answers none could be scored is left as it is.
 
     Raises:
@@ -213,7 +254,7 @@ def score_all(args: argparse.Namespace, scorer, prompts: Sequence[Prompt], journ
             bar.update(len(batch))
 
 
-def _score(args: argparse.Namespace, scorer, batch: Sequence[Prompt], journal: Journal) -> int:
+def _score(args: Options, scorer, batch: Sequence[Prompt], journal: Journal) -> int:
     """Score one batch; returns how many of its prompts got a score."""
     answers = [(prompt, row) for prompt in batch for row in journal.kept(prompt)]
     texts = [completion(row["reasoning"], row["rewrite"]) for _, row in answers]
@@ -240,13 +281,13 @@ def _total(weights: Sequence[float], parts: dict[str, float | None]) -> float | 
 # --- what comes of it -----------------------------------------------------------------------------
 
 
-def examples(args: argparse.Namespace, prompts: Sequence[Prompt], journal: Journal) -> list[tuple[dict | None, str]]:
+def examples(args: Options, prompts: Sequence[Prompt], journal: Journal) -> list[tuple[dict | None, str]]:
     """For each prompt its example, or None and why there is none."""
     waiting = {prompt.id for prompt, _ in open_slots(args, prompts, journal)}
     return [(None, "API failure") if prompt.id in waiting else _choose(args, prompt, journal) for prompt in prompts]
 
 
-def _choose(args: argparse.Namespace, prompt: Prompt, journal: Journal) -> tuple[dict | None, str]:
+def _choose(args: Options, prompt: Prompt, journal: Journal) -> tuple[dict | None, str]:
     kept, scores = journal.kept(prompt), journal.scores.get(prompt.id)
     if not kept:
         return None, "given up"
@@ -262,7 +303,7 @@ def _choose(args: argparse.Namespace, prompt: Prompt, journal: Journal) -> tuple
     return {**_example(args, prompt, kept, best), **scored}, ""
 
 
-def _example(args: argparse.Namespace, prompt: Prompt, kept: list[dict], best: int) -> dict:
+def _example(args: Options, prompt: Prompt, kept: list[dict], best: int) -> dict:
     """What sft.py reads, prompt, reasoning and rewrite, and where it comes from."""
     row = kept[best]
     return {
@@ -289,7 +330,7 @@ def write(path: Path, rows: Sequence[dict]) -> None:
         raise SftError(f"{path} cannot be written ({one_line(error)}): repair that, then run again") from error
 
 
-def spent(args: argparse.Namespace, journal: Journal) -> str:
+def spent(args: Options, journal: Journal) -> str:
     """ "120 kept, 4 dropped, 81,000 + 40,200 tokens, cost 0.10": what the answers so far are and cost."""
     kept = journal.counts["kept"]
     parts = [f"{kept:,} kept", f"{sum(journal.counts[reason] for reason in DROPS):,} dropped"]
@@ -301,7 +342,7 @@ def spent(args: argparse.Namespace, journal: Journal) -> str:
     return ", ".join(parts)
 
 
-def report(args: argparse.Namespace, outcomes: Sequence[tuple[dict | None, str]], journal: Journal) -> str:
+def report(args: Options, outcomes: Sequence[tuple[dict | None, str]], journal: Journal) -> str:
     """What was kept, dropped and why, and what it cost, in a few lines."""
     missing, counts = Counter(why for example, why in outcomes if example is None), journal.counts
     lines = [f"{len(outcomes) - missing.total():,} of {len(outcomes):,} prompts have an example: {args.out}"]
@@ -338,11 +379,11 @@ def _dropped(out: Path) -> Path:
 # --- the command ----------------------------------------------------------------------------------
 
 
-def run(args: argparse.Namespace, options: RewardOptions) -> int:
+def run(args: Options, options: RewardOptions) -> int:
     """The whole job; returns the exit code.
 
     Raises:
-        DataError, RewardError, SftError, TeacherError: one line each.
+        DataError, RewardError, JournalError, SftError, TeacherError: one line each.
     """
     check(args.rewards, options)
     prompts = load_prompts(args.data)[: args.limit]
@@ -351,9 +392,8 @@ def run(args: argparse.Namespace, options: RewardOptions) -> int:
         slots = open_slots(args, prompts, journal)
         scorer = None
         if args.sdmodel_name is not None and (slots or unscored(args, prompts, journal)):
-            scorer = load_scorer(
-                args, options, prompts
-            )  # before the first question: what is missing is missed at once
+            # before the first question, so that a missing checkpoint is missed at once
+            scorer = load_scorer(args, options, prompts)
         failures = asyncio.run(ask_all(args, teacher, slots, journal))
         if scorer is not None:
             score_all(args, scorer, unscored(args, prompts, journal), journal)
@@ -381,14 +421,14 @@ def _given_up(
             yield {"prompt": prompt.text, "id": prompt.id, "task": prompt.task, "why": why, "answers": tries}
 
 
-def load_teacher(args: argparse.Namespace) -> ChatTeacher | MiniatureTeacher:
+def load_teacher(args: Options) -> ChatTeacher | MiniatureTeacher:
     if args.teacher == "miniature":
         return MiniatureTeacher(args.skill)
     sampling = {"timeout": args.timeout, "temperature": args.temperature, "max_tokens": args.max_tokens}
     return ChatTeacher(args.teacher_url, args.teacher_model, **sampling)
 
 
-def _settings(args: argparse.Namespace, options: RewardOptions, prompts: Sequence[Prompt]) -> dict:
+def _settings(args: Options, options: RewardOptions, prompts: Sequence[Prompt]) -> dict:
     """All that an example depends on."""
     settings = {**vars(args), **(vars(options) if args.rewards else {})}
     settings = {name: value for name, value in settings.items() if name not in NOT_RESULTS}
@@ -397,76 +437,55 @@ def _settings(args: argparse.Namespace, options: RewardOptions, prompts: Sequenc
     return {**settings, "prompts": f"{len(prompts)}: {ids}", "instructions": told if args.teacher == "chat" else None}
 
 
-def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, RewardOptions]:
-    """The command line; exits with code 2 on a bad one."""
-    parser = HfArgumentParser(RewardOptions, description=__doc__.splitlines()[0], allow_abbrev=False)
-    add = parser.add_argument
-    add("--data", type=Path, required=True, help="user prompts: .txt, one a line, or .jsonl (data/README.md)")
-    add("--out", type=Path, required=True, help=".jsonl to write, or to go on with")
-    add("--limit", type=_positive, help="take only the first so many prompts")
-    add("--seed", type=int, default=0)
-    add("--attempts", type=_positive, default=3, help="at one answer, before it is given up (%(default)s)")
-    add("--intent", choices=("on", "off"), default="on", help="drop answers that lost something (%(default)s)")
-    teacher = parser.add_argument_group("teacher")
-    teacher.add_argument("--teacher", choices=("chat", "miniature"), default="chat", help="%(default)s")
-    teacher.add_argument("--teacher_url", help="OpenAI-compatible API, ends in /v1; key: environment TEACHER_API_KEY")
-    teacher.add_argument("--teacher_model", help="its name there")
-    teacher.add_argument("--temperature", type=float, default=0.8)
-    teacher.add_argument("--max_tokens", type=_positive, default=2048, help="of an answer (%(default)s)")
-    teacher.add_argument("--concurrency", type=_positive, default=16, help="requests in flight (%(default)s)")
-    teacher.add_argument("--timeout", type=float, default=120.0, help="seconds for one request (%(default)s)")
-    teacher.add_argument("--price_in", type=float, help="of a million tokens read; none: tokens are shown, no cost")
-    teacher.add_argument("--price_out", type=float, help="of a million tokens written")
-    teacher.add_argument("--skill", type=float, default=0.35, help="of the miniature's writer, 0 to 1 (%(default)s)")
-    best = parser.add_argument_group("best of N by reward, the options of r1_prompter.py")
-    best.add_argument("--best_of", type=_positive, default=1, help="answers a prompt (%(default)s)")
-    best.add_argument("--min_score", type=float, help="a prompt whose best answer is below is dropped")
-    best.add_argument("--sdmodel_name", help="renderer: folder or hub name; none: nothing is scored")
-    best.add_argument("--rewards", nargs="+", default=[], metavar="NAME", help=f"of {', '.join(REWARDS)}")
-    best.add_argument("--reward_weights", nargs="+", type=float, metavar="W", help="one for each reward; 1 each")
-    best.add_argument("--images_per_rewrite", type=_positive, default=1)
-    best.add_argument("--render_steps", type=_positive)
-    best.add_argument("--guidance", type=float)
-    best.add_argument("--resolution", type=_positive, help="height and width in pixels")
-    best.add_argument("--max_sequence_length", type=_positive, help="tokens that the renderer reads")
-    best.add_argument("--render_dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    best.add_argument("--render_batch_size", type=_positive, default=8, help="pictures drawn at once (%(default)s)")
-    best.add_argument("--render_device", help="unset: the GPU if there is one")
-    args = parser.parse_args(argv)
-    _check(parser, args)
+class _Parser(HfArgumentParser):
+    """The dataclasses' parser, with every complaint as an `SftError` of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SftError(message)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> tuple[Options, RewardOptions]:
+    """The command line.
+
+    Raises:
+        SftError: an unknown flag (with the nearest one), a missing or bad value.
+    """
+    parser = _Parser((Options, RewardOptions), description=__doc__.splitlines()[0], allow_abbrev=False)
+    args, rewards, unknown = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
+    if unknown:
+        flags = [f"--{name}" for name in (*vars(args), *vars(rewards))]
+        nearest = difflib.get_close_matches(unknown[0], flags, n=1, cutoff=0.0)[0]
+        raise SftError(f"unknown argument {unknown[0]!r}, did you mean {nearest!r}?")
+    if complaint := _complaint(args):
+        raise SftError(complaint)
     args.reward_weights = args.reward_weights or [1.0] * len(args.rewards)
-    options = RewardOptions(**{field.name: vars(args).pop(field.name) for field in fields(RewardOptions)})
-    return args, options
+    return args, rewards
 
 
-def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def _complaint(args: Options) -> str:
+    """What is wrong with the options, "" if nothing is."""
     if args.teacher == "chat" and not (args.teacher_url and args.teacher_model):
-        parser.error("give --teacher_url and --teacher_model, or --teacher miniature")
+        return "give --teacher_url and --teacher_model, or --teacher miniature"
     if (args.sdmodel_name is None) != (not args.rewards):
-        parser.error("--sdmodel_name and --rewards go together: pictures to score, and what scores them")
+        return "--sdmodel_name and --rewards go together: pictures to score, and what scores them"
     if args.sdmodel_name is None and (args.best_of > 1 or args.min_score is not None):
-        parser.error("nothing to choose by: give --sdmodel_name and --rewards, or neither --best_of nor --min_score")
+        return "nothing to choose by: give --sdmodel_name and --rewards, or neither --best_of nor --min_score"
     if args.reward_weights and len(args.reward_weights) != len(args.rewards):
-        parser.error(f"--reward_weights {args.reward_weights} for --rewards {args.rewards}: give one for each")
+        return f"--reward_weights {args.reward_weights} for --rewards {args.rewards}: give one for each"
     if (args.price_in is None) != (args.price_out is None):
-        parser.error("--price_in and --price_out go together")
-    numbers = {"temperature": (0, 10), "timeout": (1e-3, 86400), "skill": (0, 1)}
-    for name, (low, high) in numbers.items():
-        if not low <= vars(args)[name] <= high:  # NaN too
-            parser.error(f"--{name} is {vars(args)[name]}: give {low:g} to {high:g}")
-
-
-def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
-    return int(text)
+        return "--price_in and --price_out go together"
+    numbers = vars(args)
+    limits = {"temperature": (0, 10), "timeout": (1e-3, 86400), "skill": (0, 1), **dict.fromkeys(COUNTS, (1, 10**9))}
+    for name, (low, high) in limits.items():
+        if numbers[name] is not None and not low <= numbers[name] <= high:  # NaN too
+            return f"--{name} is {numbers[name]}: give {low:g} to {high:g}"
+    return ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: see above."""
-    args, options = parse_args(argv)
+    """Exit code: see the head of this file."""
     try:
-        return run(args, options)
+        return run(*parse_args(argv))
     except (DataError, RewardError, JournalError, SftError, TeacherError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

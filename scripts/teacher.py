@@ -136,9 +136,10 @@ class ChatTeacher:
                     raw = await self._api.chat.completions.with_raw_response.create(
                         messages=asked, seed=seed, **self._sampling
                     )
-                reply = json.loads(raw.text)
-                reply["choices"][0]["message"].get("content")
-                return reply
+                reply = _completion(raw.text)
+                if reply is not None:
+                    return reply
+                reason = f"{raw.text[:80]!r} is no chat completion"
             except TimeoutError:
                 reason = f"no answer within {self._timeout:g} s"
             except APIConnectionError as error:
@@ -152,11 +153,18 @@ class ChatTeacher:
                 if status not in RETRIED and status < 500:
                     raise CallFailed(reason) from error
                 wait = _seconds(error.response.headers.get("Retry-After", ""))
-            except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-                reason = f"{raw.text[:80]!r} is no chat completion"
             if attempt < ATTEMPTS:
                 await asyncio.sleep(max(back_off(attempt), wait))
         raise CallFailed(reason)
+
+
+def _completion(body: str) -> Mapping | None:
+    """The chat completion in `body`, None if it holds none: then it does not come from a chat API."""
+    try:
+        reply = json.loads(body)
+        return reply if isinstance(reply["choices"][0]["message"], dict) else None
+    except (ValueError, KeyError, IndexError, TypeError):
+        return None
 
 
 def read(reply: Mapping | None) -> Draft:

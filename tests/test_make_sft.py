@@ -22,7 +22,7 @@ from data.intent import lost
 from data.prompts import load_prompts
 from interfaces import Prompt
 from miniature import world
-from prompting import MAX_PROMPT_CHARS, completion, parse
+from prompting import MAX_PROMPT_CHARS, completion, messages, parse
 from rewards import vlm
 from scripts import make_sft, teacher
 from scripts.make_sft import main, sampling_seed
@@ -281,6 +281,17 @@ def test_the_key_comes_from_the_environment_and_is_written_nowhere(data, tmp_pat
     assert not any(b"sk-secret" in path.read_bytes() for path in tmp_path.iterdir())
 
 
+def test_the_teacher_is_told_what_the_policy_is_told_and_more(data, tmp_path):
+    bodies = []
+    with TeacherServer(watch=lambda headers, body: bodies.append(json.loads(body))) as url:
+        sampling = ("--temperature", 0.25, "--max_tokens", 99)
+        assert main(job(data, tmp_path / "examples.jsonl", url, "--limit", 1, *sampling)) == 0
+    (body,) = bodies
+    system, user = messages(TEXTS[0])
+    assert body["messages"] == [{**system, "content": system["content"] + teacher.FOR_A_TEACHER}, user]
+    assert (body["temperature"], body["max_tokens"], body["model"]) == (0.25, 99, MODEL)
+
+
 def test_an_address_where_nobody_is_ends_the_run(data, tmp_path, capsys):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -377,16 +388,23 @@ def test_two_runs_do_not_write_to_one_file(data, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "more",
+    "more, what",
     [
-        ("--best_of", 4), ("--min_score", 0.5), ("--rewards", "hps"), ("--sdmodel_name", "x"), ("--skill", "nan"),
-        ("--price_in", 1), ("--limit", 0), ("--sdmodel_name", "x", "--rewards", "hps", "--reward_weights", 1, 2),
+        (("--best_of", 4), "nothing to choose by"),
+        (("--min_score", 0.5), "nothing to choose by"),
+        (("--rewards", "hps"), "go together"),
+        (("--sdmodel_name", "x"), "go together"),
+        (("--sdmodel_name", "x", "--rewards", "hps", "--reward_weights", 1, 2), "give one for each"),
+        (("--price_in", 1), "go together"),
+        (("--limit", 0), "--limit is 0"),
+        (("--skill", "nan"), "--skill is nan"),
+        (("--seed", "one"), "invalid int value: 'one'"),
+        (("--teacher_modell", "x"), "did you mean '--teacher_model'?"),
     ],
-)  # fmt: skip
-def test_options_that_do_not_fit_together_are_refused(more, data, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(job(data, tmp_path / "examples.jsonl", "http://127.0.0.1:1/v1", *more))
-    assert stop.value.code == 2
+)
+def test_options_that_do_not_fit_together_are_refused_in_one_line(more, what, data, tmp_path, capsys):
+    assert main(job(data, tmp_path / "examples.jsonl", "http://127.0.0.1:1/v1", *more)) == 2
+    assert what in said(capsys)
 
 
 def test_an_unknown_reward_and_a_missing_renderer_are_refused_before_anything_is_asked(data, tmp_path, capsys):
