@@ -52,6 +52,12 @@ def test_reward_rises_on_the_miniature_and_the_demo_shows_it(tmp_path):
     again = json.loads((out / "summary.json").read_text())
     assert (again["oracle"], again["rollouts"]) == (summary["oracle"], summary["rollouts"])
 
+    same = ["--runs", out, "--renderer", "miniature/weights/flux", "--images", 1, "--out", tmp_path / "transfer.md"]
+    run("scripts/transfer.py", *same)  # to the renderer that it was trained with: nothing may change
+    cells = [float(cell) for cell in (tmp_path / "transfer.md").read_text().splitlines()[-1].split("|")[2:-1]]
+    assert cells[:4] == [round(summary["oracle"][name]["mean"], 3) for name in ("raw", "start", "trained", "written")]
+    assert cells[4] == round(summary["gap_closed"], 3)
+
 
 def test_the_real_prompt_file_trains_two_steps(tmp_path):
     data = "data/generation_prompts_1k_filterd.txt"

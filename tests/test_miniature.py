@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -98,11 +99,11 @@ def test_things_that_nobody_asked_for_are_liked_less():
 def test_held_out_prompts_are_40_a_task_and_none_is_trained_on():
     train, held_out = world.splits()
     assert [sum(prompt.task == task for prompt in held_out) for task in TASKS] == [40] * 6
-    assert not {prompt.text for prompt in train} & {prompt.text for prompt in held_out}
+    assert not {prompt.text for prompt in (*train, *world.cold_start())} & {prompt.text for prompt in held_out}
 
 
 def test_the_committed_prompt_files_are_the_worlds():
-    for name, prompts in zip(("train", "held_out"), world.splits(), strict=True):
+    for name, prompts in zip(("train", "held_out", "cold_start"), (*world.splits(), world.cold_start()), strict=True):
         assert load_prompts(build.ROOT / "prompts" / f"{name}.txt") == prompts
 
 
@@ -163,16 +164,38 @@ def test_the_wrong_picture_of_a_pair_breaks_the_prompt_and_the_right_one_keeps_i
         assert not world.holds(wrong.prompt, world.see(wrong.images[0]))
 
 
-def test_the_policy_starts_with_the_right_form_for_any_text():
+@pytest.fixture(scope="module")
+def rewritten():
+    """Policy -> its rewrites of the held-out prompts, sampled."""
     from scripts.reprompt import Reprompter
 
+    texts = [prompt.text for prompt in world.splits()[1]]
+    sampling = {"batch_size": 64, "max_new_tokens": 112, "temperature": 1.0, "dtype": "float32"}
+    return {name: Reprompter(str(WEIGHTS / name), **sampling)(texts) for name in ("instruct", "policy")}
+
+
+def test_the_cold_start_teaches_the_form_that_the_instruct_model_often_misses(rewritten):
+    readable = {name: sum(row.readable for row in rows) / len(rows) for name, rows in rewritten.items()}
+    assert 0.4 <= readable["instruct"] <= 0.9
+    assert readable["policy"] >= 0.97
+
+
+def test_the_cold_start_alone_is_better_than_the_instruct_model_and_leaves_much_to_learn(rewritten, renderer):
     _, held_out = world.splits()
-    reprompter = Reprompter(str(WEIGHTS / "policy"), batch_size=64, max_new_tokens=112, temperature=1.0)
-    rewrites = reprompter([prompt.text for prompt in held_out])
-    assert sum(rewrite.readable for rewrite in rewrites) >= 0.97 * len(rewrites)
-    assert all(
-        reprompter.tokenizer.decode(reprompter.tokenizer(text).input_ids) == text for text in ("日本 🎉", "é\x00")
-    )
+    drawn = {name: renderer([row.rewrite for row in rows], range(len(rows))) for name, rows in rewritten.items()}
+    kept = {
+        name: np.mean([world.holds(p, world.see(image)) for p, image in zip(held_out, images, strict=True)])
+        for name, images in drawn.items()
+    }
+    assert kept["instruct"] + 0.1 < kept["policy"] < 0.8
+
+
+def test_the_policys_tokenizer_gives_back_any_text():
+    from training.policy import load_tokenizer
+
+    for name in ("instruct", "policy"):
+        tokenizer = load_tokenizer(str(WEIGHTS / name))
+        assert all(tokenizer.decode(tokenizer(text).input_ids) == text for text in ("日本 🎉", "é\x00"))
 
 
 # The builds

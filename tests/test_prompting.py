@@ -119,3 +119,13 @@ def test_time_is_linear_on_100_kb_of_anything(unit):
     for text in texts:
         parse(text)
     assert time.process_time() - start < 1.0  # quadratic time would be minutes
+
+
+def test_without_reasoning_the_answer_block_stands_alone_both_ways():
+    assert parse(completion(None, "a  red\ncat"), reasoning=False) == Answer(None, "a red cat")
+    assert parse(completion("hm", "a cat"), reasoning=False) is None
+    assert parse(completion(None, "a cat")) is None
+    for text in ("<answer>x</answer> y", "<answer> </answer>", "<answer>x</answer><answer>y</answer>", "x"):
+        assert parse(text, reasoning=False) is None
+    system = messages("a cat", reasoning=False)[0]["content"]
+    assert "<think>" not in system and "<answer></answer>" in system

@@ -57,11 +57,9 @@ class Readable(Reward):
         return [float(s.rewrite is not None) for s in samples]
 
 
-def scorer(*rewards, renderer=None, group=2, images=1, held_out=()):
-    return Scorer(
-        renderer or Painter(), rewards, PROMPTS, num_generations=group, images_per_rewrite=images, run_seed=7,
-        held_out=held_out,
-    )  # fmt: skip
+def scorer(*rewards, renderer=None, group=2, images=1, **options):
+    counts = {"num_generations": group, "images_per_rewrite": images}
+    return Scorer(renderer or Painter(), rewards, PROMPTS, run_seed=7, **counts, **options)
 
 
 def score(it, answers, step=1):
@@ -195,3 +193,20 @@ def test_too_many_absent_samples_stop_the_run_only_when_it_goes_on():
         it.check_absent(0.9)
     with pytest.raises(ScoringError, match="90%"):
         it.check_absent(0.9)
+
+
+def test_own_noise_gives_every_picture_of_a_group_another_seed_that_a_resumed_run_repeats():
+    it = scorer(Grey(), group=3, images=2, common_seeds=False)
+    rows = [(CAT, "a cat"), (CAT, "a cat"), (CAT, "one cat"), (DOG, "a dog"), (DOG, "dog"), (DOG, "one dog")]
+    seeds = [scored.seeds for scored in score(it, rows)]
+    assert len({seed for row in seeds for seed in row}) == 12
+    assert seeds[0] == tuple(render_seed(7, CAT.id, 1, k) for k in (0, 1))
+    assert [scored.seeds for scored in score(it, rows)] == seeds
+
+
+def test_without_reasoning_an_answer_is_the_rewrite_alone_and_a_think_block_is_unreadable():
+    it = scorer(Readable(), reasoning=False)
+    texts = [completion(None, "one cat"), completion("hm", "one cat")]
+    plain, thinking = it.score(texts, [CAT.id] * 2, 1)
+    assert (plain.sample.rewrite, plain.reasoning, thinking.sample.rewrite) == ("one cat", None, None)
+    assert [row.parts["readable"] for row in (plain, thinking)] == [1.0, 0.0]
