@@ -4,9 +4,9 @@
     phrase := ("a" | "an" | "the" | number) [colour] noun             (noun: one to three words)
 
 The nouns are open: the miniature world's circles and a user's ukuleles read alike. What is left out on purpose: three
-and more phrases, bare plurals, verbs, relations in depth; such texts have no fields. Only colours are attributes: "a
-wooden table" has the noun "wooden table". Task names are GenEval's tags (github.com/djghosh13/geneval), localities are
-those of T2I-R1's metadata.
+and more phrases, bare plurals, verbs; such texts have no fields. Only colours are attributes: "a wooden table" has the
+noun "wooden table". Task names are GenEval's tags (github.com/djghosh13/geneval) and "spatial_3d", for relations in
+depth, which no box can check; localities are those of T2I-R1's metadata and of T2I-CompBench's 3d_spatial prompts.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import NamedTuple
 from interfaces import Prompt
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+SAID_BY_FIELDS = ("spatial_3d", "texture", "shape")  # other tasks whose fields say all that the text asks for
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "gray")
 LEAD = "a photo of"
 MEDIA = (  # "a <medium> of" may open a prompt and says nothing of what is asked for
@@ -50,6 +51,7 @@ RELATIONS = {
     "on side of": "on side of",
     "on the side of": "on side of",
 }
+DEPTH_RELATIONS = ("in front of", "behind", "hidden by")
 # locality -> (what it asks of the picture, are the two objects swapped), so that both ways to say it are equal.
 _DIRECTIONS = {
     "left of": ("left", False),
@@ -64,8 +66,11 @@ _DIRECTIONS = {
     "next to": ("near", False),
     "near": ("near", False),
     "on side of": ("near", False),
+    "in front of": ("front", False),
+    "behind": ("front", True),
+    "hidden by": ("front", True),
 }
-_RELATION_WORDS = sorted((tuple(relation.split()) for relation in RELATIONS), key=len, reverse=True)
+_RELATION_WORDS = sorted((tuple(words.split()) for words in (*RELATIONS, *DEPTH_RELATIONS)), key=len, reverse=True)
 _LEADS = [tuple(f"{article}{noun} of".split()) for article in ("a ", "an ", "the ", "") for noun in MEDIA]
 _NUMBER_WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 _NUMBERS = {word: n for n, word in enumerate(_NUMBER_WORDS, 1)} | {str(n): n for n in range(1, MAX_COUNT + 1)}
@@ -309,7 +314,10 @@ def _two(text: str, first: _Phrase | None, relation: str, second: _Phrase | None
     if relation and counted:
         return Prompt(text)
     if relation:
-        return Prompt(text, "position", nouns, attr_nouns, spatial=(first.noun, RELATIONS[relation], second.noun))
+        task = "spatial_3d" if relation in DEPTH_RELATIONS else "position"
+        return Prompt(
+            text, task, nouns, attr_nouns, spatial=(first.noun, RELATIONS.get(relation, relation), second.noun)
+        )
     if counted:
         counts = ((first.noun, first.number or 1), (second.noun, second.number or 1))
         return Prompt(text, "counting", nouns, attr_nouns, counts=counts)
@@ -325,7 +333,7 @@ def write(nouns: Sequence[str], *, colors: Sequence[str] = (), relation: str = "
     Args:
         nouns: one or two singular nouns.
         colors: nothing, or for each noun one of `COLORS` or "".
-        relation: "", or for two nouns a key of `RELATIONS`; the text says `nouns[0] relation nouns[1]`.
+        relation: "", or for two nouns one of `RELATIONS` or `DEPTH_RELATIONS`: `nouns[0] relation nouns[1]`.
         count: how many of a single noun, 1..MAX_COUNT; 1 is said with an article.
 
     Raises:
@@ -336,8 +344,9 @@ def write(nouns: Sequence[str], *, colors: Sequence[str] = (), relation: str = "
         raise ValueError(f"nouns={nouns!r}: give a sequence of one or two nouns")
     if len(colors) != len(nouns) or not {*colors} <= {"", *COLORS}:
         raise ValueError(f"colors={colors!r}: give {len(nouns)} colour(s), each '' or one of {', '.join(COLORS)}")
-    if relation and (len(nouns) != 2 or relation not in RELATIONS):
-        raise ValueError(f"relation={relation!r} of {len(nouns)} noun(s): give two nouns and one of {list(RELATIONS)}")
+    if relation and (len(nouns) != 2 or relation not in (*RELATIONS, *DEPTH_RELATIONS)):
+        known = [*RELATIONS, *DEPTH_RELATIONS]
+        raise ValueError(f"relation={relation!r} of {len(nouns)} noun(s): give two nouns and one of {known}")
     if not 1 <= count <= (MAX_COUNT if len(nouns) == 1 else 1):
         raise ValueError(f"count={count} of {len(nouns)} noun(s): give 1..{MAX_COUNT} and a single noun")
     names = [f"{color} {noun}".lstrip() for color, noun in zip(colors, nouns, strict=True)]
@@ -357,14 +366,15 @@ def normalize(text: str) -> str:
 def canonical(prompt: Prompt) -> tuple:
     """What the prompt asks for, however it is worded: equal tuples mean that one would leak the other.
 
-    Two objects are unordered, "A left of B" equals "B right of A" and "A to the left of B". A prompt of a task that is
-    not in `TASKS`, or without nouns, is only equal to its own text.
+    Two objects are unordered, "A left of B" equals "B right of A" and "A to the left of B", "A behind B" equals "B in
+    front of A". A prompt whose fields do not say all of it, being of another task or without nouns, is only equal to
+    its own text.
     """
-    if prompt.task not in TASKS or not prompt.nouns:
+    if prompt.task not in (*TASKS, *SAID_BY_FIELDS) or not prompt.nouns:
         return ("", normalize(prompt.text))
     names = prompt.attr_nouns if len(prompt.attr_nouns) == len(prompt.nouns) else prompt.nouns
-    if prompt.task == "position" and prompt.spatial:
-        return ("position", *_canonical_relation(prompt, names))
+    if prompt.task in ("position", "spatial_3d") and prompt.spatial:
+        return (prompt.task, *_canonical_relation(prompt, names))
     if prompt.task == "counting" and len(prompt.counts) == len(names):
         return ("counting", *sorted((n, name) for (_, n), name in zip(prompt.counts, names, strict=True)))
     return (prompt.task, *sorted(names))

@@ -84,7 +84,7 @@ _RELATIONS = {
         ("y", -1): ("above", "over", "atop", "on top of", "on the top of", "on", "upon"),
         ("y", 1): ("below", "under", "underneath", "beneath", "on the bottom of"),
         ("z", -1): ("in front of",),
-        ("z", 1): ("behind", "in back of", "at the back of"),
+        ("z", 1): ("behind", "in back of", "at the back of", "hidden by", "obscured by", "concealed by"),
         ("near", 0): (
             "next to", "beside", "near", "alongside", "adjacent to", "close to", "by", "against", "on side of",
             "on the side of", "at the side of", "along with", "together with",

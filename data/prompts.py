@@ -4,7 +4,8 @@
     .jsonl, .json   JSON Lines in T2I-R1's field names (or GenEval's evaluation_metadata.jsonl)
 
 T2I-R1's task types become the grammar's tasks where the two mean the same; "shape", "texture", "complex" and "non"
-stay as they are. A row that has nothing but a `prompt` is read by the grammar, like a line of text.
+stay as they are, and so do "size", "spatial_3d" and "negation", which are ours. A row that has nothing but a `prompt`
+is read by the grammar, like a line of text.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.grammar import RELATIONS, TASKS, read
+from data.grammar import DEPTH_RELATIONS, RELATIONS, TASKS, read
 from interfaces import Prompt
 
 log = logging.getLogger(__name__)
 
 _METADATA = ("task_type", "nouns", "attr_nouns", "spatial_info", "numeracy_info")
-_OTHER_TASKS = ("shape", "texture", "complex", "non")  # T2I-R1 has them, GenEval does not
+_OTHER_TASKS = ("shape", "texture", "complex", "non", "size", "spatial_3d", "negation")  # the first four are T2I-R1's
 _TASK_TYPES = {  # task -> T2I-R1's task_type; back again by the number of nouns
     "single_object": "object",
     "two_object": "object",
@@ -117,7 +118,9 @@ def _from_row(text: str, row: dict) -> Prompt:
         return read(text)
     nouns = _names(row, "nouns")
     task, spatial, counts = _task(row, len(nouns)), _spatial(row, nouns), _counts(row, nouns)
-    missing = {"position": spatial is None and "spatial_info", "counting": not counts and "numeracy_info"}.get(task)
+    needs_spatial = spatial is None and "spatial_info"
+    needs = {"position": needs_spatial, "spatial_3d": needs_spatial, "counting": not counts and "numeracy_info"}
+    missing = needs.get(task)
     if missing or (task and not nouns):
         raise DataError(f"task_type {row['task_type']!r} without {missing or 'nouns'}")
     return Prompt(text, task, nouns, _names(row, "attr_nouns"), spatial, counts)
@@ -166,9 +169,10 @@ def _spatial(row: dict, nouns: tuple[str, ...]) -> tuple[str, str, str] | None:
     info = row.get("spatial_info")
     if info is None:
         return None
-    if info["locality"] not in RELATIONS:
-        raise DataError(f"locality is {info['locality']!r}, known are {', '.join(RELATIONS)}")
-    return _known(info["obj1"], nouns), RELATIONS[info["locality"]], _known(info["obj2"], nouns)
+    locality = RELATIONS.get(info["locality"], info["locality"])
+    if locality not in (*RELATIONS, *DEPTH_RELATIONS):
+        raise DataError(f"locality is {locality!r}, known are {', '.join((*RELATIONS, *DEPTH_RELATIONS))}")
+    return _known(info["obj1"], nouns), locality, _known(info["obj2"], nouns)
 
 
 def _counts(row: dict, nouns: tuple[str, ...]) -> tuple[tuple[str, int], ...]:

@@ -20,11 +20,21 @@ import yaml
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from interfaces import Prompt
-from miniature import world
-from miniature.fit import PADDED, ROOT, TEXT_TOKENS, WEIGHTS, fit, pixels, word_tokenizer
+from miniature import second, world
+from miniature.fit import (
+    PADDED,
+    ROOT,
+    TEXT_TOKENS,
+    WEIGHTS,
+    caption,
+    fit,
+    latent_pool,
+    pixels,
+    teach_language,
+    word_tokenizer,
+)
 from miniature.policy import build_instruct, build_policy
 from miniature.preferences import build_hps, build_imagereward, build_pickscore
 from miniature.readers import build_gdino, build_git, build_orm
@@ -90,6 +100,7 @@ def build_flux(text_steps: int = 800, steps: int = 3000, batch: int = 64, pool: 
 
     torch.manual_seed(1)
     vae = AutoencoderKL.from_pretrained(WEIGHTS / "flux" / "vae", dtype=torch.float32).eval()
+    vae.register_to_config(_name_or_path="miniature/weights/flux/vae")  # else this machine's path would be saved
     words = word_tokenizer()
     tokens = {"pad_token_id": words.pad_token_id, "eos_token_id": words.eos_token_id}
     t5 = T5EncoderModel(
@@ -111,14 +122,15 @@ def build_flux(text_steps: int = 800, steps: int = 3000, batch: int = 64, pool: 
     )  # fmt: skip
     pipe = FluxPipeline(FlowMatchEulerDiscreteScheduler(), vae, clip, words, t5, words, transformer)
 
-    _teach_language(t5, words, text_steps)
-    scenes, latents = _latent_pool(pipe, pool)
+    teach_language("flux_text", t5, words, text_steps)
+    scenes, latents = latent_pool("flux", vae, pool)
+    latents = pipe._pack_latents(latents, *latents.shape)  # (pool, 36, 32)
     side = world.SIZE // pipe.vae_scale_factor // 2  # packed tokens a side
     places = pipe._prepare_latent_image_ids(batch, side, side, "cpu", torch.float32)
 
     def loss_of(rng: random.Random, noise: torch.Generator) -> torch.Tensor:
         chosen = [rng.randrange(pool) for _ in range(batch)]
-        ids = words([_caption(scenes[i], rng) for i in chosen], **PADDED).input_ids
+        ids = words([caption(scenes[i], rng) for i in chosen], **PADDED).input_ids
         truth = latents[chosen]
         with torch.no_grad():
             read = t5(ids)[0]
@@ -137,46 +149,6 @@ def build_flux(text_steps: int = 800, steps: int = 3000, batch: int = 64, pool: 
     pipe.to(torch.float16).save_pretrained(WEIGHTS / "flux")
 
 
-def _teach_language(t5: nn.Module, words, steps: int) -> None:
-    """Pretrain the text encoder: every token of a layout caption is to know its thing's colour, shape and place."""
-    heads = nn.ModuleList([nn.Linear(t5.config.d_model, n) for n in (len(world.COLORS), len(world.SHAPES), 9)])
-
-    def tagging(rng: random.Random, noise: torch.Generator) -> torch.Tensor:
-        scenes = [world.random_scene(rng) for _ in range(128)]
-        tags = torch.full((len(scenes), TEXT_TOKENS, len(heads)), -100)
-        for row, scene in zip(tags, scenes, strict=True):
-            labels = []
-            for thing in scene:
-                looks = (list(world.COLORS).index(thing.color), world.SHAPES.index(thing.shape), thing.place)
-                labels += [looks] * (len(world.describe([thing]).split()) + 1)  # the comma, or the end, belongs to it
-            row[: len(labels)] = torch.tensor(labels)
-        read = t5(words([world.describe(scene) for scene in scenes], **PADDED).input_ids)[0]
-        losses = [F.cross_entropy(head(read).flatten(0, 1), tags[..., i].flatten()) for i, head in enumerate(heads)]
-        return sum(losses)
-
-    fit("flux_text", nn.ModuleDict({"t5": t5, "heads": heads}), tagging, steps=steps, lr=1e-3)
-    t5.requires_grad_(False)
-
-
-def _latent_pool(pipe, pool: int) -> tuple[list[world.Scene], torch.Tensor]:
-    """`pool` scenes and their packed, normalised latents (pool, 36, 32)."""
-    rng = random.Random("flux/pool")
-    scenes = [world.random_scene(rng) for _ in range(pool)]
-    latents = []
-    with torch.inference_mode():
-        for i in tqdm(range(0, pool, 100), desc="latents", mininterval=5):
-            some = pixels([world.draw(scene, rng) for scene in scenes[i : i + 100]])
-            z = pipe.vae.encode(some).latent_dist.mean
-            z = (z - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
-            latents.append(pipe._pack_latents(z, *z.shape))
-    return scenes, torch.cat(latents).clone()
-
-
-def _caption(scene: world.Scene, rng: random.Random) -> str:
-    things = rng.sample(scene, len(scene))
-    return world.describe(things) if rng.random() < 0.8 else world.hearsay(scene, rng)
-
-
 # ---------------------------------------------------------------- prompts, and what all of it is worth
 
 
@@ -188,14 +160,17 @@ def write_prompts() -> None:
         file.write_text("".join(prompt.text + "\n" for prompt in prompts), encoding="utf-8")
 
 
-def renderer(path: Path = WEIGHTS / "flux"):
-    """A miniature renderer behind the trainer's own class, with the settings of `configs/miniature.yaml`."""
+def renderer(path: Path = WEIGHTS / "flux", guidance: float | None = None):
+    """A miniature renderer behind the trainer's own class, with the settings of `configs/miniature.yaml`.
+
+    Guidance None is the pipeline's own.
+    """
     from rendering.local import LocalRenderer
 
     options = yaml.safe_load((ROOT.parent / "configs" / "miniature.yaml").read_text(encoding="utf-8"))
     return LocalRenderer(
         str(path), device="cpu", dtype=options["render_dtype"], steps=options["render_steps"],
-        guidance=options.get("guidance"), height=options["resolution"], width=options["resolution"],
+        guidance=guidance, height=options["resolution"], width=options["resolution"],
         max_sequence_length=options["max_sequence_length"], chunk_size=options["render_batch_size"],
     )  # fmt: skip
 
@@ -223,10 +198,12 @@ def measure() -> None:
     _, held_out = world.splits()
     vae = AutoencoderKL.from_pretrained(WEIGHTS / "flux" / "vae", dtype=torch.float32)
     print(f"reconstruction: the oracle reads {reconstruction(vae):.1%} of 500 scenes exactly")
-    accuracy = drawing(renderer(), held_out)
-    print(
-        f"drawing: {accuracy['written']:.1%} of {len(held_out)} written layouts, {accuracy['raw']:.1%} of raw prompts"
-    )
+    for name, guidance in (("flux", None), ("sd3", second.GUIDANCE)):
+        share = drawing(renderer(WEIGHTS / name, guidance), held_out)
+        print(
+            f"drawing, {name}: {share['written']:.1%} of {len(held_out)} written layouts, "
+            f"{share['raw']:.1%} of raw prompts"
+        )
     print("share of 300 pairs in which the right picture scores higher:")
     for name, share in meaning.measure().items():
         print(f"    {name:28s} {share:.1%}")
@@ -236,6 +213,7 @@ STAGES = {
     "prompts": write_prompts,
     "vae": build_vae,
     "flux": build_flux,
+    "sd3": second.build_sd3,
     "hps": build_hps,
     "pickscore": build_pickscore,
     "imagereward": build_imagereward,

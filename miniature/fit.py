@@ -1,4 +1,4 @@
-"""What every build of the miniature shares: the one training loop, pictures as tensors, the world's word tokenizer."""
+"""What every build of the miniature shares: the training loop, pictures as tensors, words, lessons of renderers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from data.grammar import TASKS
@@ -108,3 +109,45 @@ def byte_level_bpe(texts: Sequence[str], vocab_size: int, special: Sequence[str]
         tokenizer_object=tokenizer, pad_token="<|endoftext|>", eos_token="<|im_end|>", padding_side="left",
         model_max_length=2048, clean_up_tokenization_spaces=False, **settings,
     )  # fmt: skip
+
+
+# ---------------------------------------------------------------- what both renderers learn from
+
+
+def teach_language(name: str, t5: nn.Module, words, steps: int) -> None:
+    """Pretrain a text encoder: every token of a layout caption is to know its thing's colour, shape and place."""
+    heads = nn.ModuleList([nn.Linear(t5.config.d_model, n) for n in (len(world.COLORS), len(world.SHAPES), 9)])
+
+    def tagging(rng: random.Random, noise: torch.Generator) -> torch.Tensor:
+        scenes = [world.random_scene(rng) for _ in range(128)]
+        tags = torch.full((len(scenes), TEXT_TOKENS, len(heads)), -100)
+        for row, scene in zip(tags, scenes, strict=True):
+            labels = []
+            for thing in scene:
+                looks = (list(world.COLORS).index(thing.color), world.SHAPES.index(thing.shape), thing.place)
+                labels += [looks] * (len(world.describe([thing]).split()) + 1)  # the comma, or the end, belongs to it
+            row[: len(labels)] = torch.tensor(labels)
+        read = t5(words([world.describe(scene) for scene in scenes], **PADDED).input_ids)[0]
+        losses = [F.cross_entropy(head(read).flatten(0, 1), tags[..., i].flatten()) for i, head in enumerate(heads)]
+        return sum(losses)
+
+    fit(name, nn.ModuleDict({"t5": t5, "heads": heads}), tagging, steps=steps, lr=1e-3)
+    t5.requires_grad_(False)
+
+
+def latent_pool(name: str, vae: nn.Module, pool: int) -> tuple[list[world.Scene], torch.Tensor]:
+    """`pool` scenes and their normalised latents (pool, 8, 12, 12)."""
+    rng = random.Random(f"{name}/pool")
+    scenes = [world.random_scene(rng) for _ in range(pool)]
+    latents = []
+    with torch.inference_mode():
+        for i in tqdm(range(0, pool, 100), desc="latents", mininterval=5):
+            z = vae.encode(pixels([world.draw(scene, rng) for scene in scenes[i : i + 100]])).latent_dist.mean
+            latents.append((z - vae.config.shift_factor) * vae.config.scaling_factor)
+    return scenes, torch.cat(latents).clone()
+
+
+def caption(scene: world.Scene, rng: random.Random) -> str:
+    """Four in five are layouts, in any order of things; one is careless alt text."""
+    things = rng.sample(scene, len(scene))
+    return world.describe(things) if rng.random() < 0.8 else world.hearsay(scene, rng)

@@ -474,7 +474,7 @@ def _formula(formula: str | Formula) -> Formula:
 
 def _check_prompts(prompts: Sequence[Prompt]) -> None:
     for prompt in prompts:
-        if prompt.spatial and prompt.spatial[1] not in RELATIONS:
+        if prompt.task == "position" and prompt.spatial and prompt.spatial[1] not in RELATIONS:
             raise RewardError(
                 f"reward 'gdino' knows no locality {prompt.spatial[1]!r} (prompt {prompt.text!r}): correct it to "
                 f"one of {', '.join(_DIRECTIONS)}"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# How rewards become advantages: the weighted sum in units of the batch's spread (base), of the group's, or unscaled;
-# or each reward normalised in its group before they are summed.
+# How rewards become advantages: their weighted sum, in units of the batch's spread (base), or each reward normalised in
+# its group before they are summed.
 # SEEDS="0 1 2" and JOBS=1 (runs at once) may be set; further options go to every run. On GPUs: LAUNCH, as in
 # scripts/ablate_rewards.sh.
 set -euo pipefail
@@ -12,7 +12,5 @@ python="${PYTHON:-.venv/bin/python}"
   --outdir "${OUTDIR:-runs/ablate}" --table "${OUTDIR:-runs/ablate}/advantage.md" \
   --launch "${LAUNCH:-$python scripts/demo.py}" --seeds ${SEEDS:-0 1 2} --jobs "${JOBS:-1}" \
   --variant "base:" \
-  --variant "group: --scale_rewards group" \
-  --variant "unscaled: --scale_rewards none" \
   --variant "normalize_then_sum: --multi_objective_aggregation normalize_then_sum" \
   -- --max_steps 20 --per_device_train_batch_size 64 "$@"

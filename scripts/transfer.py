@@ -1,6 +1,6 @@
 """Trained in front of one renderer, used in front of another: what is left of the gain?
 
-    python scripts/transfer.py --runs runs/recipe/sft+rl_s* --renderer miniature/weights/sd3 --out runs/transfer.md
+    python scripts/transfer.py --runs runs/recipe/sft+rl_s* --renderer miniature/weights/sd3 --guidance 1
 
 For each run of scripts/demo.py: the same rewrites of the held-out prompts as there, drawn by the other renderer and
 read by the oracle. Prints and writes one table; a row a run, then mean and 95 % interval (Student's t) over the runs.
@@ -30,13 +30,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Draw the rewrites of trained policies with another renderer.")
     parser.add_argument("--runs", type=Path, nargs="+", required=True, help="run folders of scripts/demo.py")
     parser.add_argument("--renderer", type=Path, required=True, help="diffusers folder of the other renderer")
+    parser.add_argument("--guidance", type=float, help="of it; miniature/weights/sd3 wants 1; unset: its own")
     parser.add_argument("--images", type=int, default=2, help="pictures per held-out prompt and column")
     parser.add_argument("--out", type=Path, help="write the table to this file too")
     args = parser.parse_args()
     for run in args.runs:
         if not (run / "run.json").is_file() or not (run / "report.html").is_file():
             parser.error(f"{run} is no finished run of scripts/demo.py")
-    renderer = build.renderer(args.renderer)
+    renderer = build.renderer(args.renderer, args.guidance)
     rows = [measure(run, renderer, args.images) for run in tqdm(args.runs, desc="runs", unit="run")]
     text = table([run.name for run in args.runs], rows)
     if args.out:

@@ -26,12 +26,15 @@ from data.grammar import (
     singular,
     write,
 )
-from data.make_prompts import FILE_STEM, NOUNS, main, make_prompts
+from data.intent import lost
+from data.make_prompts import COLD_START, MORE_TASKS, RL_STEM, main, make_prompts
 from data.prompts import DataError, dump_prompt, load_prompts
+from data.vocabulary import NOUNS
 from interfaces import Prompt
 
 ROOT = Path(__file__).resolve().parent.parent
-TXT, JSONL = ROOT / "data" / f"{FILE_STEM}.txt", ROOT / "data" / f"{FILE_STEM}.jsonl"
+TXT, JSONL = ROOT / "data" / f"{RL_STEM}.txt", ROOT / "data" / f"{RL_STEM}.jsonl"
+COLD = ROOT / "data" / COLD_START
 
 GENEVAL_ROWS = [
     {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},
@@ -421,60 +424,105 @@ def test_the_twin_files_say_the_same():
     assert [read(line) for line in lines] == load_prompts(JSONL) == load_prompts(TXT)
 
 
-def test_there_are_a_thousand_distinct_prompts_balanced_over_the_tasks():
-    prompts = load_prompts(JSONL)
-    assert Counter(prompt.task for prompt in prompts) == dict.fromkeys(TASKS, 170)
-    assert len({normalize(prompt.text) for prompt in prompts}) == 1020
-    assert len({canonical(prompt) for prompt in prompts}) == 1020
+def test_there_are_a_thousand_prompts_for_grpo_and_eight_for_the_cold_start_balanced_over_their_tasks():
+    rl, cold = load_prompts(JSONL), load_prompts(COLD)
+    counts = [Counter(prompt.task for prompt in prompts) for prompts in (rl, cold)]
+    assert counts[0].keys() == {*TASKS} and {*counts[0].values()} == {166, 167}
+    single = counts[1].pop("single_object")  # "a photo of a <noun>": what GRPO's have left over
+    assert single == len(NOUNS) - 167 and counts[1].keys() | {"single_object"} == {*TASKS, *MORE_TASKS}
+    assert {*counts[1].values()} == {651, 652} and (len(rl), len(cold)) == (1000, 8000)
+
+
+def test_no_two_prompts_of_either_file_ask_for_the_same_thing():
+    prompts = [*load_prompts(JSONL), *load_prompts(COLD)]
+    assert len({normalize(prompt.text) for prompt in prompts}) == 9000
+    assert len({canonical(prompt) for prompt in prompts}) == 9000
+
+
+def test_every_object_colour_and_number_is_used_about_as_often_as_any_other():
+    prompts = load_prompts(COLD)
+    nouns = Counter(noun for prompt in prompts for noun in prompt.nouns)
+    colors = Counter(name.split()[0] for p in prompts for name in p.attr_nouns if name.split()[0] in COLORS)
+    counts = Counter(number for prompt in prompts for _, number in prompt.counts)
+    assert nouns.keys() == {*NOUNS} and colors.keys() == {*COLORS}
+    for use in (nouns, colors, counts):
+        assert max(use.values()) <= 1.5 * min(use.values())
+
+
+def test_the_fields_of_a_prompt_say_nothing_that_its_text_does_not():
+    """A prompt keeps its own intent; and without its first object it does not."""
+    for prompt in load_prompts(COLD)[::7]:
+        assert lost(prompt, prompt.text) == (), prompt
+        assert f"object {prompt.nouns[0]}" in lost(prompt, "an empty room")
+
+
+def test_rewards_get_what_they_need_of_each_type():
+    of = {task: [p for p in load_prompts(COLD) if p.task == task] for task in MORE_TASKS}
+    for task in ("texture", "shape"):
+        assert all(len(p.nouns) == len(p.attr_nouns) == 2 for p in of[task])
+    assert sum(bool(p.attr_nouns) for p in of["size"]) > len(of["size"]) / 2
+    assert all(p.spatial[1] in ("in front of", "behind", "hidden by") for p in of["spatial_3d"])
+    assert all(len(p.nouns) == 3 and p.counts and p.spatial for p in of["complex"])
+    for prompt in of["negation"]:
+        absent = re.split(r"\b(?:without an?|no) ", prompt.text)[1]
+        assert absent in NOUNS and absent not in prompt.nouns
+    assert not any(prompt.text.startswith("a photo of") for prompt in of["non"])
 
 
 def test_the_committed_files_are_what_the_program_makes(tmp_path):
     command = [sys.executable, "data/make_prompts.py", "--out_dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "position 170" in done.stdout and "0 leaks" in done.stdout
-    for committed in (TXT, JSONL):
+    assert "position 166" in done.stdout and "negation 651" in done.stdout and "350 objects" in done.stdout
+    for committed in (TXT, JSONL, COLD):
         assert (tmp_path / committed.name).read_bytes() == committed.read_bytes()
 
 
 def test_the_readme_has_the_hashes_of_the_files():
     readme = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
-    for file in (TXT, JSONL):
+    for file in (TXT, JSONL, COLD):
         assert hashlib.sha256(file.read_bytes()).hexdigest() in readme
 
 
-def test_the_examples_of_the_readme_are_in_the_file():
-    examples = re.findall(r"^\| (\w+).* \| 170 \| (.+) \|$", (ROOT / "data" / "README.md").read_text(), re.MULTILINE)
-    assert [read(text).task for _, text in examples] == [task for task, _ in examples] == list(TASKS)
-    assert {text for _, text in examples} <= set(TXT.read_text(encoding="utf-8").splitlines())
+def test_the_examples_of_the_readme_are_in_the_files():
+    found = re.findall(
+        r"^\| (\w+) \| (\d+|-) \| (\d+) \| (.+) \|$", (ROOT / "data" / "README.md").read_text(), re.MULTILINE
+    )
+    rl, cold = ({p.text: p for p in load_prompts(file)} for file in (JSONL, COLD))
+    assert [task for task, *_ in found] == [*TASKS, *MORE_TASKS]
+    for task, in_rl, in_cold, text in found:
+        assert (rl | cold)[text].task == task
+        assert sum(p.task == task for p in rl.values()) == int(in_rl.replace("-", "0"))
+        assert sum(p.task == task for p in cold.values()) == int(in_cold)
 
 
 def test_the_program_also_runs_as_a_module(tmp_path):
-    command = [sys.executable, "-m", "data.make_prompts", "--per_task", "2", "--out_dir", str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
-    assert len(load_prompts(tmp_path / TXT.name)) == 12
+    small = ["--rl", "12", "--cold_start", "26", "--out_dir", str(tmp_path)]
+    subprocess.run([sys.executable, "-m", "data.make_prompts", *small], cwd=ROOT, capture_output=True, check=True)
+    assert len(load_prompts(tmp_path / TXT.name)) == 12 and len(load_prompts(tmp_path / COLD.name)) == 26
 
 
 def test_nouns_are_many_distinct_and_plain():
-    assert len(set(NOUNS)) == len(NOUNS) >= 120
+    assert len(set(NOUNS)) == len(NOUNS) >= 280
     assert all(re.fullmatch(r"[a-z]+( [a-z]+){0,2}", noun) for noun in NOUNS)
     assert all(singular(plural(noun)) == noun for noun in NOUNS)
 
 
 def test_another_seed_makes_other_prompts():
-    first, second = ({prompt.text for prompt in make_prompts(seed, 50)[0]} for seed in (0, 1))
+    first, second = ({prompt.text for prompt in make_prompts(seed, 300)[0]} for seed in (0, 1))
     assert len(first - second) > 100
 
 
 def test_excluded_prompts_come_up_in_no_wording(tmp_path, capsys):
-    made, _ = make_prompts(0, 20)
+    made, _ = make_prompts(0, 120)
     bench = [{"prompt": reworded(prompt)} for prompt in made if prompt.spatial] + [
         {"tag": "single_object", "include": [{"class": prompt.nouns[0], "count": 1}], "prompt": prompt.text.upper()}
         for prompt in made
         if prompt.task == "single_object"
     ]
-    main(["--per_task", "20", "--out_dir", str(tmp_path), "--exclude", str(rows_file(tmp_path / "b.jsonl", bench))])
-    kept = {canonical(prompt) for prompt in load_prompts(tmp_path / JSONL.name)}
-    assert kept.isdisjoint(canonical(read(row["prompt"])) for row in bench) and len(kept) == 120
+    sizes = ["--rl", "120", "--cold_start", "130", "--out_dir", str(tmp_path)]
+    main([*sizes, "--exclude", str(rows_file(tmp_path / "b.jsonl", bench))])
+    kept = {canonical(prompt) for name in (JSONL.name, COLD.name) for prompt in load_prompts(tmp_path / name)}
+    assert kept.isdisjoint(canonical(read(row["prompt"])) for row in bench) and len(kept) == 250
     assert "40 leaks from 40 benchmark prompts" in capsys.readouterr().out
 
 
@@ -485,7 +533,18 @@ def reworded(prompt: Prompt) -> str:
     return f"{article(second)} {second} {turned[relation]} {article(first)} {first}"
 
 
-def test_more_than_can_be_made_is_a_clear_error(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        main(["--per_task", "100000", "--out_dir", str(tmp_path)])
-    assert f"only {len(NOUNS)} of 100000 single_object" in capsys.readouterr().err
+def test_more_than_can_be_made_is_a_clear_error(tmp_path):
+    with pytest.raises(DataError, match=f"only {len(NOUNS)} of 1000 prompts of single_object exist"):
+        make_prompts(0, 1000, ["single_object"])
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("a photo of a drum behind a key", "a key in front of a drum"),
+        ("a drum hidden by a key", "a drum behind a key"),
+    ],
+)
+def test_relations_in_depth_are_read_and_equal_their_inverses(one, other):
+    assert read(one).task == "spatial_3d" and canonical(read(one)) == canonical(read(other))
+    assert canonical(read(one)) != canonical(read("a key behind a drum"))

@@ -1,6 +1,6 @@
-"""Claims about the second miniature renderer: another architecture, which draws what is written and not what is wished.
+"""Claims about the second miniature renderer: another architecture, which draws what is written, not what is wished.
 
-pytest tests/test_second_renderer.py    # 15 s on one core
+pytest tests/test_second_renderer.py    # 11 s on one core, and the imports
 """
 
 from __future__ import annotations
