@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
-# The whole recipe, each part left out in turn: examples -> cold start -> GRPO -> evaluation, all of it anew for each seed.
-# Columns of sft+rl: the prompt itself (raw), SFT alone (before), both (after); rl_only starts from the instruct model.
+# The whole recipe, each part left out in turn: examples -> cold start -> GRPO -> evaluation, anew for each seed. Columns
+# of sft+rl: the prompt itself (raw), SFT alone (before), both (after); rl_only starts from the instruct model.
 # Only on the miniature: the cold start here is scripts/cold_start.sh.
-# SEEDS="0 1 2" and JOBS=1 (runs at once) may be set; further options go to every run. On GPUs: LAUNCH, as in
-# scripts/ablate_rewards.sh.
+# SEEDS="0 1 2" and JOBS=1 (runs at once) may be set; further options go to every run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Which rewards, alone and in the published combinations (T2I-R1's table: H HPS, D GroundingDINO, V GIT-VQA, O ORM).
 # By default on the miniature, where the oracle has the last word; on eight GPUs the same with
-#   LAUNCH="accelerate launch --config_file=deepspeed_2.yaml r1_prompter.py --data data/generation_prompts_1k_filterd.txt" \
+#   LAUNCH="accelerate launch --config_file=deepspeed_2.yaml r1_prompter.py \
+#     --data data/generation_prompts_1k_filterd.txt" \
 #   HELD_OUT=pickscore OUTDIR=runs/ablate_rewards_flux scripts/ablate_rewards.sh
 # SEEDS="0 1 2"; further options go to every run: scripts/ablate_rewards.sh --max_steps 30
 set -euo pipefail
