@@ -14,12 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 if __name__ == "__main__" and not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -37,46 +37,57 @@ _MISSES = 5_000  # draws in a row without a new prompt after which a task counts
 
 @dataclass
 class Report:
-    """What came of it: prompts kept per task, candidates dropped as repeats, candidates dropped as leaks."""
+    """What came of it, by task: prompts kept; candidates that asked for a prompt again, for one of a benchmark.
+
+    Those that come after the last prompt of an exhausted task are not counted.
+    """
 
     kept: Counter = field(default_factory=Counter)
-    repeats: int = 0
-    leaks: int = 0
+    repeats: Counter = field(default_factory=Counter)
+    leaks: Counter = field(default_factory=Counter)
 
 
 def make_prompts(
-    seed: int, total: int, tasks: Sequence[str] = TASKS, excluded: Sequence[Prompt] = ()
+    seed: int | str,
+    total: int,
+    tasks: Sequence[str] = TASKS,
+    excluded: Sequence[Prompt] = (),
+    taken: Sequence[Prompt] = (),
 ) -> tuple[list[Prompt], Report]:
     """`total` prompts, shuffled, as many of each task as of any other; a pure function of its arguments.
 
     Where a task has fewer ("a photo of a <noun>" has as many as there are nouns) the later ones have more.
 
     Args:
-        seed: any whole number.
+        seed: anything; another one gives other prompts.
         total: from 1.
         tasks: of TASKS and MORE_TASKS, the scarce ones first.
         excluded: prompts that must not come up, in no wording.
+        taken: the same, but that they count as repeats and not as leaks.
 
     Raises:
         DataError: there are no `total` prompts.
     """
     report, prompts = Report(), []
-    seen, barred = set(), {key for prompt in excluded for key in _keys(prompt)}
+    barred, seen = ({key for prompt in some for key in _keys(prompt)} for some in (excluded, taken))
     for i, task in enumerate(tasks):
-        candidates, misses = _candidates(task, random.Random(f"{seed}/{task}")), 0
         wanted = -(-(total - len(prompts)) // (len(tasks) - i))
-        while report.kept[task] < wanted and misses < _MISSES:
-            candidate = next(candidates)
-            keys, misses = _keys(candidate), misses + 1
+        dropped = Report()  # since the last prompt that was kept
+        for candidate in _candidates(task, random.Random(f"{seed}/{task}")):
+            if report.kept[task] == wanted or sum((dropped.repeats + dropped.leaks).values()) == _MISSES:
+                break
+            keys = _keys(candidate)
             if not barred.isdisjoint(keys):
-                report.leaks += 1
+                dropped.leaks[task] += 1
             elif not seen.isdisjoint(keys):
-                report.repeats += 1
+                dropped.repeats[task] += 1
             else:
                 seen |= keys
                 prompts.append(candidate)
                 report.kept[task] += 1
-                misses = 0
+                report.leaks += dropped.leaks
+                report.repeats += dropped.repeats
+                dropped = Report()
     if len(prompts) < total:
         raise DataError(f"only {len(prompts)} of {total} prompts of {', '.join(tasks)} exist; ask for fewer")
     random.Random(f"{seed}/order").shuffle(prompts)
@@ -93,33 +104,36 @@ def _deck(values: Sequence, rng: random.Random) -> Iterator:
         yield from rng.sample(values, len(values))
 
 
-def _different(deck: Iterator, n: int) -> list:
-    """The next n values; across the end of a round the same one could come twice, then it is drawn again."""
-    values = [next(deck) for _ in range(n)]
-    return values if len({*values}) == n else _different(deck, n)
+class _Decks:
+    """The parts of one task's prompts, each kind used evenly."""
+
+    def __init__(self, rng: random.Random):
+        self._decks = {name: _deck(values, rng) for name, values in _VALUES.items()}
+
+    def one(self, name: str):
+        return next(self._decks[name])
+
+    def several(self, name: str, n: int) -> list:
+        """The next n values; across the end of a round the same one could come twice, then it is drawn again."""
+        values = [self.one(name) for _ in range(n)]
+        return values if len({*values}) == n else self.several(name, n)
+
+    def other(self, name: str, than: Sequence[str]) -> str:
+        value = self.one(name)
+        return value if value not in than else self.other(name, than)
 
 
-class _Decks(NamedTuple):
-    """What one task's prompts are made of, each used evenly."""
-
-    nouns: Iterator
-    colors: Iterator
-    counts: Iterator
-    relations: Iterator
-    depths: Iterator
-    textures: Iterator
-    shapes: Iterator
-    sizes: Iterator
-    forms: Iterator
-    rng: random.Random
+_VALUES = {
+    "nouns": words.NOUNS, "animal": words.ANIMALS, "thing": words.THINGS, "colors": COLORS, "counts": words.COUNTS,
+    "relations": words.RELATIONS_2D, "depths": words.RELATIONS_3D, "textures": words.TEXTURES, "shapes": words.SHAPES,
+    "sizes": words.SIZES, "reversed": (1, -1), "comparisons": words.COMPARISONS, "absences": words.ABSENCES,
+    "scenes": words.SCENES, "looks": ("colors", "textures"), "compared": (True, False, False, False),
+    "alone": (True, False), **words.PARTS, **{f"forms of {nouns[0]}": forms for nouns, forms in words.FORMS.items()},
+}  # fmt: skip
 
 
 def _candidates(task: str, rng: random.Random) -> Iterator[Prompt]:
-    decks = (
-        words.NOUNS, COLORS, words.COUNTS, words.RELATIONS_2D, words.RELATIONS_3D, words.TEXTURES, words.SHAPES,
-        words.SIZES, range(4),
-    )  # fmt: skip
-    of = _Decks(*(_deck(values, rng) for values in decks), rng)
+    of = _Decks(rng)
     while True:
         yield _MAKERS[task](of)
 
@@ -128,98 +142,98 @@ def _candidates(task: str, rng: random.Random) -> Iterator[Prompt]:
 
 
 def _single(of: _Decks) -> Prompt:
-    return read(write([next(of.nouns)]))
+    return read(write([of.one("nouns")]))
 
 
 def _two(of: _Decks) -> Prompt:
-    return read(write(_different(of.nouns, 2)))
+    return read(write(of.several("nouns", 2)))
 
 
 def _counting(of: _Decks) -> Prompt:
-    return read(write([next(of.nouns)], count=next(of.counts)))
+    return read(write([of.one("nouns")], count=of.one("counts")))
 
 
 def _colored(of: _Decks) -> Prompt:
-    return read(write([next(of.nouns)], colors=[next(of.colors)]))
+    return read(write([of.one("nouns")], colors=[of.one("colors")]))
 
 
 def _position(of: _Decks) -> Prompt:
-    return read(write(_different(of.nouns, 2), relation=next(of.relations)))
+    return read(write(of.several("nouns", 2), relation=of.one("relations")))
 
 
 def _binding(of: _Decks) -> Prompt:
-    return read(write(_different(of.nouns, 2), colors=_different(of.colors, 2)))
+    return read(write(of.several("nouns", 2), colors=of.several("colors", 2)))
 
 
 # ----- seven more
 
 
 def _bound(task: str, of: _Decks, attributes: Sequence[str]) -> Prompt:
-    """ "a photo of a wooden drum and a glass key": two things, an attribute each."""
-    nouns = _different(of.nouns, 2)
+    """ "a photo of a wooden anvil and a glass radio": two things, an attribute each."""
+    nouns = of.several("nouns", 2)
     names = tuple(f"{attribute} {noun}" for attribute, noun in zip(attributes, nouns, strict=True))
     return Prompt(f"{LEAD} {_a(names[0])} and {_a(names[1])}", task, tuple(nouns), names)
 
 
 def _texture(of: _Decks) -> Prompt:
-    return _bound("texture", of, _different(of.textures, 2))
+    return _bound("texture", of, of.several("textures", 2))
 
 
 def _shape(of: _Decks) -> Prompt:
-    return _bound("shape", of, _different(of.shapes, 2))
+    return _bound("shape", of, of.several("shapes", 2))
 
 
 def _size(of: _Decks) -> Prompt:
     """Sizes said of each thing, or one in four times by comparison, which no field holds."""
-    if next(of.forms):
-        return _bound("size", of, of.rng.sample(next(of.sizes), 2))
-    first, second = _different(of.nouns, 2)
-    text = f"{LEAD} {_a(first)} that is {of.rng.choice(words.COMPARISONS)} {_a(second)}"
-    return Prompt(text, "size", (first, second))
+    if not of.one("compared"):
+        return _bound("size", of, of.one("sizes")[:: of.one("reversed")])
+    first, second = of.several("nouns", 2)
+    return Prompt(f"{LEAD} {_a(first)} that is {of.one('comparisons')} {_a(second)}", "size", (first, second))
 
 
 def _depth(of: _Decks) -> Prompt:
-    return read(write(_different(of.nouns, 2), relation=next(of.depths)))
+    return read(write(of.several("nouns", 2), relation=of.one("depths")))
 
 
 def _negation(of: _Decks) -> Prompt:
     """The fields name what is to be seen; what is not, the text alone says."""
-    first, second, absent = _different(of.nouns, 3)
-    no = of.rng.choice(words.ABSENCES)
-    nothing = f"{no} {absent}" if no.endswith(" no") else f"{no} {_a(absent)}"
-    if next(of.forms) % 2:
-        return Prompt(f"{LEAD} {_a(first)} {nothing}", "negation", (first,))
-    return Prompt(f"{LEAD} {_a(first)} and {_a(second)}, {nothing}", "negation", (first, second))
+    *seen, absent = of.several("nouns", 2 if of.one("alone") else 3)
+    no = of.one("absences")
+    comma = "," if len(seen) > 1 else ""
+    nothing = f"{no} {absent if no.endswith(' no') else _a(absent)}"
+    return Prompt(f"{LEAD} {' and '.join(map(_a, seen))}{comma} {nothing}", "negation", (*seen,))
 
 
 def _scene(of: _Decks) -> Prompt:
     """Three things: one of a number, one of a colour or a material, one that it stands in relation to."""
-    many, one, other = _different(of.nouns, 3)
-    number, relation = next(of.counts), next(of.relations)
-    attribute = next(of.colors) if of.rng.random() < 0.5 else next(of.textures)
-    several, thing = f"{_NUMBERS[number]} {plural(many)}", f"{attribute} {one}"
-    text = (
-        f"{several} and {_a(thing)} {relation} {_a(other)}",
-        f"{_a(thing)} {relation} {_a(other)}, with {several} around them",
-        f"a scene with {_a(thing)} {relation} {_a(other)} and {several} in the background",
-        f"{several}, and {_a(thing)} that is {relation} {_a(other)}",
-    )[next(of.forms)]
-    nouns, spatial = (many, one, other), (one, relation, other)
-    return Prompt(text, "complex", nouns, (many, thing, other), spatial, ((many, number),))
+    many, one, other = of.several("nouns", 3)
+    number, relation = of.one("counts"), of.one("relations")
+    thing = f"{of.one(of.one('looks'))} {one}"
+    several = f"{_NUMBERS[number]} {plural(many)}"
+    text = of.one("scenes").format(one=_a(thing), relation=relation, other=_a(other), many=several)
+    return Prompt(text, "complex", (many, one, other), (many, thing, other), (one, relation, other), ((many, number),))
 
 
 def _free(of: _Decks) -> Prompt:
-    """A sentence with a place, a moment, a manner, somebody who does something; fields: its things."""
-    one, other = _different(of.nouns, 2)
-    place, moment, manner = (of.rng.choice(v) for v in (words.PLACES, words.MOMENTS, words.MANNERS))
-    state, deed = of.rng.choice(words.STATES), of.rng.choice(words.DEEDS)
-    text, nouns = (
-        (f"{_a(one)} {state} {place}, {moment}", (one,)),
-        (f"{manner} {_a(one)} and {_a(other)} {place}", (one, other)),
-        (f"{place} {moment}, {deed} {_a(one)} while {_a(other)} {state}", (one, other)),
-        (f"{manner} {_a(one)}: it {state}, {moment}, and {deed} it", (one,)),
-    )[next(of.forms)]
-    return Prompt(text, "non", nouns)
+    """A sentence with an action, a place, a moment or a manner; fields: its objects, a colour, a number."""
+    noun = of.one("nouns")
+    form = of.one(next(f"forms of {nouns[0]}" for nouns in words.FORMS if noun in nouns))
+    nouns, names, counts = [], [], []
+
+    def say(slot: re.Match) -> str:
+        kind = slot[1]
+        if kind in words.PARTS:
+            return of.one(kind)
+        nouns.append(noun if kind in ("it", "colored", "them") else of.other(kind, nouns))
+        names.append(f"{of.one('colors')} {noun}" if kind == "colored" else nouns[-1])
+        if kind != "them":
+            return _a(names[-1])
+        counts.append((noun, of.one("counts")))
+        return f"{_NUMBERS[counts[0][1]]} {plural(noun)}"
+
+    text = re.sub(r"{(\w+)}", say, form)
+    colored = tuple(names) if names != nouns else ()
+    return Prompt(text[0].upper() + text[1:], "non", tuple(nouns), colored, counts=tuple(counts))
 
 
 def _a(name: str) -> str:
@@ -248,28 +262,42 @@ _MAKERS: dict[str, Callable[[_Decks], Prompt]] = {
 
 def write_files(rl: Sequence[Prompt], cold_start: Sequence[Prompt], out_dir: Path) -> list[Path]:
     """Write GRPO's .txt and .jsonl, line by line the same prompts, and the cold start's .jsonl; returns the paths."""
-    out_dir.mkdir(parents=True, exist_ok=True)
     files = {f"{RL_STEM}.txt": [prompt.text for prompt in rl]}
     for name, prompts in ((f"{RL_STEM}.jsonl", rl), (COLD_START, cold_start)):
         files[name] = [json.dumps(dump_prompt(prompt)) for prompt in prompts]
+    out_dir.mkdir(parents=True, exist_ok=True)
     for name, lines in files.items():
         (out_dir / name).write_bytes("".join(f"{line}\n" for line in lines).encode())
-    return [out_dir / name for name, lines in files.items() if lines]
+    return [out_dir / name for name in files]
 
 
 def evenness(prompts: Sequence[Prompt]) -> str:
-    """How often the most and the least used object, colour and number come up."""
+    """How often the least and the most used object, colour and number come up."""
     uses = {
         "objects": Counter(dict.fromkeys(words.NOUNS, 0)),
         "colours": Counter(dict.fromkeys(COLORS, 0)),
         "numbers": Counter(dict.fromkeys(words.COUNTS, 0)),
+        "relations": Counter(dict.fromkeys((*words.RELATIONS_2D, *words.RELATIONS_3D), 0)),
     }
     for prompt in prompts:
         uses["objects"].update(prompt.nouns)
         uses["colours"].update(color for name in prompt.attr_nouns if (color := name.split()[0]) in COLORS)
         uses["numbers"].update(number for _, number in prompt.counts)
-    said = (f"{len(use)} {name}, {min(use.values())} to {max(use.values())} times" for name, use in uses.items())
-    return "; ".join(said)
+        uses["relations"].update([prompt.spatial[1]] if prompt.spatial else [])
+    used = {name: [n for n in use.values() if n] or [0] for name, use in uses.items()}
+    return "; ".join(
+        f"{len(times)} of {len(uses[name])} {name}, {min(times)} to {max(times)} times" for name, times in used.items()
+    )
+
+
+def table(rl: Report, cold_start: Report) -> str:
+    """Prompts of each task, and the candidates that were dropped."""
+    rows = [("task", "GRPO", "cold start", "repeats", "leaks")]
+    for task in (*TASKS, *MORE_TASKS):
+        dropped = (rl.repeats[task] + cold_start.repeats[task], rl.leaks[task] + cold_start.leaks[task])
+        rows.append((task, rl.kept[task], cold_start.kept[task], *dropped))
+    rows.append(("all", *(sum(column) for column in list(zip(*rows[1:], strict=True))[1:])))
+    return "\n".join(f"{task:<14}" + "".join(f"{n:>12}" for n in numbers) for task, *numbers in rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -282,21 +310,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--cold_start", type=int, default=8000, help="prompts for the cold start (default: 8000)")
     args = parser.parse_args(argv)
     try:
+        if min(args.rl, args.cold_start) < 1:
+            raise DataError(f"--rl is {args.rl} and --cold_start {args.cold_start}; give 1 or more")
         excluded = [prompt for path in args.exclude for prompt in load_prompts(path)]
-        rl, for_rl = make_prompts(args.seed, args.rl, TASKS, excluded)
-        both = (*TASKS, *MORE_TASKS)
-        cold_start, for_cold_start = make_prompts(args.seed + 1, args.cold_start, both, [*excluded, *rl])
+        rl, for_rl = make_prompts(f"{args.seed}/rl", args.rl, TASKS, excluded)
+        everything = (*TASKS, *MORE_TASKS)
+        cold, for_cold = make_prompts(f"{args.seed}/cold start", args.cold_start, everything, excluded, rl)
     except DataError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
-    for path in write_files(rl, cold_start, args.out_dir):
+    for path in write_files(rl, cold, args.out_dir):
         print(f"wrote {path}")
-    for name, prompts, report in (("GRPO", rl, for_rl), ("cold start", cold_start, for_cold_start)):
-        print(f"{name}: {len(prompts)} prompts: " + ", ".join(f"{task} {n}" for task, n in report.kept.items()))
-        print(f"  {evenness(prompts)}")
-        print(f"  left out: {report.repeats} repeats, {report.leaks} leaks", end="")
-        print(
-            f" from {len(excluded)} benchmark prompts" + (f" and {len(rl)} of GRPO" if prompts is cold_start else "")
-        )
+    print(table(for_rl, for_cold))
+    print(f"leaks are of {len(excluded)} benchmark prompts; repeats of the cold start are of either file")
+    print(f"GRPO: {evenness(rl)}\ncold start: {evenness(cold)}")
 
 
 if __name__ == "__main__":

@@ -10,12 +10,12 @@ python="${PYTHON:-.venv/bin/python}"
 out="$1" seed="$2"
 shift 2
 [ ! -f "$out/report.html" ] || exit 0
-mkdir -p "$(dirname "$out")"
+mkdir -p "${out}_examples"
 for draft in 0 1 2 3 4 5 6 7; do
   "$python" scripts/make_sft.py --teacher miniature --data miniature/prompts/cold_start.txt \
-    --seed $((8 * seed + draft)) --out "${out}_$draft.jsonl"
+    --seed $((8 * seed + draft)) --out "${out}_examples/$draft.jsonl"
 done
-cat "${out}"_[0-7].jsonl > "$out.jsonl"
+cat "${out}"_examples/[0-7].jsonl > "$out.jsonl"
 resume=()
 [ -z "$(compgen -G "$out/checkpoint-*/trainer_state.json")" ] || resume=(--resume)
 "$python" sft.py --config configs/miniature_cold_start.yaml --data "$out.jsonl" --outdir "$out" --seed "$seed" \

@@ -84,3 +84,29 @@ def test_a_run_that_was_made_with_other_options_is_no_number(tmp_path):
 def test_a_variant_without_a_plain_name_is_refused(text):
     with pytest.raises(ValueError, match="name: options"):
         ablate.read_variant(text)
+
+
+SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("ablate_*.sh"))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_ablation_script_trains_variants_that_differ_by_options_that_exist(name, tmp_path):
+    import r1_prompter
+
+    out, noted = tmp_path / "out", tmp_path / "noted.jsonl"
+    for cold_start in ("cold_start_direct", "cold_start_s1"):  # as if they had been trained
+        (out / cold_start).mkdir(parents=True)
+        (out / cold_start / "report.html").touch()
+    launch = f"{sys.executable} tests/launch_recorded.py {noted}"
+    settings = {"SEEDS": "1", "OUTDIR": str(out), "LAUNCH": launch, "PYTHON": sys.executable}
+    done = subprocess.run(
+        ["bash", f"scripts/{name}", "--logging_steps", "7"],
+        cwd=ROOT, env={**ENVIRONMENT, **settings}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    runs = [json.loads(line) for line in noted.read_text().splitlines()]
+    assert len(runs) == len(list(out.glob("*.done"))) >= 2
+    assert len({tuple(options[:-2]) for options in runs}) == len(runs)
+    for options in runs:
+        _, _, training, _ = r1_prompter.parse_options(["--config", "configs/miniature.yaml", *options])
+        assert (training.seed, training.logging_steps) == (1, 7)

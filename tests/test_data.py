@@ -29,12 +29,23 @@ from data.grammar import (
 from data.intent import lost
 from data.make_prompts import COLD_START, MORE_TASKS, RL_STEM, main, make_prompts
 from data.prompts import DataError, dump_prompt, load_prompts
-from data.vocabulary import NOUNS
+from data.vocabulary import COUNTS, FORMS, NOUNS, PARTS, SHAPES, TEXTURES
 from interfaces import Prompt
 
 ROOT = Path(__file__).resolve().parent.parent
 TXT, JSONL = ROOT / "data" / f"{RL_STEM}.txt", ROOT / "data" / f"{RL_STEM}.jsonl"
 COLD = ROOT / "data" / COLD_START
+COCO = {  # its 80 classes, by the names of COCO and of GenEval
+    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
+    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow",
+    "elephant", "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee",
+    "skis", "snowboard", "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard",
+    "tennis racket", "bottle", "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple",
+    "sandwich", "orange", "broccoli", "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch",
+    "potted plant", "bed", "dining table", "toilet", "tv", "laptop", "mouse", "remote", "keyboard",
+    "cell phone", "microwave", "oven", "toaster", "sink", "refrigerator", "book", "clock", "vase", "scissors",
+    "teddy bear", "hair drier", "toothbrush", "computer mouse", "tv remote", "computer keyboard",
+}  # fmt: skip
 
 GENEVAL_ROWS = [
     {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},
@@ -430,7 +441,7 @@ def test_there_are_a_thousand_prompts_for_grpo_and_eight_for_the_cold_start_bala
     assert counts[0].keys() == {*TASKS} and {*counts[0].values()} == {166, 167}
     single = counts[1].pop("single_object")  # "a photo of a <noun>": what GRPO's have left over
     assert single == len(NOUNS) - 167 and counts[1].keys() | {"single_object"} == {*TASKS, *MORE_TASKS}
-    assert {*counts[1].values()} == {651, 652} and (len(rl), len(cold)) == (1000, 8000)
+    assert {*counts[1].values()} == {654} and (len(rl), len(cold)) == (1000, 8000)
 
 
 def test_no_two_prompts_of_either_file_ask_for_the_same_thing():
@@ -449,8 +460,20 @@ def test_every_object_colour_and_number_is_used_about_as_often_as_any_other():
         assert max(use.values()) <= 1.5 * min(use.values())
 
 
-def test_the_fields_of_a_prompt_say_nothing_that_its_text_does_not():
-    """A prompt keeps its own intent; and without its first object it does not."""
+def test_the_fields_of_a_prompt_say_what_its_text_says():
+    numbers = dict(zip(COUNTS, "two three four five six".split(), strict=True))
+    for prompt in [*load_prompts(JSONL), *load_prompts(COLD)]:
+        text = f" {re.sub('[.,:?]', '', prompt.text.lower())} "
+        for name in (*prompt.nouns, *prompt.attr_nouns):
+            assert f" {name} " in text or f" {plural(name)} " in text, prompt
+        assert all(f" {numbers[number]} {plural(noun)} " in text for noun, number in prompt.counts), prompt
+        if prompt.spatial:
+            first, relation, second = prompt.spatial
+            assert re.search(f" {first} (that is |is )?{relation} an? {second} ", text), prompt
+        assert len(prompt.attr_nouns) in (0, len(prompt.nouns))
+
+
+def test_a_prompt_keeps_its_own_intent_and_an_empty_room_does_not():
     for prompt in load_prompts(COLD)[::7]:
         assert lost(prompt, prompt.text) == (), prompt
         assert f"object {prompt.nouns[0]}" in lost(prompt, "an empty room")
@@ -466,13 +489,25 @@ def test_rewards_get_what_they_need_of_each_type():
     for prompt in of["negation"]:
         absent = re.split(r"\b(?:without an?|no) ", prompt.text)[1]
         assert absent in NOUNS and absent not in prompt.nouns
-    assert not any(prompt.text.startswith("a photo of") for prompt in of["non"])
+    assert all(read(prompt.text) == Prompt(prompt.text) for prompt in of["non"])  # nothing that a template would say
+    assert {bool(p.attr_nouns) for p in of["non"]} == {bool(p.counts) for p in of["non"]} == {True, False}
+
+
+def test_free_sentences_are_many_and_their_fixed_words_name_no_object():
+    fixed = " ".join(
+        [*(form for forms in FORMS.values() for form in forms), *(w for part in PARTS.values() for w in part)]
+    )
+    words = re.sub(r"\{\w+\}|[^\w\s]", " ", fixed).split()
+    assert not {singular(word) for word in words} & {*NOUNS} and not {*words} & {*COLORS}
+    assert sum(len(forms) for forms in FORMS.values()) >= 40
 
 
 def test_the_committed_files_are_what_the_program_makes(tmp_path):
     command = [sys.executable, "data/make_prompts.py", "--out_dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "position 166" in done.stdout and "negation 651" in done.stdout and "350 objects" in done.stdout
+    assert re.search(r"^position +166 +654 +\d+ +0$", done.stdout, re.MULTILINE)
+    assert re.search(r"^all +1000 +8000 +\d+ +0$", done.stdout, re.MULTILINE)
+    assert f"{len(NOUNS)} of {len(NOUNS)} objects" in done.stdout
     for committed in (TXT, JSONL, COLD):
         assert (tmp_path / committed.name).read_bytes() == committed.read_bytes()
 
@@ -505,6 +540,14 @@ def test_nouns_are_many_distinct_and_plain():
     assert len(set(NOUNS)) == len(NOUNS) >= 280
     assert all(re.fullmatch(r"[a-z]+( [a-z]+){0,2}", noun) for noun in NOUNS)
     assert all(singular(plural(noun)) == noun for noun in NOUNS)
+    assert all(
+        read(f"a {noun}").nouns == (noun,) and {*noun.split()}.isdisjoint((*TEXTURES, *SHAPES)) for noun in NOUNS
+    )
+    assert not [(one, other) for one in NOUNS for other in NOUNS if one.endswith(f" {other}")]
+
+
+def test_no_object_is_one_of_coco():
+    assert {*NOUNS}.isdisjoint(COCO)
 
 
 def test_another_seed_makes_other_prompts():
@@ -512,8 +555,17 @@ def test_another_seed_makes_other_prompts():
     assert len(first - second) > 100
 
 
+def test_grpos_prompts_of_another_seed_are_not_those_of_the_cold_start(tmp_path):
+    main(["--seed", "1", "--cold_start", "13", "--out_dir", str(tmp_path)])
+    cold = {canonical(prompt) for prompt in load_prompts(COLD)}
+    again = [p.task for p in load_prompts(tmp_path / JSONL.name) if canonical(p) in cold]
+    assert (
+        not {"position", "color_attr"} & {*again} and len(again) < 250
+    )  # of the small tasks, a share comes by chance
+
+
 def test_excluded_prompts_come_up_in_no_wording(tmp_path, capsys):
-    made, _ = make_prompts(0, 120)
+    made, _ = make_prompts("0/rl", 120)
     bench = [{"prompt": reworded(prompt)} for prompt in made if prompt.spatial] + [
         {"tag": "single_object", "include": [{"class": prompt.nouns[0], "count": 1}], "prompt": prompt.text.upper()}
         for prompt in made
@@ -523,7 +575,8 @@ def test_excluded_prompts_come_up_in_no_wording(tmp_path, capsys):
     main([*sizes, "--exclude", str(rows_file(tmp_path / "b.jsonl", bench))])
     kept = {canonical(prompt) for name in (JSONL.name, COLD.name) for prompt in load_prompts(tmp_path / name)}
     assert kept.isdisjoint(canonical(read(row["prompt"])) for row in bench) and len(kept) == 250
-    assert "40 leaks from 40 benchmark prompts" in capsys.readouterr().out
+    report = capsys.readouterr().out
+    assert re.search(r"^position .* 20$", report, re.MULTILINE) and "of 40 benchmark prompts" in report
 
 
 def reworded(prompt: Prompt) -> str:
@@ -536,6 +589,17 @@ def reworded(prompt: Prompt) -> str:
 def test_more_than_can_be_made_is_a_clear_error(tmp_path):
     with pytest.raises(DataError, match=f"only {len(NOUNS)} of 1000 prompts of single_object exist"):
         make_prompts(0, 1000, ["single_object"])
+
+
+def test_none_at_all_is_refused_before_anything_is_written(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--rl", "0", "--out_dir", str(tmp_path / "new")])
+    assert stopped.value.code == 2 and "--rl is 0" in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+def test_what_an_exhausted_task_drew_in_vain_is_not_reported_as_dropped():
+    _, report = make_prompts(0, 2 * len(NOUNS), ["single_object", "two_object"])
+    assert report.kept["single_object"] == len(NOUNS) and report.repeats["single_object"] == 0
 
 
 @pytest.mark.parametrize(
