@@ -55,8 +55,9 @@ def _options(stack: ToyStack) -> dict:
     batch = {"num_generations": 4, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     numbers = {"dtype": "float32", "bf16": False, "use_cpu": True, "gradient_checkpointing": False}
     length = {"max_completion_length": 40, "length_low": 4, "length_high": 40, "learning_rate": 1e-3}
+    rewards = {"rewards": ["hps", "format", "length"]}
     record = {"max_steps": 2, "save_steps": 1, "save_images_every": 1}
-    return {**{k: str(v) for k, v in paths.items()}, **drawing, **batch, **numbers, **length, **record}
+    return {**{k: str(v) for k, v in paths.items()}, **drawing, **batch, **numbers, **length, **rewards, **record}
 
 
 def _characters(length: int, *, bos: bool = False):
