@@ -34,12 +34,13 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=2, help="pictures per held-out prompt and column")
     parser.add_argument("--out", type=Path, help="write the table to this file too")
     args = parser.parse_args()
-    for run in args.runs:
+    runs = [run for run in args.runs if not run.is_file()]  # a pattern also finds the logs beside the folders
+    for run in runs:
         if not (run / "run.json").is_file() or not (run / "report.html").is_file():
             parser.error(f"{run} is no finished run of scripts/demo.py")
     renderer = build.renderer(args.renderer, args.guidance)
-    rows = [measure(run, renderer, args.images) for run in tqdm(args.runs, desc="runs", unit="run")]
-    text = table([run.name for run in args.runs], rows)
+    rows = [measure(run, renderer, args.images) for run in tqdm(runs, desc="runs", unit="run")]
+    text = table([run.name for run in runs], rows)
     if args.out:
         args.out.write_text(text, encoding="utf-8")
     print(text)
