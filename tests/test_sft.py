@@ -145,13 +145,13 @@ def test_examples_that_are_too_long_are_left_out_and_counted(cold, tmp_path, cap
 def test_lora_trains_an_adapter_that_grpo_goes_on_from(cold, toy, tmp_path, capfd):
     import r1_prompter
 
-    options = ["--use_peft", "true", "--lora_r", "4", "--max_steps", "2", "--save_strategy", "no"]
-    assert sft.main([*cold, *options]) == 0
+    lora = ["--use_peft", "true", "--lora_r", "4", "--lora_dropout", "0"]
+    assert sft.main([*cold, *lora, "--max_steps", "9", "--save_strategy", "no"]) == 0
     assert (tmp_path / "run" / "adapter_config.json").exists()
     adapter = ["--gpt_path", str(tmp_path / "run"), "--outdir", str(tmp_path / "rl"), "--save_strategy", "no"]
     assert (
         r1_prompter.main(
-            ["--config", str(toy.config), "--max_steps", "1", "--warmup_steps", "0", "--beta", "0.1", *adapter]
+            ["--config", str(toy.config), "--max_steps", "4", "--warmup_steps", "0", "--beta", "0.1", *adapter]
         )
         == 0
     )
