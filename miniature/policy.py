@@ -7,9 +7,11 @@ by `sft.py`, run here as a user would run them.
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import subprocess
+import sys
 
 import torch
 from torch import nn
@@ -83,7 +85,8 @@ def build_instruct(reading_steps: int = 700, chat_steps: int = 300) -> None:
 def build_policy() -> None:
     """The cold start as a user runs it: `scripts/cold_start.sh`, seed 0."""
     run = CACHE / "cold_start"
-    subprocess.run(["scripts/cold_start.sh", str(run), "0"], cwd=ROOT.parent, check=True)
+    here = {**os.environ, "PYTHON": sys.executable}
+    subprocess.run(["scripts/cold_start.sh", str(run), "0"], cwd=ROOT.parent, env=here, check=True)
     for name in POLICY_FILES:
         shutil.copy(run / name, WEIGHTS / "policy" / name)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -183,6 +184,22 @@ def test_a_killed_cold_start_resumes_and_logs_each_step_once(cold, tmp_path):
     assert [row["step"] for row in rows(run) if "loss" in row] == list(range(1, 121))
     again = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     assert again.returncode == 2 and "--resume" in again.stderr.splitlines()[-1]
+
+
+def test_two_processes_under_zero_2_share_a_step_and_leave_one_policy(cold, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(port)]
+    config = ["--config_file", str(ROOT / "configs" / "deepspeed_2_cpu.yaml"), str(ROOT / "sft.py")]
+    options = [*cold, "--max_steps", "3", "--per_device_train_batch_size", "4", "--save_strategy", "no"]
+    done = subprocess.run([*launcher, *config, *options], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    derived = json.loads((tmp_path / "run" / "run.json").read_text())["derived"]
+    assert (derived["processes"], derived["examples_per_step"]) == (2, 8)
+    assert [row["step"] for row in rows(tmp_path / "run") if "loss" in row] == [1, 2, 3]
+    assert done.stdout.count("report:") == 1
+    load_policy(str(tmp_path / "run"), "float32", "cpu")
 
 
 BAD = {
