@@ -20,7 +20,7 @@ class Prompt:
 
     Attributes:
         text: the user's words.
-        task: one of `data.grammar.TASKS`, T2I-R1's shape, texture, complex, non, our size, spatial_3d, negation, or "".
+        task: one of `data.grammar.TASKS`, or shape, texture, complex, non, size, spatial_3d, negation; "" if unknown.
         nouns: object names, singular, lower case, no article ("teddy bear").
         attr_nouns: attribute + noun in the order of `nouns` ("purple teddy bear"); empty if none was asked for.
         spatial: (object 1, relation, object 2), read "object 1 [is] relation object 2"; None if no relation.
