@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -25,9 +23,9 @@ from miniature.judge_server import JudgeServer
 from rewards import REWARDS, RewardError, RewardOptions, Setting, build, check
 from rewards.frozen import footprint, offloaded
 from rewards.orm import ORM
+from tests.processes import ENVIRONMENT, ZERO_2, launch
 
 ROOT = Path(__file__).resolve().parents[1]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 MINIATURE = ["--config", "configs/miniature.yaml", "--save_strategy", "no"]
 LOCAL = ("hps", "git", "gdino", "orm", "imagereward", "pickscore")
 
@@ -45,16 +43,11 @@ def rollouts(run: Path) -> list[dict]:
     return [row for path in sorted((run / "rollouts").glob("*.jsonl")) for row in rows(path)]
 
 
-def train(*options: object, processes: str | None = None) -> subprocess.CompletedProcess:
+def train(*options: object, processes: Path | None = None) -> subprocess.CompletedProcess:
     """One training on the miniature, alone or under the accelerate configuration `processes`."""
-    launcher = [sys.executable]
     if processes is not None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        launch = ["-m", "accelerate.commands.launch", "--main_process_port", str(port), "--config_file", processes]
-        launcher += launch
-    command = [*launcher, "r1_prompter.py", *MINIATURE, *map(str, options)]
+        return launch(ROOT / "r1_prompter.py", *MINIATURE, *options, config=processes)
+    command = [sys.executable, "r1_prompter.py", *MINIATURE, *map(str, options)]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
@@ -70,7 +63,7 @@ def test_two_processes_finish_with_a_judge_that_fails_a_fifth_and_babbles_a_fift
     options = ["--outdir", run, "--rewards", "hps", "git", "orm", "preference", "--reward_weights", 1, 1, 1, 1]
     options += ["--preference_pairs", "anchor", "--max_steps", 2, "--per_device_train_batch_size", 16]
     with JudgeServer(orm, fail_share=0.2, garbage_share=0.2) as url:
-        train(*options, "--judge_url", url, processes="configs/deepspeed_2_cpu.yaml")
+        train(*options, "--judge_url", url, processes=ZERO_2)
     scored = rollouts(run)
     absent = [row for row in scored if row["total"] is None]
     assert len(scored) == 2 * 2 * 16 and 0 < len(absent) < len(scored) / 2
@@ -93,7 +86,7 @@ def test_rewards_are_whole_and_score_the_same_under_zero_3(tmp_path):
     run = tmp_path / "run"
     options = ["--outdir", run, "--rewards", *LOCAL, "--reward_weights", *[1] * len(LOCAL), "--max_steps", 1]
     options += ["--per_device_train_batch_size", 8, "--orm_dtype", "float32"]
-    train(*options, processes=str(tmp_path / "zero_3.yaml"))
+    train(*options, processes=tmp_path / "zero_3.yaml")
     drawn = [row for row in rollouts(run) if row["rewrite"] is not None]
     assert drawn
     from data.grammar import read

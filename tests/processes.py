@@ -1,0 +1,40 @@
+"""What tests do with real processes: kill one when it has come so far, launch two under DeepSpeed."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+ZERO_2 = ROOT / "configs" / "deepspeed_2_cpu.yaml"
+
+
+def kill_when(ready: Callable[[], bool], command: Sequence[str]) -> None:
+    """Start `command` and send it SIGKILL as soon as `ready()`; it must not have ended before."""
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + 240
+        while process.poll() is None and time.monotonic() < until and not ready():
+            time.sleep(0.02)
+        assert process.poll() is None, "the run ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def launch(program: Path, *options: object, config: Path = ZERO_2) -> subprocess.CompletedProcess:
+    """`accelerate launch` of `program` as `config` says, on a free port; fails with what it said if it fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(port)]
+    command = [*launcher, "--config_file", str(config), str(program), *map(str, options)]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
