@@ -4,16 +4,10 @@
 #   LAUNCH="accelerate launch --config_file=deepspeed_2.yaml r1_prompter.py \
 #     --data data/generation_prompts_1k_filterd.txt" \
 #   HELD_OUT=pickscore OUTDIR=runs/ablate_rewards_flux scripts/ablate_rewards.sh
-# SEEDS="0 1 2"; further options go to every run: scripts/ablate_rewards.sh --max_steps 30
-set -euo pipefail
-cd "$(dirname "$0")/.."
-
-python="${PYTHON:-.venv/bin/python}"
-[ -x "$python" ] || python=python
-"$python" scripts/ablate.py \
-  --outdir "${OUTDIR:-runs/ablate_rewards}" \
-  --launch "${LAUNCH:-$python scripts/demo.py}" \
-  --seeds ${SEEDS:-0} \
+# Options given go to every run, as --max_steps 30; SEEDS (0 here), JOBS and more of the environment: scripts/ablate.sh.
+source "$(dirname "$0")/ablate.sh"
+out="${OUTDIR:-runs/ablate_rewards}" launch="${LAUNCH:-$python scripts/demo.py}" seeds="${SEEDS:-0}"
+ablate rewards \
   --variant "H: --rewards hps format --reward_weights 1 0.3" \
   --variant "D: --rewards gdino format --reward_weights 1 0.3" \
   --variant "V: --rewards git format --reward_weights 1 0.3" \
