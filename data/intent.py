@@ -52,17 +52,17 @@ _VERBS = frozenset(
 )
 _STOPS = _PREPOSITIONS | _VERBS | frozenset("and or but as while which who where it they them".split()) | _NEGATORS
 _UNNAMED = _STOPS | _DETERMINERS | {"any"}  # no part of a name
-_LINKS = frozenset(  # may stand between a noun and a colour said after it
+_SURFACES = frozenset(
+    "fur coat hair feathers plumage finish paint skin petals surface texture shape hue shade tone color colour".split()
+)
+_LINKS = _SURFACES | frozenset(  # may stand between a noun and a colour said after it
     ", in of a an that which with its colored coloured painted dyed tinted made out from entirely mostly all very "
     "deep bright dark light pale vivid rich pure solid glossy matte soft warm cool smooth shiny silky thick long "
-    "short shade shades tone tones hue color colour fur coat hair feathers plumage finish paint skin petals surface "
-    "texture shape".split()
+    "short shades tones".split()
 )
-_SURFACES = frozenset(
-    "fur coat hair feathers plumage finish paint skin petals surface texture shape hue shade tone color colour one "
-    "ones".split()
-)
-_CLOSERS = _STOPS | _DETERMINERS | _SURFACES | frozenset(COLORS)  # an attribute before one of these ends its phrase
+_CLOSERS = (
+    _STOPS | _DETERMINERS | _SURFACES | {"one", "ones", *COLORS}
+)  # an attribute before one of these ends its phrase
 _COPULAS = frozenset("is are was were appears appear looks look being".split())
 _SAME = [  # attributes that say one thing
     {"wooden", "wood"}, {"golden", "gold"}, {"woolen", "woollen", "wool"}, {"metallic", "metal"}, {"silken", "silk"},
@@ -79,8 +79,8 @@ _MEANING = {word: frozenset(words) for words in _SAME for word in words}
 _RELATIONS = {
     tuple(phrase.split()): meaning
     for meaning, phrases in {
-        ("x", -1): ("left of", "left side of", "left hand side of"),
-        ("x", 1): ("right of", "right side of", "right hand side of"),
+        ("x", -1): ("left of", "left side of", "left hand side of", "its left"),
+        ("x", 1): ("right of", "right side of", "right hand side of", "its right"),
         ("y", -1): ("above", "over", "atop", "on top of", "on the top of", "on", "upon"),
         ("y", 1): ("below", "under", "underneath", "beneath", "on the bottom of"),
         ("z", -1): ("in front of",),
@@ -96,7 +96,6 @@ _BY_FIRST_WORD = {  # longest first
     first: sorted((words for words in _RELATIONS if words[0] == first), key=len, reverse=True)
     for first in {words[0] for words in _RELATIONS}
 }
-_ITS = {"left": ("x", -1), "right": ("x", 1)}  # "to its left"
 _SIDES = {"left": -1, "leftmost": -1, "right": 1, "rightmost": 1}
 _HEIGHTS = {"top": -1, "upper": -1, "topmost": -1, "bottom": 1, "lower": 1, "bottommost": 1}
 _MIDDLES = frozenset("center centre middle central".split())
@@ -236,12 +235,10 @@ class _Text:
         negated, inside = [], False
         for i, word in enumerate(self.words):
             after, following = self.words[i - 1 : i], self.words[i + 1 : i + 8]
-            if word in _HARD or word in ("but", "with", "while", "just", "only"):
-                inside = False
-            elif word == "," and not {"or", "nor"} & set(following):
-                inside = False
-            elif word in _DETERMINERS and after in ([","], ["and"]):
-                inside = False
+            closed = word in _HARD or word in ("but", "with", "while", "just", "only")
+            closed = closed or (word == "," and not {"or", "nor"} & set(following))
+            closed = closed or (word in _DETERMINERS and after in ([","], ["and"]))
+            inside = inside and not closed
             negated.append(inside)
             inside = inside or (word in _NEGATORS and (word != "free" or following[:1] == ["of"]))
         return negated
@@ -291,10 +288,8 @@ class _Text:
             number = 1
         if _number(determiner):
             number = None if at and self.words[at - 1] in _KNOWN else _number(determiner)
-        elif many and determiner == "of" and self.words[at - 1] in _GROUPS:
-            number = _GROUPS[self.words[at - 1]]
-        elif many and determiner in _GROUPS:
-            number = _GROUPS[determiner]
+        elif many:
+            number = _GROUPS.get(self.words[at - 1] if determiner == "of" else determiner, number)
         return _Mention(noun, start, end, before, number, many, self.sentences[start])
 
     def _phrase(self, start: int, lasts: frozenset[str]) -> tuple[tuple[str, ...], str, int]:
@@ -434,10 +429,6 @@ class _Text:
         """(start, end, axis and sign) of each relation's words, longest first, none within another."""
         i = 0
         while i < len(self.words):
-            if self.words[i] == "its" and i + 1 < len(self.words) and self.words[i + 1] in _ITS:
-                yield i, i + 2, _ITS[self.words[i + 1]]
-                i += 2
-                continue
             candidates = _BY_FIRST_WORD.get(self.words[i], ())
             found = next((r for r in candidates if tuple(self.words[i : i + len(r)]) == r), None)
             if found:
