@@ -114,6 +114,35 @@ def byte_level_bpe(texts: Sequence[str], vocab_size: int, special: Sequence[str]
 # ---------------------------------------------------------------- what both renderers learn from
 
 
+def frozen_vae():
+    """The VAE of `weights/flux`, which both renderers draw through."""
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(WEIGHTS / "flux" / "vae", dtype=torch.float32).eval()
+    vae.register_to_config(_name_or_path="miniature/weights/flux/vae")  # else this machine's path would be saved
+    return vae
+
+
+def text_encoder(words, width: int):
+    """A T5 of three layers and four heads."""
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(
+        vocab_size=len(words), d_model=width, d_kv=width // 4, d_ff=2 * width, num_layers=3, num_heads=4,
+        feed_forward_proj="gated-gelu", dropout_rate=0.0, pad_token_id=words.pad_token_id,
+        eos_token_id=words.eos_token_id,
+    )  # fmt: skip
+    return T5EncoderModel(config)
+
+
+def flow(truth: torch.Tensor, noise: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(t, latents at t, velocity to learn) of flow matching; t (B,) is logit-normal, 0 is the picture, 1 is noise."""
+    start = torch.randn(truth.shape, generator=noise)
+    t = torch.randn(len(truth), generator=noise).sigmoid()
+    at = t.view(-1, *[1] * (truth.dim() - 1))
+    return t, (1 - at) * truth + at * start, start - truth
+
+
 def teach_language(name: str, t5: nn.Module, words, steps: int) -> None:
     """Pretrain a text encoder: every token of a layout caption is to know its thing's colour, shape and place."""
     heads = nn.ModuleList([nn.Linear(t5.config.d_model, n) for n in (len(world.COLORS), len(world.SHAPES), 9)])

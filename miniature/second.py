@@ -19,7 +19,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from miniature.fit import TEXT_TOKENS, WEIGHTS, caption, fit, latent_pool, teach_language, word_tokenizer
+from miniature.fit import (
+    TEXT_TOKENS,
+    WEIGHTS,
+    caption,
+    fit,
+    flow,
+    frozen_vae,
+    latent_pool,
+    teach_language,
+    text_encoder,
+    word_tokenizer,
+)  # fmt: skip
 
 UNCAPTIONED = 0.1  # share of training pictures without a caption: what guidance pushes away from
 GUIDANCE = 1.0  # at use: one pass. Unset, it is SD3's own 7.0, at which raw prompts draw well 43 % of the time, not 18
@@ -31,25 +42,13 @@ def build_sd3(text_steps: int = 800, steps: int = 4000, batch: int = 64, pool: i
     Only the T5 comes pretrained and frozen; the CLIPs learn along with the transformer. No autocast: at these widths
     a step takes 0.46 s in float32 and 0.62 s in bfloat16, on one core that has bfloat16 instructions.
     """
-    from diffusers import (
-        AutoencoderKL,
-        FlowMatchEulerDiscreteScheduler,
-        SD3Transformer2DModel,
-        StableDiffusion3Pipeline,
-    )
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     torch.manual_seed(2)
-    vae = AutoencoderKL.from_pretrained(WEIGHTS / "flux" / "vae", dtype=torch.float32).eval()
-    vae.register_to_config(_name_or_path="miniature/weights/flux/vae")  # else this machine's path would be saved
-    words = word_tokenizer()
+    vae, words = frozen_vae(), word_tokenizer()
     tokens = {"pad_token_id": words.pad_token_id, "eos_token_id": words.eos_token_id}
-    t5 = T5EncoderModel(
-        T5Config(
-            vocab_size=len(words), d_model=96, d_kv=24, d_ff=192, num_layers=3, num_heads=4,
-            feed_forward_proj="gated-gelu", dropout_rate=0.0, **tokens,
-        )
-    )  # fmt: skip
+    t5 = text_encoder(words, 96)
     small, large = (
         CLIPTextModelWithProjection(
             CLIPTextConfig(
@@ -74,15 +73,12 @@ def build_sd3(text_steps: int = 800, steps: int = 4000, batch: int = 64, pool: i
     def loss_of(rng: random.Random, noise: torch.Generator) -> torch.Tensor:
         chosen = [rng.randrange(pool) for _ in range(batch)]
         texts = ["" if rng.random() < UNCAPTIONED else caption(scenes[i], rng) for i in chosen]
-        truth = latents[chosen]
-        start = torch.randn(truth.shape, generator=noise)
-        t = torch.randn(batch, generator=noise).sigmoid()  # logit-normal: 0 is the picture, 1 is noise
-        mixed = (1 - t)[:, None, None, None] * truth + t[:, None, None, None] * start
+        t, mixed, wanted = flow(latents[chosen], noise)
         read, _, pooled, _ = pipe.encode_prompt(
             texts, None, None, do_classifier_free_guidance=False, max_sequence_length=TEXT_TOKENS
         )
         velocity = transformer(mixed, read, pooled, 1000 * t, return_dict=False)[0]
-        return F.mse_loss(velocity, start - truth)
+        return F.mse_loss(velocity, wanted)
 
     learning = nn.ModuleDict({"small": small, "large": large, "transformer": transformer})
     fit("sd3", learning, loss_of, steps=steps, lr=1e-3)
