@@ -21,7 +21,6 @@ the input; 1 if a run had to stop because pictures or scores failed.
 from __future__ import annotations
 
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -32,21 +31,21 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
+from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config, get_quantization_config
 
 from data.prompts import DataError, load_prompts
 from interfaces import Prompt, Renderer, Reward
 from prompting import messages
+from rendering import CheckpointError, RenderOptions
 from rewards import REWARDS, RewardError, RewardOptions, Setting, build, check
 from rewards.frozen import footprint
 from training.curves import progressing
 from training.diagnostics import diagnose, mean_of_processes
 from training.options import UsageError, parse, set_renamed
 from training.policy import PolicyError, load_tokenizer, trainee
-from training.progress import RunLog
-from training.report import write_report
-from training.run_folder import RunFolder, RunFolderError, git_commit
+from training.progress import RunLog, begin, finish, rounded_away
+from training.run_folder import RunFolder, RunFolderError
 from training.scoring import Scored, Scorer, ScoringError
 from training.whole import whole_parameters
 
@@ -67,12 +66,8 @@ class ScriptArguments:
         default="Qwen/Qwen2.5-3B-Instruct",
         metadata={"help": "Policy: folder or hub name of an instruct model with a chat template."},
     )
-    sdmodel_name: str = field(
-        default="black-forest-labs/FLUX.1-dev",
-        metadata={"help": "Renderer: folder or hub name of any diffusers text-to-image pipeline."},
-    )
     rewards: list[str] = field(
-        default_factory=lambda: ["hps", "format", "length"],
+        default_factory=list,  # the recipe names them
         metadata={"help": f"Rewards, of: {', '.join(REWARDS)}; weighted by --reward_weights in this order (1 each)."},
     )
     held_out: list[str] = field(
@@ -92,23 +87,6 @@ class ScriptArguments:
         default=1,
         metadata={"help": "Pictures per rewrite, averaged; another prompt often teaches more at the same cost."},
     )
-    render_steps: int | None = field(default=None, metadata={"help": "Denoising steps; unset: the pipeline's own."})
-    guidance: float | None = field(default=None, metadata={"help": "Guidance scale; unset: the pipeline's own."})
-    resolution: int | None = field(
-        default=None, metadata={"help": "Side of the square pictures in pixels; unset: the pipeline's own size."}
-    )
-    max_sequence_length: int | None = field(
-        default=None,
-        metadata={"help": "Renderer tokens read of a rewrite; all texts are padded to it, so fewer draw faster."},
-    )
-    render_dtype: str = field(
-        default="bfloat16",
-        metadata={"help": "Renderer's weights and arithmetic.", "choices": ["bfloat16", "float16", "float32"]},
-    )
-    render_batch_size: int = field(
-        default=8, metadata={"help": "Pictures per pipeline call; at 512 px a GPU is busy from about 8 on."}
-    )
-    render_device: str | None = field(default=None, metadata={"help": "Of the renderer; unset: the process's own."})
     max_absent_share: float = field(
         default=0.5,
         metadata={"help": "Share of samples without score, 0 to 1, above which three batches in a row stop the run."},
@@ -122,15 +100,27 @@ class ScriptArguments:
     resume: bool = field(default=False, metadata={"help": "Continue this run from its newest checkpoint."})
 
 
-def parse_options(argv: Sequence[str]) -> tuple[ScriptArguments, RewardOptions, GRPOConfig, ModelConfig]:
+@dataclass(frozen=True)
+class Options:
+    """The options of one run: ours, the renderer's, the rewards', TRL's."""
+
+    script: ScriptArguments
+    render: RenderOptions
+    reward: RewardOptions
+    training: GRPOConfig
+    model: ModelConfig
+
+
+def parse_options(argv: Sequence[str]) -> Options:
     """Options of one run: the recipe, then the `--config` YAML, then flags.
 
     Raises:
         UsageError: an unknown key or flag (with the nearest valid one), a missing or ill-typed value.
     """
-    script, options, training, model = parse((ScriptArguments, RewardOptions, GRPOConfig, ModelConfig), RECIPE, argv)
-    set_renamed(script.outdir, script.gpt_path, training, model)
-    return script, options, training, model
+    kinds = (ScriptArguments, RenderOptions, RewardOptions, GRPOConfig, ModelConfig)
+    options = Options(*parse(kinds, RECIPE, argv))
+    set_renamed(options.script.outdir, options.script.gpt_path, options.training, options.model)
+    return options
 
 
 def plan(script: ScriptArguments, training: GRPOConfig, prompts: int) -> dict[str, int]:
@@ -180,16 +170,14 @@ def plan(script: ScriptArguments, training: GRPOConfig, prompts: int) -> dict[st
 
 
 def load_frozen(
-    script: ScriptArguments, options: RewardOptions, training: GRPOConfig, prompts: Sequence[Prompt]
+    options: Options, prompts: Sequence[Prompt]
 ) -> tuple[PreTrainedTokenizerBase, Renderer, list[Reward], list[Reward]]:
     """Tokenizer, renderer, rewards and held-out scorers; one error names all that is missing.
 
     Raises:
         UsageError: with each missing checkpoint's name, size, licence and the command that fetches it.
     """
-    from rendering.local import CheckpointError, LocalRenderer  # diffusers: seconds that a bad option need not cost
-
-    device, missing, tokenizer, renderer = script.render_device or str(training.device), [], None, None
+    script, training, missing, tokenizer, renderer = options.script, options.training, [], None, None
     names = [*script.rewards, *script.held_out]
     with whole_parameters():
         try:
@@ -197,24 +185,15 @@ def load_frozen(
         except PolicyError as error:
             missing.append(str(error))
         try:
-            renderer = LocalRenderer(
-                script.sdmodel_name,
-                device=device,
-                dtype=script.render_dtype,
-                steps=script.render_steps,
-                guidance=script.guidance,
-                height=script.resolution,
-                width=script.resolution,
-                max_sequence_length=script.max_sequence_length,
-                chunk_size=script.render_batch_size,
-            )
+            renderer = options.render.load(str(training.device))
         except (CheckpointError, ValueError) as error:
             missing.append(str(error))
             names = [name for name in names if name != "length"]  # it counts the tokens of the renderer
+        device = options.reward.reward_device or options.render.render_device or str(training.device)
         verdicts = Path(script.outdir) / f"verdicts_{training.process_index}.sqlite"
-        setting = Setting(options.reward_device or device, renderer, prompts, training.seed, verdicts)
+        setting = Setting(device, renderer, prompts, training.seed, verdicts)
         try:
-            rewards = build(names, options, setting)
+            rewards = build(names, options.reward, setting)
         except (RewardError, ValueError) as error:
             missing.append(str(error))
     if missing:
@@ -291,24 +270,22 @@ def _watched(row: Mapping[str, Any]) -> dict[str, float | None]:
     return {"reward": row.get("reward"), **{name: row[f"rewards/{name}/mean"] for name in progressing(row)}}
 
 
-def train(script: ScriptArguments, options: RewardOptions, training: GRPOConfig, model: ModelConfig) -> None:
+def train(options: Options) -> None:
     """One run, from options to trained policy and report.
 
     Raises:
         UsageError, DataError, RunFolderError: bad input, found before any model is loaded where that is possible.
         ScoringError: pictures or scores failed for good.
     """
-    check([*script.rewards, *script.held_out], options, training.ddp_timeout)
+    script, training, model = options.script, options.training, options.model
+    check([*script.rewards, *script.held_out], options.reward, training.ddp_timeout)
     if training.reward_weights is not None and len(training.reward_weights) != len(script.rewards):
         raise UsageError(f"reward_weights {training.reward_weights} for rewards {script.rewards}: give one for each")
     prompts = {prompt.id: prompt for prompt in load_prompts(script.data)}
     numbers = plan(script, training, len(prompts))
-    folder = RunFolder(script.outdir, _resolved(script, options, training, model), resume=script.resume)
-    folder.check()
-    if folder.resume_step >= numbers["optimizer_steps"]:  # the Trainer would take one step more than was asked for
-        raise RunFolderError(f"--resume: {folder.path} is complete; its policy is {folder.checkpoint}")
-    tokenizer, renderer, rewards, held_out = load_frozen(script, options, training, list(prompts.values()))
-
+    folder = RunFolder(script.outdir, _resolved(options), resume=script.resume)
+    folder.check(numbers["optimizer_steps"])
+    tokenizer, renderer, rewards, held_out = load_frozen(options, list(prompts.values()))
     scorer = Scorer(
         renderer,
         rewards,
@@ -321,12 +298,7 @@ def train(script: ScriptArguments, options: RewardOptions, training: GRPOConfig,
         max_absent_share=script.max_absent_share,
         held_out=held_out,
     )
-    PartialState().wait_for_everyone()  # every process has checked the folder before one writes into it
-    if training.process_index == 0:
-        folder.open(numbers, [Path(sys.argv[0]).name, *sys.argv[1:]], git_commit(HERE))
-        print(_announce(script, training, model, numbers, folder, [*rewards, *held_out]), flush=True)
-
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.path / "tensorboard"))
+    begin(folder, numbers, _announce(options, numbers, folder, [*rewards, *held_out]))
     trainer = RewriteTrainer(
         model=trainee(script.gpt_path, training, model.use_peft),
         reward_funcs=scorer.reward_functions(),
@@ -342,30 +314,22 @@ def train(script: ScriptArguments, options: RewardOptions, training: GRPOConfig,
         folder=folder,
         script=script,
     )
-    trainer.remove_callback(ProgressCallback)
-    trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=str(folder.checkpoint) if script.resume else None)
-    trainer.save_model(script.outdir)
-    if trainer.is_world_process_zero():
-        print(f"policy: {script.outdir}\nreport: {write_report(folder.path)}", flush=True)
+    finish(trainer, folder)
 
 
-def _resolved(
-    script: ScriptArguments, options: RewardOptions, training: GRPOConfig, model: ModelConfig
-) -> dict[str, Any]:
-    ours = {**asdict(script), **asdict(options), "num_processes": training.world_size}
-    return {**training.to_dict(), **asdict(model), **ours}
+def _resolved(options: Options) -> dict[str, Any]:
+    ours = {**asdict(options.script), **asdict(options.render), **asdict(options.reward)}
+    return {
+        **options.training.to_dict(),
+        **asdict(options.model),
+        **ours,
+        "num_processes": options.training.world_size,
+    }
 
 
-def _announce(
-    script: ScriptArguments,
-    training: GRPOConfig,
-    model: ModelConfig,
-    numbers: dict[str, int],
-    folder: RunFolder,
-    scorers: Sequence[Reward],
-) -> str:
-    lines = [
+def _announce(options: Options, numbers: dict[str, int], folder: RunFolder, scorers: Sequence[Reward]) -> list[str]:
+    script, training = options.script, options.training
+    return [
         f"{numbers['prompts_per_generation']} prompts x {training.num_generations} completions = "
         f"{numbers['completions_per_generation']} rollouts and up to {numbers['images_per_generation']} pictures per "
         f"generation, on {numbers['processes']} process(es)",
@@ -375,21 +339,14 @@ def _announce(
         f"rewards {', '.join(script.rewards)}; held out {', '.join(script.held_out) or 'none'}; seed {training.seed}; "
         f"all options: {folder.path}/run.json",
         *[f"  {footprint(scorer)}" for scorer in scorers],
+        *rounded_away(training, options.model),
     ]
-    if folder.resume_step:
-        lines.append(f"continuing after step {folder.resume_step}")
-    if model.dtype == "bfloat16" and not model.use_peft and training.deepspeed_plugin is None:
-        lines.append(
-            "note: full fine-tuning of bfloat16 weights without DeepSpeed keeps no float32 copy, and updates below "
-            "0.4 % of a weight are lost: launch with deepspeed_2.yaml, or give --dtype float32 or --use_peft true"
-        )
-    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     try:
-        train(*parse_options(sys.argv[1:] if argv is None else argv))
+        train(parse_options(sys.argv[1:] if argv is None else argv))
     except (UsageError, DataError, PolicyError, RewardError, RunFolderError, ScoringError) as error:
         if PartialState().is_main_process:
             print(f"r1_prompter: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)

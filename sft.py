@@ -20,7 +20,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -29,16 +28,15 @@ from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
+from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
 from data.prompts import DataError
 from prompting import completion, messages
 from training.options import UsageError, parse, set_renamed
 from training.policy import PolicyError, load_tokenizer, trainee
-from training.progress import RunLog
-from training.report import write_report
-from training.run_folder import RunFolder, RunFolderError, git_commit
+from training.progress import RunLog, begin, finish, rounded_away
+from training.run_folder import RunFolder, RunFolderError
 
 HERE = Path(__file__).resolve().parent
 RECIPE = HERE / "configs" / "cold_start.yaml"
@@ -165,7 +163,6 @@ def train(script: ScriptArguments, training: SFTConfig, model: ModelConfig) -> N
     data_hash = hashlib.sha256(Path(script.data).read_bytes()).hexdigest()[:16]
     config = {**training.to_dict(), **asdict(model), **asdict(script), "data_hash": data_hash}
     folder = RunFolder(script.outdir, {**config, "num_processes": training.world_size}, resume=script.resume)
-    folder.check()
     tokenizer = load_tokenizer(script.gpt_path)
     longest = training.max_length
     (learnt, too_long), (watched, too_long_to_watch) = (
@@ -175,16 +172,9 @@ def train(script: ScriptArguments, training: SFTConfig, model: ModelConfig) -> N
         raise UsageError(f"all {too_long} examples are longer than max_length {longest} tokens: raise it")
     if training.padding_free:
         training.max_length = None  # TRL's condition; what is too long has been left out
-    trainer_options = {"peft_config": get_peft_config(model), "quantization_config": get_quantization_config(model)}
     numbers = _plan(training, len(learnt), len(watched), too_long + too_long_to_watch)
-    if folder.resume_step >= numbers["optimizer_steps"]:
-        raise RunFolderError(f"--resume: {folder.path} is complete; its policy is {folder.checkpoint}")
-    PartialState().wait_for_everyone()  # every process has checked the folder before one writes into it
-    if training.process_index == 0:
-        folder.open(numbers, [Path(sys.argv[0]).name, *sys.argv[1:]], git_commit(HERE))
-        print(_announce(numbers, learnt, folder), flush=True)
-
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.path / "tensorboard"))
+    folder.check(numbers["optimizer_steps"])
+    begin(folder, numbers, [*_announce(numbers, learnt, folder), *rounded_away(training, model)])
     trainer = SFTTrainer(
         model=trainee(script.gpt_path, training, model.use_peft),
         args=training,
@@ -192,14 +182,10 @@ def train(script: ScriptArguments, training: SFTConfig, model: ModelConfig) -> N
         eval_dataset=watched if len(watched) else None,
         processing_class=tokenizer,
         callbacks=[RunLog(folder, _watched)],
-        **trainer_options,
+        peft_config=get_peft_config(model),
+        quantization_config=get_quantization_config(model),
     )
-    trainer.remove_callback(ProgressCallback)
-    trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=str(folder.checkpoint) if script.resume else None)
-    trainer.save_model(script.outdir)
-    if trainer.is_world_process_zero():
-        print(f"policy: {script.outdir}\nreport: {write_report(folder.path)}", flush=True)
+    finish(trainer, folder)
 
 
 def _plan(training: SFTConfig, learnt: int, watched: int, too_long: int) -> dict[str, int]:
@@ -217,17 +203,14 @@ def _plan(training: SFTConfig, learnt: int, watched: int, too_long: int) -> dict
     }
 
 
-def _announce(numbers: Mapping[str, int], learnt: Dataset, folder: RunFolder) -> str:
+def _announce(numbers: Mapping[str, int], learnt: Dataset, folder: RunFolder) -> list[str]:
     lengths = [len(ids) for ids in learnt["input_ids"]]
-    lines = [
+    return [
         f"{numbers['examples']} examples of {min(lengths)} to {max(lengths)} tokens to learn, "
         f"{numbers['validation_examples']} to validate on, {numbers['examples_too_long']} left out as too long",
         f"{numbers['examples_per_step']} a step on {numbers['processes']} process(es), {numbers['optimizer_steps']} "
         f"steps; all options: {folder.path}/run.json",
     ]
-    if folder.resume_step:
-        lines.append(f"continuing after step {folder.resume_step}")
-    return "\n".join(lines)
 
 
 def _watched(row: Mapping[str, Any]) -> dict[str, float | None]:

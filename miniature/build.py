@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import random
-from pathlib import Path
+from dataclasses import fields
 
 import numpy as np
 import torch
@@ -30,14 +30,18 @@ from miniature.fit import (
     WEIGHTS,
     caption,
     fit,
+    flow,
+    frozen_vae,
     latent_pool,
     pixels,
     teach_language,
+    text_encoder,
     word_tokenizer,
-)
+)  # fmt: skip
 from miniature.policy import build_instruct, build_policy
 from miniature.preferences import build_hps, build_imagereward, build_pickscore
 from miniature.readers import build_gdino, build_git, build_orm
+from rendering import RenderOptions
 
 # ---------------------------------------------------------------- the renderer: VAE, then FLUX on its latents
 
@@ -84,7 +88,6 @@ def pictures(batch: torch.Tensor) -> list[Image.Image]:
     return [Image.fromarray(array) for array in arrays]
 
 
-AS_TEXT = {"tokenize": False, "add_generation_prompt": True}
 GUIDANCE = 3.5  # FLUX.1-dev's distilled guidance is an input; here it is constant
 
 
@@ -95,20 +98,13 @@ def build_flux(text_steps: int = 800, steps: int = 3000, batch: int = 64, pool: 
     pretrained and stays frozen, as the real one does: a smaller one, trained along with the transformer, drew 2 of 32
     two-thing scenes exactly after 3,000 steps.
     """
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(1)
-    vae = AutoencoderKL.from_pretrained(WEIGHTS / "flux" / "vae", dtype=torch.float32).eval()
-    vae.register_to_config(_name_or_path="miniature/weights/flux/vae")  # else this machine's path would be saved
-    words = word_tokenizer()
+    vae, words = frozen_vae(), word_tokenizer()
     tokens = {"pad_token_id": words.pad_token_id, "eos_token_id": words.eos_token_id}
-    t5 = T5EncoderModel(
-        T5Config(
-            vocab_size=len(words), d_model=128, d_kv=32, d_ff=256, num_layers=3, num_heads=4,
-            feed_forward_proj="gated-gelu", dropout_rate=0.0, **tokens,
-        )
-    )  # fmt: skip
+    t5 = text_encoder(words, 128)
     clip = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(words), hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
@@ -131,19 +127,16 @@ def build_flux(text_steps: int = 800, steps: int = 3000, batch: int = 64, pool: 
     def loss_of(rng: random.Random, noise: torch.Generator) -> torch.Tensor:
         chosen = [rng.randrange(pool) for _ in range(batch)]
         ids = words([caption(scenes[i], rng) for i in chosen], **PADDED).input_ids
-        truth = latents[chosen]
         with torch.no_grad():
             read = t5(ids)[0]
-        start = torch.randn(truth.shape, generator=noise)
-        t = torch.randn(batch, generator=noise).sigmoid()  # logit-normal: 0 is the picture, 1 is noise
-        mixed = (1 - t)[:, None, None] * truth + t[:, None, None] * start
+        t, mixed, wanted = flow(latents[chosen], noise)
         with torch.autocast("cpu", torch.bfloat16):
             velocity = transformer(
                 hidden_states=mixed, timestep=t, guidance=torch.full((batch,), GUIDANCE),
                 encoder_hidden_states=read, pooled_projections=clip(ids).pooler_output,
                 txt_ids=torch.zeros(TEXT_TOKENS, 3), img_ids=places, return_dict=False,
             )[0]  # fmt: skip
-        return F.mse_loss(velocity.float(), start - truth)
+        return F.mse_loss(velocity.float(), wanted)
 
     fit("flux", nn.ModuleDict({"clip": clip, "transformer": transformer}), loss_of, steps=steps, lr=1e-3)
     pipe.to(torch.float16).save_pretrained(WEIGHTS / "flux")
@@ -160,19 +153,12 @@ def write_prompts() -> None:
         file.write_text("".join(prompt.text + "\n" for prompt in prompts), encoding="utf-8")
 
 
-def renderer(path: Path = WEIGHTS / "flux", guidance: float | None = None):
-    """A miniature renderer behind the trainer's own class, with the settings of `configs/miniature.yaml`.
-
-    Guidance None is the pipeline's own.
-    """
-    from rendering.local import LocalRenderer
-
+def renderer(**changes: object):
+    """A miniature renderer, with the settings of `configs/miniature.yaml` but for `changes` (of `RenderOptions`)."""
     options = yaml.safe_load((ROOT.parent / "configs" / "miniature.yaml").read_text(encoding="utf-8"))
-    return LocalRenderer(
-        str(path), device="cpu", dtype=options["render_dtype"], steps=options["render_steps"],
-        guidance=guidance, height=options["resolution"], width=options["resolution"],
-        max_sequence_length=options["max_sequence_length"], chunk_size=options["render_batch_size"],
-    )  # fmt: skip
+    known = {field.name for field in fields(RenderOptions)}
+    given = {**{name: value for name, value in options.items() if name in known}, **changes}
+    return RenderOptions(**{**given, "sdmodel_name": str(ROOT.parent / given["sdmodel_name"])}).load("cpu")
 
 
 def drawing(draw, prompts: list[Prompt]) -> dict[str, float]:
@@ -199,7 +185,7 @@ def measure() -> None:
     vae = AutoencoderKL.from_pretrained(WEIGHTS / "flux" / "vae", dtype=torch.float32)
     print(f"reconstruction: the oracle reads {reconstruction(vae):.1%} of 500 scenes exactly")
     for name, guidance in (("flux", None), ("sd3", second.GUIDANCE)):
-        share = drawing(renderer(WEIGHTS / name, guidance), held_out)
+        share = drawing(renderer(sdmodel_name=WEIGHTS / name, guidance=guidance), held_out)
         print(
             f"drawing, {name}: {share['written']:.1%} of {len(held_out)} written layouts, "
             f"{share['raw']:.1%} of raw prompts"

@@ -26,6 +26,7 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from PIL import Image
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from rendering import CheckpointError
 from training.whole import whole_parameters
 
 # Pipelines print every text that they cut, padding included; `LocalRenderer.truncated` counts them and warns once.
@@ -44,10 +45,6 @@ KNOWN_CHECKPOINTS = {
     "Qwen/Qwen-Image": (58, "Apache-2.0", ""),
     "Tongyi-MAI/Z-Image-Turbo": (21, "Apache-2.0", ""),
 }
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint is not there, cannot be fetched or did not load whole. The message says what to do."""
 
 
 class LocalRenderer:

@@ -27,9 +27,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.prompts import load_prompts
-from interfaces import Prompt, Sample
+from interfaces import Prompt, Renderer, Sample
+from miniature import build as miniature
 from prompting import messages, parse
-from rendering.local import LocalRenderer
 from rewards import RewardOptions, Setting, build
 from scripts.reprompt import Reprompter
 from training.scoring import Scorer
@@ -60,7 +60,7 @@ def bench_cpu(groups: int, group: int) -> dict:
     options = yaml.safe_load((ROOT / "configs" / "miniature.yaml").read_text(encoding="utf-8"))
     prompts = random.Random(0).sample(load_prompts(ROOT / options["data"]), groups)
     asked = [prompt for prompt in prompts for _ in range(group)]
-    renderer, one_by_one = (_renderer(options, chunk) for chunk in (options["render_batch_size"], 1))
+    renderer, one_by_one = miniature.renderer(), miniature.renderer(render_batch_size=1)
     rewards = build(REWARDS, RewardOptions(hps_path=str(ROOT / options["hps_path"])), Setting(renderer=renderer))
     scorer = Scorer(renderer, rewards, {prompt.id: prompt for prompt in prompts}, num_generations=group)
 
@@ -89,7 +89,7 @@ def bench_rewards(pictures: int) -> dict:
     """Milliseconds per picture of each local reward, all pictures in one call and one picture a call; medians of 3."""
     options = yaml.safe_load((ROOT / "configs" / "miniature.yaml").read_text(encoding="utf-8"))
     prompts = random.Random(0).sample(load_prompts(ROOT / options["data"]), pictures)
-    images = _renderer(options, options["render_batch_size"])([p.text for p in prompts], range(pictures))
+    images = miniature.renderer()([p.text for p in prompts], range(pictures))
     samples = [Sample(prompt, "", prompt.text, (image,)) for prompt, image in zip(prompts, images, strict=True)]
     paths = {f"{name}_path": str(ROOT / options[f"{name}_path"]) for name in LOCAL}
     result = {"pictures": pictures, "threads": torch.get_num_threads()}
@@ -111,14 +111,6 @@ def _median_of_3(work: Callable[[], object]) -> float:
     return sorted(seconds)[1]
 
 
-def _renderer(options: dict, chunk_size: int) -> LocalRenderer:
-    return LocalRenderer(
-        str(ROOT / options["sdmodel_name"]), device="cpu", dtype=options["render_dtype"],
-        steps=options["render_steps"], guidance=None, height=options["resolution"], width=options["resolution"],
-        max_sequence_length=options["max_sequence_length"], chunk_size=chunk_size,
-    )  # fmt: skip
-
-
 def _sample(policy: Path, asked: list[Prompt], length: int) -> tuple[list[str], float]:
     """One sampled completion per prompt in `asked`, padded into one batch as TRL does, and the seconds it took."""
     reprompter = Reprompter(str(policy), max_new_tokens=length, temperature=1.0, dtype="float32")
@@ -135,7 +127,7 @@ def _sample(policy: Path, asked: list[Prompt], length: int) -> tuple[list[str], 
     return reprompter.tokenizer.batch_decode(written, skip_special_tokens=True), seconds
 
 
-def _plain_loop(renderer: LocalRenderer, rewards: list, asked: list[Prompt], completions: list[str]) -> float:
+def _plain_loop(renderer: Renderer, rewards: list, asked: list[Prompt], completions: list[str]) -> float:
     """Seconds to draw and score rollout by rollout, each image reward drawing for itself."""
     started = time.perf_counter()
     for prompt, completion in zip(tqdm(asked, desc="plain loop", leave=False), completions, strict=True):

@@ -25,7 +25,6 @@ import asyncio
 import difflib
 import hashlib
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -42,7 +41,8 @@ from data.intent import lost
 from data.prompts import DataError, load_prompts
 from interfaces import Prompt
 from prompting import SYSTEM_PROMPT, completion
-from rewards import DTYPES, REWARDS, RewardError, RewardOptions, Setting, build, check, one_line, option
+from rendering import CheckpointError, RenderOptions
+from rewards import REWARDS, RewardError, RewardOptions, Setting, build, check, one_line, option
 from scripts.journal import Journal, JournalError
 from scripts.teacher import (
     FOR_A_TEACHER,
@@ -56,6 +56,7 @@ from scripts.teacher import (
     MiniatureTeacher,
     TeacherError,
 )
+from training.run_folder import write_whole
 
 INTENT = "intent lost"
 DROPS = (REFUSED, TRUNCATED, MALFORMED, INTENT, FOREIGN)
@@ -99,19 +100,11 @@ class Options:
     price_in: float | None = option(None, "Of a million tokens read; without it tokens are shown, but no cost.")
     price_out: float | None = option(None, "Of a million tokens written.")
     skill: float = option(0.35, "Share, 0 to 1, of what the miniature's writer means to write with care.")
-    best_of: int = option(1, "Answers a prompt, of which the best is kept; needs a renderer and rewards.")
+    best_of: int = option(1, "Answers a prompt, of which the best is kept; needs rewards.")
     min_score: float | None = option(None, "A prompt whose best answer scores less is dropped.")
-    sdmodel_name: str | None = option(None, "Renderer: folder or hub name; unset: nothing is scored.")
     rewards: list[str] = field(default_factory=list, metadata={"help": f"Of: {', '.join(REWARDS)}."})
     reward_weights: list[float] | None = option(None, "One for each reward; unset: 1 each.")
     images_per_rewrite: int = option(1, "Pictures per answer, averaged.")
-    render_steps: int | None = option(None, "Denoising steps; unset: the pipeline's own.")
-    guidance: float | None = option(None, "Guidance scale; unset: the pipeline's own.")
-    resolution: int | None = option(None, "Side of the square pictures in pixels; unset: the pipeline's own size.")
-    max_sequence_length: int | None = option(None, "Renderer tokens read of a rewrite.")
-    render_dtype: str = option("bfloat16", "Renderer's weights and arithmetic.", choices=[*DTYPES])
-    render_batch_size: int = option(8, "Pictures per pipeline call.")
-    render_device: str | None = option(None, "Of the renderer; unset: the GPU if there is one.")
 
 
 # --- asking ---------------------------------------------------------------------------------------
@@ -191,27 +184,16 @@ def _row(prompt: Prompt, draft: Draft, intent: str) -> dict:
 # --- scoring --------------------------------------------------------------------------------------
 
 
-def load_scorer(args: Options, options: RewardOptions, prompts: Sequence[Prompt]):
+def load_scorer(args: Options, render: RenderOptions, reward: RewardOptions, prompts: Sequence[Prompt]):
     """The renderer and rewards that the arguments name, as the trainer has them."""
-    from rendering.local import CheckpointError, LocalRenderer  # torch: seconds that asking alone need not cost
-    from training.policy import PolicyError, pick_device
+    from training.policy import PolicyError, pick_device  # torch: seconds that asking alone need not cost
     from training.scoring import Scorer
 
     try:
-        device = pick_device(args.render_device or "auto")
-        renderer = LocalRenderer(
-            args.sdmodel_name,
-            device=device,
-            dtype=args.render_dtype,
-            steps=args.render_steps,
-            guidance=args.guidance,
-            height=args.resolution,
-            width=args.resolution,
-            max_sequence_length=args.max_sequence_length,
-            chunk_size=args.render_batch_size,
-        )
-        setting = Setting(options.reward_device or device, renderer, prompts, args.seed)
-        rewards = build(args.rewards, options, setting)
+        device = pick_device(render.render_device or "auto")
+        renderer = render.load(device)
+        setting = Setting(reward.reward_device or device, renderer, prompts, args.seed)
+        rewards = build(args.rewards, reward, setting)
     except (CheckpointError, PolicyError, ValueError) as error:
         raise SftError(f"renderer: {error}") from error
     # Groups differ in size here, and no answer is unreadable: what the size of a group is for does not occur. Pictures
@@ -228,19 +210,19 @@ def load_scorer(args: Options, options: RewardOptions, prompts: Sequence[Prompt]
 
 def unscored(args: Options, prompts: Sequence[Prompt], journal: Journal) -> list[Prompt]:
     """Prompts with answers and all slots closed, but without scores."""
-    if args.sdmodel_name is None:
+    if not args.rewards:
         return []
     waiting = {prompt.id for prompt, _ in open_slots(args, prompts, journal)} | journal.scores.keys()
     return [prompt for prompt in prompts if prompt.id not in waiting and journal.kept(prompt)]
 
 
-def score_all(args: Options, scorer, prompts: Sequence[Prompt], journal: Journal) -> None:
-    """Score the answers to `prompts`; a prompt of whose answers none could be scored is left as it is.
+def score_all(args: Options, scorer, prompts: Sequence[Prompt], journal: Journal, pictures: int) -> None:
+    """Score the answers to `prompts`, `pictures` or so at once; a prompt with no score at all is left as it is.
 
     Raises:
         SftError: PATIENCE batches in a row without a single score.
     """
-    size = max(1, 4 * args.render_batch_size // (args.best_of * args.images_per_rewrite))
+    size = max(1, pictures // (args.best_of * args.images_per_rewrite))
     bad = 0
     with tqdm(total=len(prompts), desc="scoring", unit="prompt", disable=not prompts) as bar:
         for start in range(0, len(prompts), size):
@@ -291,7 +273,7 @@ def _choose(args: Options, prompt: Prompt, journal: Journal) -> tuple[dict | Non
     kept, scores = journal.kept(prompt), journal.scores.get(prompt.id)
     if not kept:
         return None, "given up"
-    if args.sdmodel_name is None:
+    if not args.rewards:
         return _example(args, prompt, kept, 0), ""
     if scores is None:
         return None, "unscored"
@@ -322,10 +304,8 @@ def _example(args: Options, prompt: Prompt, kept: list[dict], best: int) -> dict
 
 def write(path: Path, rows: Sequence[dict]) -> None:
     """All rows or nothing."""
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        os.replace(temporary, path)
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
     except OSError as error:
         raise SftError(f"{path} cannot be written ({one_line(error)}): repair that, then run again") from error
 
@@ -379,24 +359,24 @@ def _dropped(out: Path) -> Path:
 # --- the command ----------------------------------------------------------------------------------
 
 
-def run(args: Options, options: RewardOptions) -> int:
+def run(args: Options, render: RenderOptions, reward: RewardOptions) -> int:
     """The whole job; returns the exit code.
 
     Raises:
         DataError, RewardError, JournalError, SftError, TeacherError: one line each.
     """
-    check(args.rewards, options)
+    check(args.rewards, reward)
     prompts = load_prompts(args.data)[: args.limit]
     teacher = load_teacher(args)
-    with Journal(args.out, _settings(args, options, prompts)) as journal:
+    with Journal(args.out, _settings(args, render, reward, prompts)) as journal:
         slots = open_slots(args, prompts, journal)
         scorer = None
-        if args.sdmodel_name is not None and (slots or unscored(args, prompts, journal)):
+        if args.rewards and (slots or unscored(args, prompts, journal)):
             # before the first question, so that a missing checkpoint is missed at once
-            scorer = load_scorer(args, options, prompts)
+            scorer = load_scorer(args, render, reward, prompts)
         failures = asyncio.run(ask_all(args, teacher, slots, journal))
         if scorer is not None:
-            score_all(args, scorer, unscored(args, prompts, journal), journal)
+            score_all(args, scorer, unscored(args, prompts, journal), journal, 4 * render.render_batch_size)
         outcomes = examples(args, prompts, journal)
         write(args.out, [example for example, _ in outcomes if example])
         write(_dropped(args.out), list(_given_up(prompts, outcomes, journal)))
@@ -428,9 +408,9 @@ def load_teacher(args: Options) -> ChatTeacher | MiniatureTeacher:
     return ChatTeacher(args.teacher_url, args.teacher_model, **sampling)
 
 
-def _settings(args: Options, options: RewardOptions, prompts: Sequence[Prompt]) -> dict:
+def _settings(args: Options, render: RenderOptions, reward: RewardOptions, prompts: Sequence[Prompt]) -> dict:
     """All that an example depends on."""
-    settings = {**vars(args), **(vars(options) if args.rewards else {})}
+    settings = {**vars(args), **({**vars(render), **vars(reward)} if args.rewards else {})}
     settings = {name: value for name, value in settings.items() if name not in NOT_RESULTS}
     ids = hashlib.sha256("".join(prompt.id for prompt in prompts).encode()).hexdigest()[:16]
     told = hashlib.sha256((SYSTEM_PROMPT + FOR_A_TEACHER).encode()).hexdigest()[:16]
@@ -444,37 +424,37 @@ class _Parser(HfArgumentParser):
         raise SftError(message)
 
 
-def parse_args(argv: Sequence[str] | None = None) -> tuple[Options, RewardOptions]:
+def parse_args(argv: Sequence[str] | None = None) -> tuple[Options, RenderOptions, RewardOptions]:
     """The command line.
 
     Raises:
         SftError: an unknown flag (with the nearest one), a missing or bad value.
     """
-    parser = _Parser((Options, RewardOptions), description=__doc__.splitlines()[0], allow_abbrev=False)
-    args, rewards, unknown = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
+    parser = _Parser((Options, RenderOptions, RewardOptions), description=__doc__.splitlines()[0], allow_abbrev=False)
+    args, render, reward, unknown = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
     if unknown:
-        flags = [f"--{name}" for name in (*vars(args), *vars(rewards))]
+        flags = [f"--{name}" for name in (*vars(args), *vars(render), *vars(reward))]
         nearest = difflib.get_close_matches(unknown[0], flags, n=1, cutoff=0.0)[0]
         raise SftError(f"unknown argument {unknown[0]!r}, did you mean {nearest!r}?")
-    if complaint := _complaint(args):
+    if complaint := _complaint(args, render):
         raise SftError(complaint)
     args.reward_weights = args.reward_weights or [1.0] * len(args.rewards)
-    return args, rewards
+    return args, render, reward
 
 
-def _complaint(args: Options) -> str:
+def _complaint(args: Options, render: RenderOptions) -> str:
     """What is wrong with the options, "" if nothing is."""
     if args.teacher == "chat" and not (args.teacher_url and args.teacher_model):
         return "give --teacher_url and --teacher_model, or --teacher miniature"
-    if (args.sdmodel_name is None) != (not args.rewards):
-        return "--sdmodel_name and --rewards go together: pictures to score, and what scores them"
-    if args.sdmodel_name is None and (args.best_of > 1 or args.min_score is not None):
-        return "nothing to choose by: give --sdmodel_name and --rewards, or neither --best_of nor --min_score"
+    if not args.rewards and (args.best_of > 1 or args.min_score is not None):
+        return "nothing to choose by: give --rewards, or neither --best_of nor --min_score"
+    if not args.rewards and render.sdmodel_name != RenderOptions.sdmodel_name:
+        return f"--sdmodel_name {render.sdmodel_name} without --rewards would draw nothing: name what scores pictures"
     if args.reward_weights and len(args.reward_weights) != len(args.rewards):
         return f"--reward_weights {args.reward_weights} for --rewards {args.rewards}: give one for each"
     if (args.price_in is None) != (args.price_out is None):
         return "--price_in and --price_out go together"
-    numbers = vars(args)
+    numbers = {**vars(args), **vars(render)}
     limits = {"temperature": (0, 10), "timeout": (1e-3, 86400), "skill": (0, 1), **dict.fromkeys(COUNTS, (1, 10**9))}
     for name, (low, high) in limits.items():
         if numbers[name] is not None and not low <= numbers[name] <= high:  # NaN too

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import os
 import sys
@@ -33,7 +34,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.prompts import DataError, load_prompts
 from interfaces import Prompt, Renderer
 from prompting import messages, parse, well_formed
+from rendering import CheckpointError, RenderOptions
 from training.policy import DTYPES, PolicyError, load_policy, load_tokenizer, pick_device, pick_dtype
+from training.run_folder import write_whole
 from training.seeds import render_seed
 
 NOT_RESULTS = ("prompts", "out", "device")  # arguments that may differ when a run is continued
@@ -216,12 +219,6 @@ def _read_rows(path: Path) -> dict[str, dict]:
     return {row["id"]: row for row in rows}
 
 
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 # --- rewriting and drawing ------------------------------------------------------------------------
 
 
@@ -238,7 +235,9 @@ def rewrite_all(args: argparse.Namespace, prompts: Sequence[Prompt], rows: dict[
         reasoning=not args.no_reasoning,
     )
     if not (args.out / "settings.json").exists():
-        _write(args.out / "settings.json", json.dumps(_settings(args, prompts, pictures=False), indent=1))
+        write_whole(
+            args.out / "settings.json", json.dumps(_settings(args, prompts, pictures=False), indent=1).encode()
+        )
     where = {prompt.text: (index, prompt.id) for index, prompt in enumerate(prompts)}
     done = [prompt.text for prompt in prompts if prompt.id in rows]
     tokens, start = 0, time.perf_counter()
@@ -260,21 +259,18 @@ def rewrite_all(args: argparse.Namespace, prompts: Sequence[Prompt], rows: dict[
 
 def load_renderer(args: argparse.Namespace) -> Renderer:
     """The renderer that the arguments name; options not given are its own defaults."""
-    from rendering.local import CheckpointError, LocalRenderer
-
     device = pick_device(args.device)
+    options = RenderOptions(
+        args.sdmodel_name,
+        render_steps=args.steps,
+        guidance=args.guidance,
+        resolution=args.resolution,
+        max_sequence_length=args.max_sequence_length,
+        render_dtype=pick_dtype(args.dtype, device),
+        render_batch_size=args.chunk_size,
+    )
     try:
-        return LocalRenderer(
-            args.sdmodel_name,
-            device=device,
-            dtype=pick_dtype(args.dtype, device),
-            steps=args.steps,
-            guidance=args.guidance,
-            height=args.resolution,
-            width=args.resolution,
-            max_sequence_length=args.max_sequence_length,
-            chunk_size=args.chunk_size,
-        )
+        return options.load(device)
     except (CheckpointError, ValueError) as error:
         raise RepromptError(f"renderer: {error}") from error
 
@@ -311,9 +307,9 @@ def _versions(row: dict, baseline: bool) -> list[tuple[str, str, str]]:
 
 
 def _save(path: Path, picture: Image.Image) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    picture.save(temporary, format="PNG")
-    os.replace(temporary, path)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    write_whole(path, buffer.getvalue())
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -331,10 +327,10 @@ def run(args: argparse.Namespace) -> str:
     pictures = ""
     if args.sdmodel_name is not None:
         renderer = load_renderer(args)
-        _write(args.out / "settings.json", json.dumps(_settings(args, prompts, pictures=True), indent=1))
+        write_whole(args.out / "settings.json", json.dumps(_settings(args, prompts, pictures=True), indent=1).encode())
         drawn, failed = draw_all(args, renderer, ordered)
         pictures = f"; {drawn} pictures drawn, {failed} could not be drawn"
-    _write(args.out / "rewrites.jsonl", "".join(json.dumps(row) + "\n" for row in ordered))
+    write_whole(args.out / "rewrites.jsonl", "".join(json.dumps(row) + "\n" for row in ordered).encode())
     fallbacks = sum(not row["readable"] for row in ordered)
     return (
         f"{len(ordered) - there} prompts rewritten, {there} were there; {fallbacks} of {len(ordered)} fell back to "

@@ -38,7 +38,7 @@ def main() -> int:
     for run in runs:
         if not (run / "run.json").is_file() or not (run / "report.html").is_file():
             parser.error(f"{run} is no finished run of scripts/demo.py")
-    renderer = build.renderer(args.renderer, args.guidance)
+    renderer = build.renderer(sdmodel_name=args.renderer.resolve(), guidance=args.guidance)
     rows = [measure(run, renderer, args.images) for run in tqdm(runs, desc="runs", unit="run")]
     text = table([run.name for run in runs], rows)
     if args.out:

@@ -108,5 +108,5 @@ def test_every_ablation_script_trains_variants_that_differ_by_options_that_exist
     assert len(runs) == len(list(out.glob("*.done"))) >= 2
     assert len({tuple(options[:-2]) for options in runs}) == len(runs)
     for options in runs:
-        _, _, training, _ = r1_prompter.parse_options(["--config", "configs/miniature.yaml", *options])
+        training = r1_prompter.parse_options(["--config", "configs/miniature.yaml", *options]).training
         assert (training.seed, training.logging_steps) == (1, 7)

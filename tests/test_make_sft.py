@@ -178,7 +178,12 @@ def test_after_ctrl_c_and_after_kill_nothing_is_lost_and_nothing_is_asked_twice(
     out = tmp_path / "examples.jsonl"
     with server as url:
         command = [sys.executable, str(ROOT / "scripts" / "make_sft.py"), *job(data, out, url, "--attempts", 12)]
-        run = subprocess.Popen([*command, "--concurrency", "4"], stderr=subprocess.PIPE, text=True)
+        run = subprocess.Popen(
+            [*command, "--concurrency", "4"],
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs inherit it ignored
+        )
         while len(server.answered) < 30 and run.poll() is None:
             time.sleep(0.01)
         run.send_signal(how)
@@ -392,8 +397,7 @@ def test_two_runs_do_not_write_to_one_file(data, tmp_path, capsys):
     [
         (("--best_of", 4), "nothing to choose by"),
         (("--min_score", 0.5), "nothing to choose by"),
-        (("--rewards", "hps"), "go together"),
-        (("--sdmodel_name", "x"), "go together"),
+        (("--sdmodel_name", "x"), "--sdmodel_name x without --rewards"),
         (("--sdmodel_name", "x", "--rewards", "hps", "--reward_weights", 1, 2), "give one for each"),
         (("--price_in", 1), "go together"),
         (("--limit", 0), "--limit is 0"),
@@ -581,7 +585,7 @@ def scored_by(monkeypatch):
     """Sets the reward that make_sft finds in place of models."""
 
     def put(blind) -> None:
-        def load(args, options, prompts):
+        def load(args, render, reward, prompts):
             return Scorer(Canvas(), [Brightness(blind)], {p.id: p for p in prompts}, num_generations=1)
 
         monkeypatch.setattr(make_sft, "load_scorer", load)

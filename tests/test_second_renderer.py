@@ -23,7 +23,7 @@ def flux():
 
 @pytest.fixture(scope="module")
 def sd3():
-    return build.renderer(SD3, second.GUIDANCE)
+    return build.renderer(sdmodel_name=SD3, guidance=second.GUIDANCE)
 
 
 @pytest.fixture(scope="module")
@@ -73,5 +73,7 @@ def test_a_build_writes_a_folder_that_the_trainers_renderer_loads(tmp_path, monk
     monkeypatch.setattr(second, "WEIGHTS", tmp_path)
     monkeypatch.setattr(fit, "CACHE", tmp_path / "cache")
     second.build_sd3(text_steps=1, steps=1, batch=2, pool=100)
-    (picture,) = build.renderer(tmp_path / "sd3", second.GUIDANCE)(["a red circle at the center"], [0])
+    (picture,) = build.renderer(sdmodel_name=tmp_path / "sd3", guidance=second.GUIDANCE)(
+        ["a red circle at the center"], [0]
+    )
     assert picture.size == (world.SIZE, world.SIZE)

@@ -1,12 +1,8 @@
 """Claims about the cold start: what is learnt, that rollout sees the same tokens, and that nothing is lost."""
 
 import json
-import os
-import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,11 +15,11 @@ from data.prompts import DataError
 from prompting import completion, parse
 from scripts.reprompt import Reprompter
 from tests.conftest import PROMPTS
+from tests.processes import ENVIRONMENT, kill_when, launch
 from training.options import UsageError
 from training.policy import load_policy, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 ROWS = [
     {"prompt": text, "reasoning": f"wanted: {text}", "rewrite": f"a sharp {text[len('a photo of a ') :]}"}
     for text in PROMPTS
@@ -127,6 +123,13 @@ def test_the_logged_loss_is_that_of_the_answers_tokens(cold, toy, tmp_path):
     assert rows(tmp_path / "run")[0]["loss"] == pytest.approx(nll / count, abs=1e-4)
 
 
+def test_bfloat16_weights_that_would_lose_their_steps_are_warned_of(cold, capfd):
+    for options, warned in ([], False), (["--dtype", "bfloat16"], True):
+        outdir = ["--outdir", f"{cold[cold.index('--outdir') + 1]}_{warned}"]
+        assert sft.main([*cold, *outdir, "--max_steps", "1", "--save_strategy", "no", *options]) == 0
+        assert ("updates below 0.4 %" in capfd.readouterr().out) == warned
+
+
 def test_a_prompts_examples_are_all_on_one_side_whatever_the_order():
     examples = [sft.Example(f"prompt {i % 10}", f"answer {i}") for i in range(40)]
     learnt, watched = sft.split(examples, 0.2)
@@ -166,18 +169,7 @@ def test_lora_trains_an_adapter_that_grpo_goes_on_from(cold, toy, tmp_path, capf
 
 def test_a_killed_cold_start_resumes_and_logs_each_step_once(cold, tmp_path):
     run, command = tmp_path / "run", [sys.executable, str(ROOT / "sft.py"), *cold, "--num_train_epochs", "40"]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        until = time.monotonic() + 240
-        while process.poll() is None and time.monotonic() < until:
-            if list(run.glob("checkpoint-*/trainer_state.json")):
-                break
-            time.sleep(0.02)
-        assert process.poll() is None, "the run ended before it could be killed"
-        process.send_signal(signal.SIGKILL)
-    finally:
-        process.kill()
-        process.wait()
+    kill_when(lambda: bool(list(run.glob("checkpoint-*/trainer_state.json"))), command)
     done = subprocess.run([*command, "--resume"], env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((run / "run.json").read_text())["resumed_from_step"]
@@ -187,14 +179,8 @@ def test_a_killed_cold_start_resumes_and_logs_each_step_once(cold, tmp_path):
 
 
 def test_two_processes_under_zero_2_share_a_step_and_leave_one_policy(cold, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(port)]
-    config = ["--config_file", str(ROOT / "configs" / "deepspeed_2_cpu.yaml"), str(ROOT / "sft.py")]
     options = [*cold, "--max_steps", "3", "--per_device_train_batch_size", "4", "--save_strategy", "no"]
-    done = subprocess.run([*launcher, *config, *options], env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = launch(ROOT / "sft.py", *options)
     derived = json.loads((tmp_path / "run" / "run.json").read_text())["derived"]
     assert (derived["processes"], derived["examples_per_step"]) == (2, 8)
     assert [row["step"] for row in rows(tmp_path / "run") if "loss" in row] == [1, 2, 3]

@@ -7,12 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,12 +17,12 @@ import pytest
 import yaml
 
 from interfaces import Reward
+from tests.processes import ENVIRONMENT, kill_when, launch
 from training.run_folder import RunFolder, RunFolderError
 from training.seeds import render_seed
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = [sys.executable, str(ROOT / "r1_prompter.py")]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def rows(path: Path) -> list[dict]:
@@ -172,13 +168,16 @@ def test_the_recipe_holds_for_the_bare_command_and_yields_to_yaml_and_flags(tmp_
     bare = ["--data", "x", "--outdir", "y"]
     (tmp_path / "own.yaml").write_text("learning_rate: 1e-5\ntemperature: 0.7\nrewards: hps\n")
     recipe = yaml.safe_load((ROOT / "configs" / "flux_dev.yaml").read_text())
-    known = {name: value for part in r1_prompter.parse_options(bare) for name, value in vars(part).items()}
+    known = {
+        name: value for part in vars(r1_prompter.parse_options(bare)).values() for name, value in vars(part).items()
+    }
     for key, value in recipe.items():
         assert known[key] == ([value] if key == "report_to" else value), key
     argv = [*bare, "--config", str(tmp_path / "own.yaml"), "--temperature", "0.9"]
-    script, _, training, model = r1_prompter.parse_options(argv)
-    assert (training.learning_rate, training.temperature, script.rewards) == (1e-5, 0.9, ["hps"])
-    assert training.model_init_kwargs["dtype"] == model.dtype == "bfloat16"
+    options = r1_prompter.parse_options(argv)
+    assert (options.training.learning_rate, options.training.temperature) == (1e-5, 0.9)
+    assert options.script.rewards == ["hps"]
+    assert options.training.model_init_kwargs["dtype"] == options.model.dtype == "bfloat16"
 
 
 def test_every_yaml_loads(tmp_path):
@@ -215,18 +214,7 @@ def test_a_killed_run_resumes_at_its_newest_checkpoint_and_logs_each_step_once(t
     run = tmp_path / "run"
     steps = 30
     command = [*SCRIPT, "--config", str(toy.config), "--outdir", str(run), "--max_steps", str(steps)]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        until = time.monotonic() + 240
-        while process.poll() is None and time.monotonic() < until:
-            if list(run.glob("checkpoint-*/trainer_state.json")) and len(rollouts(run)) >= 3:
-                break
-            time.sleep(0.02)
-        assert process.poll() is None, "the run ended before it could be killed"
-        process.send_signal(signal.SIGKILL)
-    finally:
-        process.kill()
-        process.wait()
+    kill_when(lambda: bool(list(run.glob("checkpoint-*/trainer_state.json"))) and len(rollouts(run)) >= 3, command)
     before = rollouts(run)
     done = subprocess.run([*command, "--resume"], env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -251,14 +239,8 @@ def test_a_killed_run_resumes_at_its_newest_checkpoint_and_logs_each_step_once(t
 
 
 def test_two_processes_under_zero_2_agree_on_the_weights_and_hold_whole_groups(toy, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(port)]
-    config = ["--config_file", str(ROOT / "configs" / "deepspeed_2_cpu.yaml"), str(ROOT / "tests" / "launch_two.py")]
-    options = [str(tmp_path / "two.json"), "--config", str(toy.config), "--outdir", str(tmp_path / "run")]
-    done = subprocess.run([*launcher, *config, *options], env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    options = [tmp_path / "two.json", "--config", toy.config, "--outdir", tmp_path / "run"]
+    done = launch(ROOT / "tests" / "launch_two.py", *options)
     first, second = json.loads((tmp_path / "two.json").read_text())
     assert first["weights"] == second["weights"]
     for ids in (first["prompt_ids"], second["prompt_ids"]):

@@ -1,16 +1,57 @@
-"""What a training tells while it runs: rows in `metrics.jsonl`, a bar on a terminal, plain lines elsewhere."""
+"""How a training begins, what it tells while it runs, and how it ends; the same for every trainer.
+
+Rows in `metrics.jsonl`, a bar on a terminal, plain lines elsewhere; then the policy and the report in the run folder.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from tqdm import tqdm
-from transformers import TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from trl import ModelConfig
 
-from training.run_folder import RunFolder
+from training.report import write_report
+from training.run_folder import RunFolder, git_commit
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def begin(folder: RunFolder, numbers: Mapping[str, int], lines: Sequence[str]) -> None:
+    """Open the run folder and say what is about to run, on the main process; for every process to call."""
+    state = PartialState()
+    state.wait_for_everyone()  # every process has checked the folder before one writes into it
+    if state.is_main_process:
+        folder.open(numbers, [Path(sys.argv[0]).name, *sys.argv[1:]], git_commit(ROOT))
+        going_on = [f"continuing after step {folder.resume_step}"] if folder.resume_step else []
+        print("\n".join([*lines, *going_on]), flush=True)
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.path / "tensorboard"))
+
+
+def rounded_away(training: TrainingArguments, model: ModelConfig) -> list[str]:
+    """A line of warning if the policy's weights are too coarse for its steps; else none."""
+    if model.dtype != "bfloat16" or model.use_peft or training.deepspeed_plugin is not None:
+        return []
+    return [
+        "note: full fine-tuning of bfloat16 weights without DeepSpeed keeps no float32 copy, and updates below "
+        "0.4 % of a weight are lost: launch with deepspeed_2.yaml, or give --dtype float32 or --use_peft true"
+    ]
+
+
+def finish(trainer: Trainer, folder: RunFolder) -> None:
+    """Train, from the newest checkpoint if the run is continued; then save the policy and write the report."""
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=str(folder.checkpoint) if folder.resume else None)
+    trainer.save_model(str(folder.path))
+    if trainer.is_world_process_zero():
+        print(f"policy: {folder.path}\nreport: {write_report(folder.path)}", flush=True)
 
 
 class RunLog(TrainerCallback):

@@ -84,8 +84,8 @@ class RunFolder:
         """Optimiser steps already done: those of the checkpoint under `--resume`, else 0."""
         return _step_of(self.checkpoint) if self.resume and self.checkpoint else 0
 
-    def check(self) -> None:
-        """Raise unless this run may write here. Reads only.
+    def check(self, steps: int | None = None) -> None:
+        """Raise unless this run, of `steps` optimiser steps in all, may write here. Reads only.
 
         Raises:
             RunFolderError: the folder holds another run or foreign files, or `--resume` does not fit what it holds.
@@ -102,6 +102,8 @@ class RunFolder:
         self._check_same(record)
         if self.resume and self.checkpoint is None:
             raise RunFolderError(f"--resume: {self.path} holds no whole checkpoint: leave --resume out to start again")
+        if steps is not None and self.resume_step >= steps:  # a Trainer would take one step more than was asked for
+            raise RunFolderError(f"--resume: {self.path} is complete; its policy is {self.checkpoint}")
         if not self.resume and self.checkpoint is not None:
             raise RunFolderError(
                 f"--outdir {self.path} holds this same run up to {self.checkpoint.name}: continue it with "
@@ -136,13 +138,13 @@ class RunFolder:
             "derived": dict(derived),
             "config": self.config,
         }
-        _replace(self.path / "run.json", json.dumps(record, indent=2, default=str).encode())
+        write_whole(self.path / "run.json", json.dumps(record, indent=2, default=str).encode())
 
     def _cut_after(self, step: int) -> None:
         metrics = self.path / "metrics.jsonl"
         if metrics.exists():
             kept = [line for line in metrics.read_text(encoding="utf-8").splitlines() if _logged_by(line, step)]
-            _replace(metrics, "".join(f"{line}\n" for line in kept).encode())
+            write_whole(metrics, "".join(f"{line}\n" for line in kept).encode())
         for rollouts in (self.path / "rollouts").glob("step_*.jsonl"):
             if int(rollouts.stem.removeprefix("step_")) > step:
                 rollouts.unlink()
@@ -156,7 +158,7 @@ class RunFolder:
     def write_rollouts(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write `rollouts/step_NNNNNN.jsonl`, whole or not at all."""
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        _replace(self.path / "rollouts" / f"step_{step:06d}.jsonl", text.encode("utf-8", "surrogatepass"))
+        write_whole(self.path / "rollouts" / f"step_{step:06d}.jsonl", text.encode("utf-8", "surrogatepass"))
 
     def save_image(self, image: Image.Image) -> str:
         """Store a picture once, under the hash of its PNG; returns its path inside the folder."""
@@ -166,7 +168,7 @@ class RunFolder:
         path = self.path / name
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            _replace(path, buffer.getvalue())
+            write_whole(path, buffer.getvalue())
         return name
 
 
@@ -204,7 +206,7 @@ def _without_secrets(command: Sequence[str]) -> list[str]:
     return clean
 
 
-def _replace(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
     """Write a temporary file of this process, then rename it: a reader sees the old file or the new, never half."""
     temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
     temporary.write_bytes(content)
