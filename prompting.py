@@ -32,6 +32,7 @@ DIRECT_PROMPT = _ASK + "Write" + _ANSWER + "Write nothing outside the block."
 
 # Possessive repeats: a failed match gives nothing back, so the scan is linear in the length of the text.
 _TAG = re.compile(r"<\s*+(/?)\s*+(think|answer)\s*+>")
+_MARKER = re.compile(r"<\|(?=[^<>|]*\|>)")  # the opening of one; linear, since it cannot cross a bracket or bar
 _ORDER = {True: ["think", "/think", "answer", "/answer"], False: ["answer", "/answer"]}  # with reasoning, without
 
 
@@ -51,10 +52,11 @@ class Answer:
 def messages(text: str, reasoning: bool = True) -> list[dict[str, str]]:
     """The conversation for one request: system, then user, ready for `tokenizer.apply_chat_template`.
 
-    The user's text is passed as it is, but for two repairs: lone surrogates, which tokenizers refuse, become U+FFFD,
-    and what is beyond MAX_PROMPT_CHARS characters is cut (logged as a warning).
+    The user's text is passed as it is, but for three repairs: lone surrogates, which tokenizers refuse, become U+FFFD;
+    chat markers (`<|im_end|>`), which would end the user's turn, get a full-width bracket; and what is beyond
+    MAX_PROMPT_CHARS characters is cut (logged as a warning).
     """
-    text = well_formed(text)
+    text = _MARKER.sub("＜|", well_formed(text))
     if len(text) > MAX_PROMPT_CHARS:
         logger.warning(
             "prompt of %d characters cut to %d: %r...; shorten it to have all of it read",

@@ -12,10 +12,11 @@ Left out: training the image model, a value model, asynchronous rendering, evalu
 
     python r1_prompter.py --help                        every option, ours and TRL's, with its reason
     python r1_prompter.py --config configs/some.yaml    what differs from the recipe, configs/flux_dev.yaml
-    ... --resume                                        the same command again: continue from the newest checkpoint
+    ... --resume                                        the same command again: go on from the newest good checkpoint
 
 Options: configs/flux_dev.yaml < `--config` YAML < flags. Exit code 2 and one line on stderr for whatever is wrong with
-the input; 1 if a run had to stop because pictures or scores failed.
+the input; 1 if a run had to stop (pictures, scores, numbers, disk); 143 and 130 after SIGTERM and Ctrl-C, once saved.
+What happens to a run that is killed, starved or lied to: docs/reliability.md.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config, get_quantization_config
+from trl.trainer.utils import RepeatSampler
 
 from data.prompts import DataError, load_prompts
 from interfaces import Prompt, Renderer, Reward
@@ -40,13 +42,17 @@ from prompting import messages
 from rendering import CheckpointError, RenderOptions
 from rewards import REWARDS, RewardError, RewardOptions, Setting, build, check
 from rewards.frozen import footprint
+from training.checkpoints import file_hash
 from training.curves import progressing
 from training.diagnostics import diagnose, mean_of_processes
-from training.options import UsageError, parse, set_renamed
+from training.epochs import EpochOrder
+from training.guard import GuardedTrainer, Stopped
+from training.options import RESUME, UsageError, parse, set_renamed
 from training.policy import PolicyError, load_tokenizer, trainee
 from training.progress import RunLog, begin, finish, rounded_away
 from training.run_folder import RunFolder, RunFolderError
 from training.scoring import Scored, Scorer, ScoringError
+from training.watch import Watch
 from training.whole import whole_parameters
 
 HERE = Path(__file__).resolve().parent
@@ -97,7 +103,11 @@ class ScriptArguments:
     save_images_max: int = field(
         default=64, metadata={"help": "Pictures kept of such a step; 64 of 512 px are about 25 MB."}
     )
-    resume: bool = field(default=False, metadata={"help": "Continue this run from its newest checkpoint."})
+    phase_budget: float = field(
+        default=1800.0,
+        metadata={"help": "Seconds of one phase (generate, render, ...) after which all stacks are written down."},
+    )
+    resume: str | None = field(default=None, metadata=RESUME)
 
 
 @dataclass(frozen=True)
@@ -204,26 +214,32 @@ def load_frozen(
 # The method ------------------------------------------------------------------------------------------------------
 
 
-class RewriteTrainer(GRPOTrainer):
+class RewriteTrainer(GuardedTrainer, GRPOTrainer):
     """TRL's GRPO, which also times its phases and writes down every rollout with the advantage it was given."""
 
-    def __init__(self, *args: Any, scorer: Scorer, folder: RunFolder, script: ScriptArguments, **kwargs: Any):
+    def __init__(self, *args: Any, scorer: Scorer, script: ScriptArguments, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.scorer, self.folder, self.script = scorer, folder, script
+        self.scorer, self.script = scorer, script
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> RepeatSampler:
+        sampler = super()._get_train_sampler(dataset)
+        self.add_callback(EpochOrder(sampler))
+        return sampler
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self.watch.enter("generate", self.state.global_step + 1)
         started = time.perf_counter()
         batch = super()._generate_and_score_completions(inputs)  # sample, draw, score, advantages
         seconds = time.perf_counter() - started
         drawing = self.scorer.metrics["seconds/render"] + self.scorer.metrics["seconds/score"]
-        measured = {**self.scorer.metrics, "seconds/generate": seconds - drawing}
+        measured = mean_of_processes(gather_object([{**self.scorer.metrics, "seconds/generate": seconds - drawing}]))
         rows = gather_object(self._rows(batch["advantages"].tolist()))
         found = diagnose(rows, self.args.num_generations, self.scorer.renderer.max_tokens)
-        for name, value in {**mean_of_processes(gather_object([measured])), **found}.items():
+        for name, value in {**measured, **found}.items():
             self._metrics["train"][name].append(value)
         if self.accelerator.is_main_process:
             self.folder.write_rollouts(self.state.global_step + 1, rows)
-        self.scorer.check_absent(found["samples/absent"])  # the same verdict on every rank
+        self.scorer.check({**measured, **found})  # the same verdict on every rank
         return batch
 
     def _rows(self, advantages: list[float]) -> list[dict[str, Any]]:
@@ -259,10 +275,10 @@ class RewriteTrainer(GRPOTrainer):
         }
 
     def _keeps_images(self) -> bool:
-        args = self.args
-        cycle = args.steps_per_generation * args.num_iterations // args.gradient_accumulation_steps
-        generation, last = self.state.global_step // cycle, self.state.global_step + cycle >= self.state.max_steps
-        return last or generation % max(1, self.script.save_images_every // cycle) == 0
+        step, cycle = self.state.global_step, self.cycle
+        return (
+            step + cycle >= self.state.max_steps or step // cycle % max(1, self.script.save_images_every // cycle) == 0
+        )
 
 
 def _watched(row: Mapping[str, Any]) -> dict[str, float | None]:
@@ -275,7 +291,8 @@ def train(options: Options) -> None:
 
     Raises:
         UsageError, DataError, RunFolderError: bad input, found before any model is loaded where that is possible.
-        ScoringError: pictures or scores failed for good.
+        ScoringError, Stopped: the run cannot go on.
+        Leave: a signal told it to.
     """
     script, training, model = options.script, options.training, options.model
     check([*script.rewards, *script.held_out], options.reward, training.ddp_timeout)
@@ -286,6 +303,8 @@ def train(options: Options) -> None:
     folder = RunFolder(script.outdir, _resolved(options), resume=script.resume)
     folder.check(numbers["optimizer_steps"])
     tokenizer, renderer, rewards, held_out = load_frozen(options, list(prompts.values()))
+    begin(folder, numbers, _announce(options, numbers, folder, [*rewards, *held_out]))
+    watch = Watch(folder.path, training.process_index, script.phase_budget)
     scorer = Scorer(
         renderer,
         rewards,
@@ -297,8 +316,8 @@ def train(options: Options) -> None:
         run_seed=training.seed,
         max_absent_share=script.max_absent_share,
         held_out=held_out,
+        enter=watch.enter,
     )
-    begin(folder, numbers, _announce(options, numbers, folder, [*rewards, *held_out]))
     trainer = RewriteTrainer(
         model=trainee(script.gpt_path, training, model.use_peft),
         reward_funcs=scorer.reward_functions(),
@@ -312,6 +331,8 @@ def train(options: Options) -> None:
         callbacks=[RunLog(folder, _watched)],
         scorer=scorer,
         folder=folder,
+        watch=watch,
+        cycle=numbers["optimizer_steps_per_generation"],
         script=script,
     )
     finish(trainer, folder)
@@ -324,6 +345,7 @@ def _resolved(options: Options) -> dict[str, Any]:
         **asdict(options.model),
         **ours,
         "num_processes": options.training.world_size,
+        "data_hash": file_hash(Path(options.script.data)),
     }
 
 
@@ -347,10 +369,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     try:
         train(parse_options(sys.argv[1:] if argv is None else argv))
-    except (UsageError, DataError, PolicyError, RewardError, RunFolderError, ScoringError) as error:
+    except (UsageError, DataError, PolicyError, RewardError, RunFolderError, ScoringError, Stopped) as error:
         if PartialState().is_main_process:
             print(f"r1_prompter: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        return 1 if isinstance(error, ScoringError) else 2
+        return 1 if isinstance(error, ScoringError | Stopped) else 2
     return 0
 
 

@@ -8,7 +8,7 @@ Left out: several turns, mixing with other data, assistant masks (a prompt and a
 
     accelerate launch --config_file=deepspeed_2.yaml sft.py --data cold_start.jsonl \\
         --gpt_path Qwen/Qwen2.5-3B-Instruct --outdir cold_start
-    ... --resume                                   the same command again: continue from the newest checkpoint
+    ... --resume                                   the same command again: go on from the newest good checkpoint
     python sft.py --help                           every option, ours and TRL's, with its reason
 
 Options: configs/cold_start.yaml < `--config` YAML < flags. Exit code 2 and one line on stderr for whatever is wrong
@@ -33,10 +33,13 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantiz
 
 from data.prompts import DataError
 from prompting import completion, messages
-from training.options import UsageError, parse, set_renamed
+from training.checkpoints import file_hash
+from training.guard import GuardedTrainer, Stopped
+from training.options import RESUME, UsageError, parse, set_renamed
 from training.policy import PolicyError, load_tokenizer, trainee
 from training.progress import RunLog, begin, finish, rounded_away
 from training.run_folder import RunFolder, RunFolderError
+from training.watch import Watch
 
 HERE = Path(__file__).resolve().parent
 RECIPE = HERE / "configs" / "cold_start.yaml"
@@ -57,7 +60,10 @@ class ScriptArguments:
     validation_share: float = field(
         default=0.1, metadata={"help": "Share of the prompts, 0 to below 1, whose examples are only evaluated."}
     )
-    resume: bool = field(default=False, metadata={"help": "Continue this run from its newest checkpoint."})
+    phase_budget: float = field(
+        default=1800.0, metadata={"help": "Seconds of one step or save after which all stacks are written down."}
+    )
+    resume: str | None = field(default=None, metadata=RESUME)
 
 
 @dataclass(frozen=True)
@@ -153,14 +159,20 @@ def _dataset(
 # The cold start --------------------------------------------------------------------------------------------------
 
 
+class ColdStart(GuardedTrainer, SFTTrainer):
+    """TRL's SFT with the house's checkpoints, signals and gates."""
+
+
 def train(script: ScriptArguments, training: SFTConfig, model: ModelConfig) -> None:
     """One run, from examples to trained policy and report.
 
     Raises:
         UsageError, DataError, RunFolderError, PolicyError: bad input, found before the model is loaded.
+        Stopped: the run cannot go on.
+        Leave: a signal told it to.
     """
     examples = load_examples(script.data, script.reasoning)
-    data_hash = hashlib.sha256(Path(script.data).read_bytes()).hexdigest()[:16]
+    data_hash = file_hash(Path(script.data))
     config = {**training.to_dict(), **asdict(model), **asdict(script), "data_hash": data_hash}
     folder = RunFolder(script.outdir, {**config, "num_processes": training.world_size}, resume=script.resume)
     tokenizer = load_tokenizer(script.gpt_path)
@@ -175,13 +187,16 @@ def train(script: ScriptArguments, training: SFTConfig, model: ModelConfig) -> N
     numbers = _plan(training, len(learnt), len(watched), too_long + too_long_to_watch)
     folder.check(numbers["optimizer_steps"])
     begin(folder, numbers, [*_announce(numbers, learnt, folder), *rounded_away(training, model)])
-    trainer = SFTTrainer(
+    watch = Watch(folder.path, training.process_index, script.phase_budget)
+    trainer = ColdStart(
         model=trainee(script.gpt_path, training, model.use_peft),
         args=training,
         train_dataset=learnt,
         eval_dataset=watched if len(watched) else None,
         processing_class=tokenizer,
         callbacks=[RunLog(folder, _watched)],
+        folder=folder,
+        watch=watch,
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
     )
@@ -226,10 +241,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     try:
         train(*parse_options(sys.argv[1:] if argv is None else argv))
-    except (UsageError, DataError, PolicyError, RunFolderError) as error:
+    except (UsageError, DataError, PolicyError, RunFolderError, Stopped) as error:
         if PartialState().is_main_process:
             print(f"sft: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        return 2
+        return 1 if isinstance(error, Stopped) else 2
     return 0
 
 

@@ -27,6 +27,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from rendering import CheckpointError
+from training.signals import leaving
 from training.whole import whole_parameters
 
 # Pipelines print every text that they cut, padding included; `LocalRenderer.truncated` counts them and warns once.
@@ -55,7 +56,7 @@ class LocalRenderer:
 
     Attributes:
         failures: why rows came back as None, one count per row ("blank text", "safety checker", "black picture",
-            "non-finite pixels", "out of memory").
+            "non-finite pixels", "out of memory", "told to leave").
         truncated: texts longer than `max_tokens` that were drawn all the same, their ends unread.
         chunk_size: rows drawn at once; halved for good when the device runs out of memory.
     """
@@ -142,7 +143,7 @@ class LocalRenderer:
             drawn = self._draw_all(distinct)
         finally:
             self._encoded.clear()
-        outcomes = [drawn.get(row, "blank text") for row in rows]
+        outcomes = [drawn.get(row, "told to leave" if row[0].strip() else "blank text") for row in rows]
         self.failures.update(outcome for outcome in outcomes if isinstance(outcome, str))
         return [None if isinstance(outcome, str) else outcome for outcome in outcomes]
 
@@ -174,9 +175,9 @@ class LocalRenderer:
         self.truncated += cut
 
     def _draw_all(self, rows: list[tuple[str, int]]) -> dict[tuple[str, int], Image.Image | str]:
-        """Distinct (text, seed) -> picture, or why there is none."""
+        """Distinct (text, seed) -> picture, or why there is none; cut short between chunks when told to leave."""
         drawn: dict[tuple[str, int], Image.Image | str] = {}
-        while len(drawn) < len(rows):
+        while len(drawn) < len(rows) and not leaving():
             chunk = rows[len(drawn) : len(drawn) + self.chunk_size]
             pictures = self._draw_chunk(chunk)
             if pictures is not None:

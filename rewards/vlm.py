@@ -40,6 +40,7 @@ from PIL import Image
 
 from prompting import MAX_PROMPT_CHARS, well_formed
 from rewards import RewardError, one_line
+from training.signals import leaving
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ LOSSLESS_PIXELS = 512 * 512  # up to here a picture is sent as PNG, above as JPE
 ATTEMPTS = 4  # of one call
 BACKOFF, LONGEST_BACKOFF = 0.5, 8.0  # seconds before the second attempt, doubled each time, and their most
 CONNECT_TIMEOUT, CHECK_TIMEOUT = 10.0, 10.0  # seconds
+LISTEN = 0.5  # seconds between looks whether the run was told to leave
 TRIP, PAUSE = 8, 30.0  # failures in a row that open the circuit, at least; seconds until a probe
 RETRIED = {408, 429}  # and 5xx
 ALIVE = {400, 413, 422, 429}  # this question was refused, which says nothing against the server
@@ -208,12 +210,15 @@ class VLMClient:
         """Outcomes of calls that are under way; an error that is no failure of a call (a bug) is raised."""
         if not calls:
             return {}
-        time_left = max(0.0, deadline - time.monotonic())
-        _, late = await asyncio.wait(calls.values(), timeout=time_left, return_when=asyncio.FIRST_EXCEPTION)
+        late, failed = set(calls.values()), False
+        while late and not failed and (time_left := deadline - time.monotonic()) > 0 and not leaving():
+            done, late = await asyncio.wait(late, timeout=min(time_left, LISTEN), return_when=asyncio.FIRST_EXCEPTION)
+            failed = any(call.exception() for call in done)
         for call in late:
             call.cancel()
         await asyncio.gather(*late, return_exceptions=True)
-        too_late = _Outcome(failure=f"unfinished after the batch's {self.batch_timeout:g} s")
+        reason = "the run was told to leave" if leaving() else f"the batch's {self.batch_timeout:g} s"
+        too_late = _Outcome(failure=f"unfinished after {reason}")
         return {key: too_late if call in late else call.result() for key, call in calls.items()}
 
     async def _ask(

@@ -90,8 +90,7 @@ def run(folder: Path, command: Sequence[str]) -> str | None:
     if done.exists() and folder.exists():
         made = done.read_text(encoding="utf-8")
         return None if made == wanted else f"is there, made by other options: {made}; delete it, or another OUTDIR"
-    stopped = any(folder.glob("checkpoint-*/trainer_state.json"))
-    command = [*command, "--outdir", str(folder), *(["--resume"] if stopped else [])]
+    command = [*command, "--outdir", str(folder), "--resume"]
     with open(log_file, "a", encoding="utf-8") as log:
         log.write(f"$ {shlex.join(command)}\n")
         log.flush()

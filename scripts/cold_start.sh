@@ -16,7 +16,5 @@ for draft in 0 1 2 3 4 5 6 7; do
     --seed $((8 * seed + draft)) --out "${out}_examples/$draft.jsonl"
 done
 cat "${out}"_examples/[0-7].jsonl > "$out.jsonl"
-resume=()
-[ -z "$(compgen -G "$out/checkpoint-*/trainer_state.json")" ] || resume=(--resume)
 "$python" sft.py --config configs/miniature_cold_start.yaml --data "$out.jsonl" --outdir "$out" --seed "$seed" \
-  "${resume[@]}" "$@"
+  --resume auto "$@"

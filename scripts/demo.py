@@ -64,7 +64,7 @@ def main() -> int:
 def _train(outdir: Path, seed: int, options: Sequence[str]) -> int:
     command = [sys.executable, "r1_prompter.py", "--config", str(CONFIG.relative_to(ROOT))]
     command += ["--outdir", str(outdir.resolve()), "--seed", str(seed), *options]
-    resume = ["--resume"] if any(outdir.glob("checkpoint-*/trainer_state.json")) else []
+    resume = ["--resume"] if any(outdir.glob("checkpoint-*")) else []
     return subprocess.run([*command, *resume], cwd=ROOT, check=False).returncode
 
 

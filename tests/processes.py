@@ -10,7 +10,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    # DeepSpeed compiles a helper once per environment; a build that another one's left locked would be waited for
+    "TORCH_EXTENSIONS_DIR": f"{sys.prefix}/torch_extensions",
+}
 ZERO_2 = ROOT / "configs" / "deepspeed_2_cpu.yaml"
 
 
@@ -28,13 +34,18 @@ def kill_when(ready: Callable[[], bool], command: Sequence[str]) -> None:
         process.wait()
 
 
-def launch(program: Path, *options: object, config: Path = ZERO_2) -> subprocess.CompletedProcess:
-    """`accelerate launch` of `program` as `config` says, on a free port; fails with what it said if it fails."""
+def launcher(program: Path, *options: object, config: Path = ZERO_2) -> list[str]:
+    """The command line of `accelerate launch` for `program` as `config` says, on a free port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(port)]
-    command = [*launcher, "--config_file", str(config), str(program), *map(str, options)]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(port)]
+    return [*command, "--config_file", str(config), str(program), *map(str, options)]
+
+
+def launch(program: Path, *options: object, config: Path = ZERO_2) -> subprocess.CompletedProcess:
+    """Run it; fails with what it said if it fails."""
+    command = launcher(program, *options, config=config)
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done

@@ -169,7 +169,7 @@ def test_lora_trains_an_adapter_that_grpo_goes_on_from(cold, toy, tmp_path, capf
 
 def test_a_killed_cold_start_resumes_and_logs_each_step_once(cold, tmp_path):
     run, command = tmp_path / "run", [sys.executable, str(ROOT / "sft.py"), *cold, "--num_train_epochs", "40"]
-    kill_when(lambda: bool(list(run.glob("checkpoint-*/trainer_state.json"))), command)
+    kill_when(lambda: bool(list(run.glob("checkpoint-*/manifest.json"))), command)
     done = subprocess.run([*command, "--resume"], env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((run / "run.json").read_text())["resumed_from_step"]

@@ -108,7 +108,7 @@ BAD = {
     "renamed option": (["--output_dir", "elsewhere"], "--outdir"),
     "no such policy": (["--gpt_path", "/nowhere/policy"], "/nowhere/policy"),
     "no such renderer": (["--sdmodel_name", "/nowhere/flux"], "/nowhere/flux"),
-    "nothing to resume": (["--resume"], "holds no run"),
+    "no such checkpoint": (["--resume", "checkpoint-5"], "has none"),
 }
 
 
@@ -202,8 +202,7 @@ def test_a_folder_of_another_run_or_of_something_else_is_refused(tmp_path):
     RunFolder(tmp_path / "run", moved).check()
     with pytest.raises(RunFolderError, match="seed 1 -> 2"):
         RunFolder(tmp_path / "run", {"seed": 2}).check()
-    with pytest.raises(RunFolderError, match="no whole checkpoint"):
-        RunFolder(tmp_path / "run", {"seed": 1}, resume=True).check()
+    RunFolder(tmp_path / "run", {"seed": 1}, resume="auto").check()  # nothing was saved yet: from the beginning
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
     with pytest.raises(RunFolderError, match="holds no run"):
@@ -214,7 +213,7 @@ def test_a_killed_run_resumes_at_its_newest_checkpoint_and_logs_each_step_once(t
     run = tmp_path / "run"
     steps = 30
     command = [*SCRIPT, "--config", str(toy.config), "--outdir", str(run), "--max_steps", str(steps)]
-    kill_when(lambda: bool(list(run.glob("checkpoint-*/trainer_state.json"))) and len(rollouts(run)) >= 3, command)
+    kill_when(lambda: bool(list(run.glob("checkpoint-*/manifest.json"))) and len(rollouts(run)) >= 3, command)
     before = rollouts(run)
     done = subprocess.run([*command, "--resume"], env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

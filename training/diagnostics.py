@@ -28,6 +28,7 @@ def diagnose(rows: Sequence[Row], group: int, max_tokens: int) -> dict[str, floa
         "samples/absent": float(np.mean([row["total"] is None for row in rows])),
         "rewrites/unreadable": float(np.mean([row["rewrite"] is None for row in rows])),
         **rewrites([row for row in rows if row["rewrite"] is not None], max_tokens),
+        **equal_groups(rows, group),
         **rewards(rows, group),
         **held_out(rows, group),
     }
@@ -47,6 +48,14 @@ def rewrites(readable: Sequence[Row], max_tokens: int) -> dict[str, float]:
         "rewrites/distinct_1": distinct([rewrite for rewrite, _ in texts], 1),
         "rewrites/distinct_2": distinct([rewrite for rewrite, _ in texts], 2),
     }
+
+
+def equal_groups(rows: Sequence[Row], group: int) -> dict[str, float]:
+    """Share of the groups with two totals or more whose totals are all equal, and so teach nothing; {} if none has."""
+    totals_PG = _scores([row["total"] for row in rows], group)
+    known = [row[~np.isnan(row)] for row in totals_PG]
+    equal = [np.ptp(row) < 1e-6 for row in known if len(row) > 1]
+    return {"groups/equal": float(np.mean(equal))} if equal else {}
 
 
 def rewards(rows: Sequence[Row], group: int) -> dict[str, float]:

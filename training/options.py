@@ -17,6 +17,12 @@ import yaml
 from transformers import TrainingArguments
 from trl import ModelConfig, TrlParser
 
+RESUME = {  # the field of --resume
+    "nargs": "?",
+    "const": "auto",
+    "help": "Continue this run: auto (or nothing) from its newest good checkpoint, from the beginning if it has none; "
+    "checkpoint-N from that one.",
+}
 OURS = {"output_dir": "outdir", "model_name_or_path": "gpt_path", "resume_from_checkpoint": "resume"}
 
 

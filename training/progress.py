@@ -13,24 +13,46 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 from trl import ModelConfig
 
+from training.guard import GuardedTrainer
 from training.report import write_report
-from training.run_folder import RunFolder, git_commit
+from training.run_folder import RunFolder, RunFolderError, git_commit
+from training.scoring import ScoringError
+from training.signals import Leave, listen
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def begin(folder: RunFolder, numbers: Mapping[str, int], lines: Sequence[str]) -> None:
-    """Open the run folder and say what is about to run, on the main process; for every process to call."""
+    """Open the run folder and say what is about to run, on the main process; for every process to call.
+
+    Raises:
+        RunFolderError: the checkpoints to continue from are damaged, or the folder cannot be written.
+    """
     state = PartialState()
     state.wait_for_everyone()  # every process has checked the folder before one writes into it
+    chosen: list = [None, ""]
     if state.is_main_process:
-        folder.open(numbers, [Path(sys.argv[0]).name, *sys.argv[1:]], git_commit(ROOT))
-        going_on = [f"continuing after step {folder.resume_step}"] if folder.resume_step else []
-        print("\n".join([*lines, *going_on]), flush=True)
+        try:
+            folder.choose(contents=True)
+            folder.open(numbers, [Path(sys.argv[0]).name, *sys.argv[1:]], git_commit(ROOT))
+            print("\n".join([*lines, *folder.going_on()]), flush=True)
+        except RunFolderError as error:
+            chosen[1] = str(error)
+        except OSError as error:
+            chosen[1] = (
+                f"--outdir {folder.path} cannot be written ({error.strerror}): name another, or free some space"
+            )
+        chosen[0] = folder.start
+    if state.num_processes > 1:
+        broadcast_object_list(chosen)
+    folder.start = chosen[0]
+    if chosen[1]:
+        raise RunFolderError(chosen[1])
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.path / "tensorboard"))
 
 
@@ -44,12 +66,29 @@ def rounded_away(training: TrainingArguments, model: ModelConfig) -> list[str]:
     ]
 
 
-def finish(trainer: Trainer, folder: RunFolder) -> None:
-    """Train, from the newest checkpoint if the run is continued; then save the policy and write the report."""
+def finish(trainer: GuardedTrainer, folder: RunFolder) -> None:
+    """Train, from the checkpoint that the run continues from; then save the policy and write the report.
+
+    Raises:
+        Leave: a signal asked for it; what had been learnt is saved.
+        ScoringError, Stopped: the run cannot go on; what had been learnt is saved where the disk allows it.
+    """
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=str(folder.checkpoint) if folder.resume else None)
-    trainer.save_model(str(folder.path))
+    listen()
+    try:
+        trainer.train(resume_from_checkpoint=str(folder.start) if folder.start else None)
+        if trainer.told_to_leave and trainer.state.global_step < trainer.state.max_steps:
+            raise Leave(trainer.told_to_leave)
+        trainer.save_policy()
+    except (Leave, ScoringError) as error:
+        trainer.save_where_it_stands()
+        if trainer.is_world_process_zero() and isinstance(error, Leave):
+            step = trainer.state.global_step
+            print(f"told to leave after step {step}: continue with --resume, from {folder.path}", flush=True)
+        raise
+    finally:
+        trainer.watch.close()
     if trainer.is_world_process_zero():
         print(f"policy: {folder.path}\nreport: {write_report(folder.path)}", flush=True)
 

@@ -1,27 +1,38 @@
 """The folder of one run, `run.json`, `metrics.jsonl`, `rollouts/`, `images/`, `checkpoint-N/`, and who may write it.
 
 A folder belongs to one configuration, known by a hash. Another run's folder, or one with foreign files in it, is
-refused; the same run continues with `--resume` from its newest whole checkpoint, and what was logged after that
+refused; the same run continues with `--resume` from its newest good checkpoint, and what was logged after that
 checkpoint is cut off, so that no step is logged twice.
+
+A full disk costs pictures first, then rows of the logs, never a checkpoint that is there.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
+import logging
 import os
 import platform
 import shlex
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from training import checkpoints
+from training.checkpoints import Maker
+
+logger = logging.getLogger(__name__)
+
+AUTO = "auto"  # of --resume
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # a full disk, a used-up quota, a limit on file sizes
 PACKAGES = ("accelerate", "deepspeed", "diffusers", "peft", "torch", "transformers", "trl")
 # What may differ between a run and its continuation: where it writes, how often, and how fast; not what it learns.
 NOT_IDENTITY = {
@@ -47,6 +58,8 @@ NOT_IDENTITY = {
     "log_level",
     "ddp_timeout",
     "dataloader_num_workers",
+    "max_absent_share",
+    "phase_budget",
 }
 
 
@@ -60,12 +73,20 @@ class RunFolder:
     Args:
         path: the `--outdir`.
         config: the resolved configuration, JSON-able, without secrets.
-        resume: whether `--resume` was given.
+        resume: `--resume`: AUTO for the newest good checkpoint, or the beginning where there is none; "checkpoint-N";
+            None for a new run.
+
+    Attributes:
+        start: the checkpoint that the run continues from, None for none; known after `check`.
+        skipped: checkpoint -> why it is not continued from, newest first.
     """
 
-    def __init__(self, path: str | Path, config: Mapping[str, Any], *, resume: bool = False):
+    def __init__(self, path: str | Path, config: Mapping[str, Any], *, resume: str | None = None):
         self.path, self.config, self.resume = Path(path), dict(config), resume
         self.started = time.time()
+        self.start: Path | None = None
+        self.skipped: dict[Path, str] = {}
+        self._full = False
 
     @property
     def config_hash(self) -> str:
@@ -74,41 +95,75 @@ class RunFolder:
         return hashlib.sha256(_json(identity).encode()).hexdigest()[:16]
 
     @property
-    def checkpoint(self) -> Path | None:
-        """The newest whole checkpoint: TRL writes `trainer_state.json` last."""
-        whole = [path.parent for path in self.path.glob("checkpoint-*/trainer_state.json")]
-        return max(whole, key=_step_of, default=None)
+    def maker(self) -> Maker:
+        """What this run writes into the manifests of its checkpoints, and asks of those that it continues from."""
+        config = self.config
+        return Maker(self.config_hash, config.get("data_hash", ""), config.get("num_processes", 1), _versions())
 
     @property
     def resume_step(self) -> int:
-        """Optimiser steps already done: those of the checkpoint under `--resume`, else 0."""
-        return _step_of(self.checkpoint) if self.resume and self.checkpoint else 0
+        """Optimiser steps already done, 0 for a run from the beginning."""
+        return checkpoints.step_of(self.start) if self.start else 0
 
     def check(self, steps: int | None = None) -> None:
-        """Raise unless this run, of `steps` optimiser steps in all, may write here. Reads only.
+        """Raise unless this run, of `steps` optimiser steps in all, may write here. Reads only; hashes nothing.
 
         Raises:
             RunFolderError: the folder holds another run or foreign files, or `--resume` does not fit what it holds.
         """
         if self.path.exists() and not self.path.is_dir():
             raise RunFolderError(f"--outdir {self.path} is a file: name a folder")
+        there = checkpoints.found(self.path)
         record = self.path / "run.json"
-        if not record.exists():
-            if self.path.exists() and any(self.path.iterdir()):
-                raise RunFolderError(f"--outdir {self.path} is not empty and holds no run: choose another folder")
-            if self.resume:
-                raise RunFolderError(f"--resume: {self.path} holds no run: leave --resume out to start one")
-            return
-        self._check_same(record)
-        if self.resume and self.checkpoint is None:
-            raise RunFolderError(f"--resume: {self.path} holds no whole checkpoint: leave --resume out to start again")
-        if steps is not None and self.resume_step >= steps:  # a Trainer would take one step more than was asked for
-            raise RunFolderError(f"--resume: {self.path} is complete; its policy is {self.checkpoint}")
-        if not self.resume and self.checkpoint is not None:
+        if record.exists():
+            self._check_same(record)
+        elif self.path.exists() and any(self.path.iterdir()):
+            raise RunFolderError(f"--outdir {self.path} is not empty and holds no run: choose another folder")
+        if self.resume is None and there:
             raise RunFolderError(
-                f"--outdir {self.path} holds this same run up to {self.checkpoint.name}: continue it with "
-                "--resume, or choose another folder"
+                f"--outdir {self.path} holds this same run up to {there[0].name}: continue it with --resume, or "
+                "choose another folder"
             )
+        self.choose(contents=False)
+        if steps is not None and self.resume_step >= steps:  # a Trainer would take one step more than was asked for
+            raise RunFolderError(f"--resume: {self.path} is complete; its policy is {self.start}")
+
+    def choose(self, *, contents: bool) -> None:
+        """Set `start` to the checkpoint that `--resume` means, `skipped` to the newer ones that cannot be used.
+
+        Args:
+            contents: hash every file of a checkpoint before it is chosen; else sizes alone are compared.
+
+        Raises:
+            RunFolderError: there are checkpoints and none is good, or the one that was named is not.
+        """
+        if self.resume is None:
+            return
+        named = [path for path in checkpoints.found(self.path) if self.resume in (AUTO, path.name)]
+        if not named and self.resume != AUTO:
+            there = ", ".join(path.name for path in checkpoints.found(self.path)) or "none"
+            raise RunFolderError(f"--resume {self.resume}: {self.path} has {there}; give one of them, or {AUTO}")
+        self.start, self.skipped = None, {}
+        for path in named:
+            if (why := checkpoints.fault(path, self.maker, contents=contents)) is None:
+                self.start = path
+                return
+            self.skipped[path] = why
+        if self.skipped:
+            reasons = "; ".join(f"{path.name}: {why}" for path, why in self.skipped.items())
+            raise RunFolderError(
+                f"--resume: no checkpoint in {self.path} can be continued ({reasons}): repair or remove what is "
+                "named, or start anew in another --outdir"
+            )
+
+    def going_on(self) -> list[str]:
+        """Lines that say where a continued run starts, which checkpoints it passed over, and what has changed."""
+        passed = [f"passed over {path.name}: {why}" for path, why in self.skipped.items()]
+        if self.start is None:
+            return [f"--resume: no checkpoint in {self.path}, starting at step 0"] if self.resume else []
+        changed = checkpoints.other_versions(self.start, self.maker)
+        note = f"note: made with other versions ({', '.join(changed)}), so not bit for bit the same run"
+        return [*passed, f"continuing after step {self.resume_step}, from {self.start}", *([note] if changed else [])]
 
     def _check_same(self, record: Path) -> None:
         try:
@@ -120,6 +175,11 @@ class RunFolder:
         theirs = stored.get("config") or {}
         names = sorted((theirs.keys() | self.config.keys()) - NOT_IDENTITY)
         differing = [name for name in names if _json(theirs.get(name)) != _json(self.config.get(name))]
+        if differing == ["num_processes"]:
+            raise RunFolderError(
+                f"--outdir {self.path} holds this run on {theirs['num_processes']} processes, these are "
+                f"{self.config['num_processes']}: launch as many, or choose another folder"
+            )
         shown = ", ".join(f"{n} {_json(theirs.get(n))} -> {_json(self.config.get(n))}" for n in differing[:3])
         raise RunFolderError(f"--outdir {self.path} holds another run ({shown}): choose another folder")
 
@@ -134,7 +194,7 @@ class RunFolder:
             "resumed_from_step": self.resume_step or None,
             "command": shlex.join(_without_secrets(command)),
             "commit": commit,
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+            "versions": _versions(),
             "derived": dict(derived),
             "config": self.config,
         }
@@ -152,24 +212,58 @@ class RunFolder:
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append one row to `metrics.jsonl`; `seconds_since_start` counts from this process's start."""
         row = {"step": step, "seconds_since_start": round(time.time() - self.started, 3), **metrics}
-        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        self._record(lambda: _append(self.path / "metrics.jsonl", json.dumps(row) + "\n"))
 
     def write_rollouts(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write `rollouts/step_NNNNNN.jsonl`, whole or not at all."""
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_whole(self.path / "rollouts" / f"step_{step:06d}.jsonl", text.encode("utf-8", "surrogatepass"))
+        content = text.encode("utf-8", "surrogatepass")
+        self._record(lambda: write_whole(self.path / "rollouts" / f"step_{step:06d}.jsonl", content))
 
-    def save_image(self, image: Image.Image) -> str:
-        """Store a picture once, under the hash of its PNG; returns its path inside the folder."""
+    def save_image(self, image: Image.Image) -> str | None:
+        """Store a picture once, under the hash of its PNG; returns its path inside the folder, None on a full disk."""
         buffer = io.BytesIO()
         image.save(buffer, format="PNG")
         name = f"images/{hashlib.sha256(buffer.getvalue()).hexdigest()[:20]}.png"
         path = self.path / name
-        if not path.exists():
+        if self._full or path.exists():
+            return None if self._full else name
+        try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, buffer.getvalue())
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            self._say_full(error)
+            return None
         return name
+
+    def make_room(self) -> bool:
+        """Delete all pictures, keep no more of them, and say so; False if there was nothing to delete."""
+        pictures = list((self.path / "images").glob("*.png"))
+        freed = sum(path.stat().st_size for path in pictures)
+        for path in pictures:
+            path.unlink(missing_ok=True)
+        if pictures:
+            logger.warning("%s: %d pictures deleted, %.1f MB", self.path, len(pictures), freed / 1e6)
+        self._full = True
+        return bool(pictures)
+
+    def _record(self, write: Callable[[], None]) -> None:
+        """Write a record; on a full disk in place of the pictures, and if that is not enough not at all."""
+        try:
+            write()
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            self._say_full(error)
+            if self.make_room():
+                self._record(write)
+
+    def _say_full(self, error: OSError) -> None:
+        if not self._full:
+            logger.warning("%s: %s: no more pictures are kept; free some space", self.path, error.strerror)
+        self._full = True
 
 
 def git_commit(repository: Path) -> str | None:
@@ -183,8 +277,18 @@ def git_commit(repository: Path) -> str | None:
     return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
 
 
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def _append(path: Path, line: str) -> None:
+    """Add a line, whole or not at all: half a row would spoil the next one."""
+    content = line.encode()
+    with open(path, "ab", buffering=0) as file:
+        before = file.tell()
+        if file.write(content) < len(content):  # a disk that filled up in the middle
+            file.truncate(before)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 def _logged_by(line: str, step: int) -> bool:
@@ -209,8 +313,12 @@ def _without_secrets(command: Sequence[str]) -> list[str]:
 def write_whole(path: Path, content: bytes) -> None:
     """Write a temporary file of this process, then rename it: a reader sees the old file or the new, never half."""
     temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _json(value: Any) -> str:

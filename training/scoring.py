@@ -12,18 +12,24 @@ their column of the same result. Two rules shape the numbers:
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from accelerate.utils import gather_object
 from PIL import Image
 
 from interfaces import Prompt, Renderer, Reward, Sample
 from prompting import parse
 from training.seeds import render_seed
+from training.signals import Leave, leaving
 
-PATIENCE = 3  # generation batches in a row with too many absent samples before the run stops
+logger = logging.getLogger(__name__)
+
+PATIENCE = 3  # generation batches in a row: with too many absent samples the run stops, with equal rewards it warns
+FAILURES = (OSError, RuntimeError, ValueError)  # of a renderer or reward; anything else is a bug and ends at once
 
 
 class ScoringError(RuntimeError):
@@ -69,6 +75,7 @@ class Scorer:
         run_seed: the run's `--seed`.
         max_absent_share: above this share of absent samples a batch counts against PATIENCE, in [0, 1].
         held_out: scorers that are asked and logged but feed no advantage.
+        enter: told the phase that begins ("render", "score hps", "train") and the optimiser step that it serves.
     """
 
     def __init__(
@@ -84,18 +91,19 @@ class Scorer:
         run_seed: int = 0,
         max_absent_share: float = 0.5,
         held_out: Sequence[Reward] = (),
+        enter: Callable[[str, int], None] = lambda phase, step: None,
     ):
         self.renderer, self.rewards, self.prompts = renderer, list(rewards), prompts
         self.held_out, self.num_generations = list(held_out), num_generations
         self.run_seed, self.max_absent_share = run_seed, max_absent_share
-        self.reasoning, self.common_seeds = reasoning, common_seeds
+        self.reasoning, self.common_seeds, self.enter = reasoning, common_seeds, enter
         scorers = [*self.rewards, *self.held_out]
         self._pictures = images_per_rewrite if any(scorer.needs_images for scorer in scorers) else 0
         self._anchors = any(scorer.needs_anchors for scorer in scorers)
         self.last: list[Scored] = []
         self.metrics: dict[str, float] = {}
         self._completions: list | None = None
-        self._bad_batches = 0
+        self._bad_batches = self._equal_batches = 0
 
     def reward_functions(self) -> list[Callable[..., list[float | None]]]:
         """One plain function per reward, named after it: TRL gives each its own column, weight and curve."""
@@ -105,18 +113,45 @@ class Scorer:
         def column(*, completions, prompt_id, trainer_state, **_) -> list[float | None]:
             if completions is not self._completions:  # the first reward of this batch: draw and score it
                 texts = [turns[0]["content"] for turns in completions]
-                self.last = self.score(texts, prompt_id, trainer_state.global_step + 1)
+                self.last = self.score_together(texts, prompt_id, trainer_state.global_step + 1)
                 self._completions = completions
             return [scored.parts[name] for scored in self.last]
 
         column.__name__ = name
         return column
 
+    def score_together(self, completions: Sequence[str], prompt_ids: Sequence[str], step: int) -> list[Scored]:
+        """`score`, on every process; if one of them fails or was told to leave, all raise the same.
+
+        Raises:
+            Leave: a process was told to leave; the batch is given up.
+            ScoringError: on a process the renderer or a reward failed, with that process's reason.
+        """
+        scored, failure = [], ""
+        try:
+            scored = self.score(completions, prompt_ids, step)
+        except Leave:
+            logger.info("told to leave: this batch of step %d is given up", step)
+        except ScoringError as error:
+            failure = str(error)
+        except FAILURES as error:
+            logger.exception("step %d could not be scored", step)
+            failure = f"scoring failed ({type(error).__name__}: {error}); see the log above, then --resume"
+        told = gather_object([(failure, leaving())])
+        failures = [f"process {rank}: {reason}" for rank, (reason, _) in enumerate(told) if reason]
+        if failures:
+            raise ScoringError("; ".join(failures) if len(told) > 1 else failure)
+        if code := max(code for _, code in told):
+            raise Leave(code)
+        self.enter("train", step)
+        return scored
+
     def score(self, completions: Sequence[str], prompt_ids: Sequence[str], step: int) -> list[Scored]:
         """Read, draw and score one process's batch of whole groups; also fills `metrics`.
 
         Raises:
             ScoringError: a group is not one prompt's, or the renderer or a reward broke its contract.
+            Leave: this process was told to leave.
         """
         self._check_groups(prompt_ids)
         answers = [parse(completion, self.reasoning) for completion in completions]
@@ -128,13 +163,16 @@ class Scorer:
         texts = [self.prompts[id].text for id in prompt_ids] if self._anchors else [None] * len(prompt_ids)
 
         started = time.perf_counter()
+        self.enter("render", step)
         drawn = self._draw(list(zip(rewrites, seeds, strict=True)) + list(zip(texts, seeds, strict=True)))
         rendered = time.perf_counter()
         samples = [
             Sample(self.prompts[id], completion, rewrite, _of(drawn, rewrite, row), _of(drawn, text, row))
             for id, completion, rewrite, text, row in zip(prompt_ids, completions, rewrites, texts, seeds, strict=True)
         ]
-        parts, held_out = self._parts(samples), self._held_out(samples)
+        columns = {scorer.name: self._ask(scorer, samples, step) for scorer in (*self.rewards, *self.held_out)}
+        missing = self._missing(samples, columns)
+        parts, held_out = self._parts(samples, columns), _rows(self.held_out, columns, len(samples))
         scored = [
             Scored(
                 sample,
@@ -152,23 +190,34 @@ class Scorer:
             "seconds/score": time.perf_counter() - rendered,
             "images/drawn": float(len(drawn)),
             **({"images/distinct": len(drawn) / wanted} if wanted else {}),
+            **missing,
         }
         for scorer in (*self.rewards, *self.held_out):
             self.metrics.update(scorer.metrics)
         return scored
 
-    def check_absent(self, share: float) -> None:
-        """Stop the run once `share`, of all processes' samples, was too high in PATIENCE batches in a row.
+    def check(self, found: Mapping[str, float]) -> None:
+        """Look at a batch's metrics, those of all processes: stop on too many absent samples, warn of equal rewards.
 
         Raises:
-            ScoringError: with the share and what to look at.
+            ScoringError: `samples/absent` was too high in PATIENCE batches in a row; with what was missing.
         """
+        share = found["samples/absent"]
         self._bad_batches = self._bad_batches + 1 if share > self.max_absent_share else 0
         if self._bad_batches >= PATIENCE:
+            causes = {name.removeprefix("absent/"): found[name] for name in found if name.startswith("absent/")}
+            listed = ", ".join(f"{cause} in {part:.0%}" for cause, part in causes.items() if part > 0)
             raise ScoringError(
                 f"{share:.0%} of the samples have no score, above --max_absent_share {self.max_absent_share:.0%} for "
-                f"the {PATIENCE}rd batch in a row: pictures fail or a reward returns nothing; see the parts that are "
-                "null in rollouts/ and the log above, repair the cause, then continue with --resume"
+                f"the {PATIENCE}rd batch in a row; missing: {listed}: see the log above, "
+                "repair the cause, then continue with --resume"
+            )
+        self._equal_batches = self._equal_batches + 1 if found.get("groups/equal") == 1 else 0
+        if self._equal_batches == PATIENCE:
+            logger.warning(
+                "%d batches in a row in which every group's members scored alike: nothing is being learnt; look at "
+                "the pictures and parts in rollouts/, raise --temperature, or give rewards that differ",
+                PATIENCE,
             )
 
     def _check_groups(self, prompt_ids: Sequence[str]) -> None:
@@ -193,10 +242,32 @@ class Scorer:
             raise ScoringError(f"the renderer returned {len(pictures)} images for {len(keys)} rewrites")
         return dict(zip(keys, pictures, strict=True))
 
-    def _parts(self, samples: Sequence[Sample]) -> list[dict[str, float | None]]:
+    def _ask(self, scorer: Reward, samples: Sequence[Sample], step: int) -> list[float | None]:
+        self.enter(f"score {scorer.name}", step)
+        if code := leaving():
+            raise Leave(code)
+        column = _column(scorer, samples)
+        if code := leaving():  # its answers may have been cut short
+            raise Leave(code)
+        return column
+
+    def _missing(self, samples: Sequence[Sample], columns: Mapping[str, Sequence[float | None]]) -> dict[str, float]:
+        """Share of the readable samples without a picture, and of those a reward could score without its score."""
+        drawn = [i for i, s in enumerate(samples) if s.rewrite is not None and None not in s.images]
+        readable = sum(sample.rewrite is not None for sample in samples)
+        shares = {"absent/pictures": 1 - len(drawn) / readable} if readable else {}
+        for reward in self.rewards:
+            rows = drawn if reward.needs_images else range(len(samples))
+            if rows:
+                shares[f"absent/{reward.name}"] = sum(columns[reward.name][i] is None for i in rows) / len(rows)
+        return shares
+
+    def _parts(
+        self, samples: Sequence[Sample], columns: Mapping[str, list[float | None]]
+    ) -> list[dict[str, float | None]]:
         """Scores of each sample by reward name, after both rules of this module."""
         unreadable = [sample.rewrite is None for sample in samples]
-        columns = {reward.name: _column(reward, samples) for reward in self.rewards}
+        columns = {reward.name: list(columns[reward.name]) for reward in self.rewards}
         absent = [
             any(image is None for image in sample.images)
             or any(columns[r.name][i] is None for r in self.rewards if not (unreadable[i] and r.needs_images))
@@ -208,7 +279,7 @@ class Scorer:
         for reward in self.rewards:
             if reward.needs_images:
                 self._give_lowest(columns[reward.name], reward.range[0], to_fill)
-        return [{name: column[i] for name, column in columns.items()} for i in range(len(samples))]
+        return _rows(self.rewards, columns, len(samples))
 
     def _give_lowest(self, column: list[float | None], floor: float, to_fill: Sequence[bool]) -> None:
         """Give the rows `to_fill` (unreadable answers) the lowest score of their group in `column`, in place."""
@@ -218,9 +289,12 @@ class Scorer:
             for i in group:
                 column[i] = lowest if to_fill[i] else column[i]
 
-    def _held_out(self, samples: Sequence[Sample]) -> list[dict[str, float | None]]:
-        columns = {scorer.name: _column(scorer, samples) for scorer in self.held_out}
-        return [{name: column[i] for name, column in columns.items()} for i in range(len(samples))]
+
+def _rows(
+    scorers: Sequence[Reward], columns: Mapping[str, Sequence[float | None]], count: int
+) -> list[dict[str, float | None]]:
+    """A dict of scores per sample."""
+    return [{scorer.name: columns[scorer.name][i] for scorer in scorers} for i in range(count)]
 
 
 def _of(

@@ -1,0 +1,157 @@
+"""Claims about text that wants to break something: 200 prompts, 200 rewrites, through training, inference and judge.
+
+pytest tests/test_hostile.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from interfaces import Prompt, Reward, Sample
+from miniature.judge_server import JudgeServer
+from prompting import MAX_PROMPT_CHARS, completion, messages
+from rendering.local import LocalRenderer
+from rewards.hps import HPS
+from rewards.judge import TEMPLATE, Judge
+from rewards.vlm import VLMClient
+from tests.hostile import TEXTS
+from tests.processes import ENVIRONMENT, ROOT
+from training.policy import load_tokenizer
+from training.scoring import Scorer
+
+REWRITES = [*TEXTS, "half a pair \ud83d", "\udfff"][-200:]
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8", errors="surrogatepass").splitlines()]
+
+
+def run(where: Path, *command: object) -> subprocess.CompletedProcess:
+    """A program of the house, in a folder of its own in which nothing else may appear."""
+    words = [sys.executable, *map(str, command)]
+    done = subprocess.run(words, cwd=where, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("hostile") / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in TEXTS if text.strip()), encoding="utf-8")
+    return path
+
+
+def read_back(path: Path) -> set[str]:
+    return {row["prompt"] for row in rows(path)}
+
+
+def test_200_hostile_prompts_are_trained_on_and_none_escapes_or_is_scored_unseen(toy, prompts, tmp_path):
+    seen: list[str] = []
+    server = JudgeServer(
+        lambda samples: [0.5 for _ in samples], watch=lambda headers, body: seen.append(json.loads(body))
+    )
+    with server as url:
+        options = ["--config", toy.config, "--outdir", "run", "--data", prompts, "--rewards", "hps", "judge", "format"]
+        options += ["--judge_model", "miniature", "--judge_url", url, "--per_device_train_batch_size", 80]
+        options += ["--gradient_accumulation_steps", 1, "--max_steps", len(TEXTS) // 20, "--save_strategy", "no"]
+        done = run(tmp_path, ROOT / "r1_prompter.py", *options)
+    assert "cut to 2000" in done.stderr  # over-long prompts are cut with a warning
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+    trained = [row for path in sorted((tmp_path / "run" / "rollouts").iterdir()) for row in rows(path)]
+    wanted = read_back(prompts)
+    assert {row["prompt"] for row in trained} <= {text.strip() for text in wanted} and len(trained) >= 4 * 180
+    for row in trained:  # no number without a picture that was seen
+        assert row["total"] is not None and (row["rewrite"] is None) == (row["seeds"] == [])
+    assert all(re.fullmatch(r"[0-9a-f]{20}\.png", path.name) for path in (tmp_path / "run" / "images").iterdir())
+    for body in seen:
+        words = body["messages"][0]["content"][-1]["text"]
+        assert len(words) < MAX_PROMPT_CHARS + len(TEMPLATE.text)
+        assert words.count("<") == TEMPLATE.text.count("<"), "no markup but the template's own"
+
+
+def test_200_hostile_prompts_are_rewritten_and_drawn_under_names_that_are_not_theirs(toy, prompts, tmp_path):
+    options = ["--prompts", prompts, "--gpt_path", toy.policy, "--out", "out", "--max_new_tokens", 40, "--images", 1]
+    options += ["--sdmodel_name", toy.flux, "--resolution", 16, "--steps", 1, "--max_sequence_length", 64]
+    run(tmp_path, ROOT / "scripts" / "reprompt.py", *options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    written = rows(tmp_path / "out" / "rewrites.jsonl")
+    assert {row["prompt"] for row in written} == {text.strip() for text in read_back(prompts)}
+    names = [path.name for path in (tmp_path / "out").iterdir()]
+    assert all(re.fullmatch(r"[\w.-]+\.(png|jsonl?|html)", name) for name in names)
+    assert not any("passwd" in name or "cat" in name for name in names)
+
+
+class Watching(Reward):
+    """What the rewards are given to judge by."""
+
+    name, range, needs_images = "watching", (0.0, 1.0), True
+
+    def __init__(self):
+        self.texts: list[str] = []
+
+    def __call__(self, samples):
+        self.texts += [sample.prompt.text for sample in samples]
+        return [0.5 for _ in samples]
+
+
+def test_200_hostile_rewrites_are_drawn_scored_and_never_become_the_judges_text(toy):
+    prompt, watching = Prompt("a photo of a red cat"), Watching()
+    renderer = LocalRenderer(
+        str(toy.flux), device="cpu", dtype="float32", steps=1, guidance=None, height=16, width=16,
+        max_sequence_length=64, chunk_size=40,
+    )  # fmt: skip
+    hps = HPS(toy.hps, device="cpu")
+    scorer = Scorer(renderer, [hps, watching], {prompt.id: prompt}, num_generations=len(REWRITES))
+    answers = [f"<think>hm</think><answer>{rewrite}</answer>" for rewrite in REWRITES]
+    with pytest.warns(UserWarning, match="its end is not drawn"):  # over-long rewrites are cut with a warning
+        scored = scorer.score(answers, [prompt.id] * len(answers), 1)
+    assert set(watching.texts) == {prompt.text}
+    readable = [row for row in scored if row.sample.rewrite is not None]
+    assert len(readable) > 150
+    for row in scored:
+        if row.absent:
+            assert row.sample.images == (None,) and renderer.failures, "absent only where nothing could be drawn"
+        elif row.sample.rewrite is not None:
+            assert isinstance(row.sample.images[0], Image.Image)
+    assert all(row.parts["watching"] == 0.5 for row in scored if not row.absent)
+
+
+class Parrot(JudgeServer):
+    """A judge that can be talked to: it answers with the question, the user's prompt in it."""
+
+    def _reply(self, body, fate):
+        words = json.loads(body)["messages"][0]["content"][-1]["text"]
+        return 200, self._completion(words.partition(TEMPLATE.text.partition("{prompt}")[0])[2])
+
+
+def test_no_hostile_prompt_forges_its_own_grade(tmp_path):
+    samples = [Sample(Prompt(text), "", "r", (Image.new("RGB", (8, 8), (i, 0, 0)),)) for i, text in enumerate(TEXTS)]
+    quiet = Sample(Prompt("a cat"), "", "r", (Image.new("RGB", (8, 8)),))
+    with Parrot(lambda samples: []) as url:
+        baseline = Judge(VLMClient(url, "miniature"))([quiet])
+        assert Judge(VLMClient(url, "miniature"))(samples) == baseline * len(samples)
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
+def test_a_hostile_prompt_stays_inside_the_users_turn(toy, text):
+    tokenizer = load_tokenizer(str(toy.policy))
+    ids = tokenizer.apply_chat_template(messages(text), add_generation_prompt=True, return_dict=False)
+    turns = [
+        ids.count(tokenizer.convert_tokens_to_ids(mark)) for mark in ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+    ]
+    assert turns == [3, 2, 0]
+
+
+def test_an_answer_with_a_hostile_rewrite_is_read_as_it_stands_or_not_at_all():
+    for rewrite in REWRITES:
+        try:
+            completion("hm", rewrite)
+        except ValueError as error:
+            assert "cannot be read back" in str(error)

@@ -1,0 +1,172 @@
+"""Checkpoints that are complete or absent: sealed by a manifest that is written last, then renamed into place.
+
+TRL, transformers and DeepSpeed write the files, under `.saving/`; `seal` lists them with size and SHA-256 and names
+the configuration, data, processes and versions that made them; one rename makes the folder `checkpoint-N`. What has
+no manifest, or is not what its manifest says, is never continued from. No torch here.
+
+Hashes find damage, not malice: optimiser states are pickles, so continue only from checkpoints of people you trust.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+MANIFEST, STAGING = "manifest.json", ".saving"
+THREADS = 8  # hashing releases the interpreter; a disk is busy from a few on
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Who may continue a checkpoint: what made it.
+
+    Attributes:
+        config_hash: of the configuration, `RunFolder.config_hash`.
+        data_hash: of the training file's bytes.
+        world_size: processes; optimiser states and random states are one file each.
+        versions: package -> version; another one continues, with a warning.
+    """
+
+    config_hash: str
+    data_hash: str
+    world_size: int
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+def seal(folder: Path, step: int, maker: Maker) -> None:
+    """Write the manifest of all files in `folder`, everything flushed to the disk before it."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    with ThreadPoolExecutor(THREADS) as pool:
+        digests = list(pool.map(_flushed_hash, paths))
+    files = {
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(paths, digests, strict=True)
+    }
+    manifest = folder / MANIFEST
+    manifest.write_text(json.dumps({"step": step, **asdict(maker), "files": files}, indent=1), encoding="utf-8")
+    for path in (manifest, folder):
+        _flush(path)
+
+
+def put_in_place(staged: Path, target: Path) -> None:
+    """Rename a sealed folder to its final name; one of that name, damaged or of a run that was cut, makes room."""
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(staged, target)
+    _flush(target.parent)
+
+
+def found(run: Path) -> list[Path]:
+    """All folders `checkpoint-N` of a run, whole or not, the newest first."""
+    return sorted((path for path in run.glob("checkpoint-*") if _is_numbered(path)), key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """N of `checkpoint-N`: optimiser steps done."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def fault(checkpoint: Path, maker: Maker, *, contents: bool) -> str | None:
+    """Why `maker` cannot continue from `checkpoint`, None if it can.
+
+    Args:
+        contents: also hash every file, which takes about a second per GB and thread; else names and sizes alone.
+    """
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        files = {name: (facts["size"], facts["sha256"]) for name, facts in manifest["files"].items()}
+        theirs = Maker(*(manifest[name] for name in ("config_hash", "data_hash", "world_size", "versions")))
+        step = manifest["step"]
+    except FileNotFoundError:
+        return f"half-written: it has no {MANIFEST}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"its {MANIFEST} cannot be read ({type(error).__name__}: {error})"
+    if step != step_of(checkpoint):
+        return f"its {MANIFEST} is of step {step}"
+    return _not_ours(theirs, maker) or _damage(checkpoint, files, contents)
+
+
+def other_versions(checkpoint: Path, maker: Maker) -> list[str]:
+    """Packages that were others when `checkpoint`, which has no fault, was made: "torch 2.12.0 -> 2.13.0"."""
+    theirs = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["versions"]
+    names = sorted(theirs.keys() | maker.versions.keys())
+    pairs = [(name, theirs.get(name, "none"), maker.versions.get(name, "none")) for name in names]
+    return [f"{name} {old} -> {new}" for name, old, new in pairs if old != new]
+
+
+def size_of(checkpoint: Path) -> int:
+    """Bytes of all files."""
+    return sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
+
+
+def prune(run: Path, maker: Maker, keep: int) -> list[Path]:
+    """Delete the oldest checkpoints until `keep` good ones are left; never the newest good one, and never what it
+    cannot tell to be this run's. Returns what was deleted."""
+    good = [path for path in found(run) if fault(path, maker, contents=False) is None]
+    surplus = good[max(keep, 1) :]
+    for path in surplus:
+        (path / MANIFEST).unlink()  # first: a kill in between leaves a half-written checkpoint, not a damaged one
+        shutil.rmtree(path)
+    return surplus
+
+
+def _not_ours(theirs: Maker, ours: Maker) -> str | None:
+    if theirs.world_size != ours.world_size:
+        return f"it was made by {theirs.world_size} processes, these are {ours.world_size}: launch as many"
+    if theirs.data_hash != ours.data_hash:
+        return f"it was trained on other data ({theirs.data_hash}, the file now is {ours.data_hash})"
+    if theirs.config_hash != ours.config_hash:
+        return f"it is of another configuration ({theirs.config_hash}, this is {ours.config_hash})"
+    return None
+
+
+def _damage(checkpoint: Path, files: Mapping[str, tuple[int, str]], contents: bool) -> str | None:
+    root = checkpoint.resolve()
+    for name, (size, _) in files.items():
+        path = checkpoint / name
+        if not path.resolve().is_relative_to(root):
+            return f"its {MANIFEST} names {name!r}, outside the folder"
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, not {size}"
+    if contents:
+        with ThreadPoolExecutor(THREADS) as pool:
+            for name, digest in zip(files, pool.map(file_hash, _in(checkpoint, files)), strict=True):
+                if digest != files[name][1]:
+                    return f"{name} is corrupt: SHA-256 {digest[:12]}..., not {files[name][1][:12]}..."
+    return None
+
+
+def _in(folder: Path, names: Iterable[str]) -> list[Path]:
+    return [folder / name for name in names]
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, 64 hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flushed_hash(path: Path) -> str:
+    _flush(path)
+    return file_hash(path)
+
+
+def _flush(path: Path) -> None:
+    """fsync of a file or folder, so that a power cut cannot leave a rename without what it names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_numbered(path: Path) -> bool:
+    return path.is_dir() and path.name.removeprefix("checkpoint-").isdigit()
