@@ -43,7 +43,7 @@ from rewards.frozen import footprint
 from training.curves import progressing
 from training.diagnostics import diagnose, mean_of_processes
 from training.options import UsageError, parse, set_renamed
-from training.policy import PolicyError, load_tokenizer, trainee
+from training.policy import PolicyError, load_tokenizer, name_base, trainee
 from training.progress import RunLog, begin, finish, rounded_away
 from training.run_folder import RunFolder, RunFolderError
 from training.scoring import Scored, Scorer, ScoringError
@@ -181,7 +181,7 @@ def load_frozen(
     names = [*script.rewards, *script.held_out]
     with whole_parameters():
         try:
-            tokenizer = load_tokenizer(script.gpt_path)
+            tokenizer = load_tokenizer(script.gpt_path, options.model.model_revision, training.trust_remote_code)
         except PolicyError as error:
             missing.append(str(error))
         try:
@@ -314,6 +314,7 @@ def train(options: Options) -> None:
         folder=folder,
         script=script,
     )
+    name_base(trainer.model, script.gpt_path, model.model_revision)
     finish(trainer, folder)
 
 

@@ -34,7 +34,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantiz
 from data.prompts import DataError
 from prompting import completion, messages
 from training.options import UsageError, parse, set_renamed
-from training.policy import PolicyError, load_tokenizer, trainee
+from training.policy import PolicyError, load_tokenizer, name_base, trainee
 from training.progress import RunLog, begin, finish, rounded_away
 from training.run_folder import RunFolder, RunFolderError
 
@@ -163,7 +163,7 @@ def train(script: ScriptArguments, training: SFTConfig, model: ModelConfig) -> N
     data_hash = hashlib.sha256(Path(script.data).read_bytes()).hexdigest()[:16]
     config = {**training.to_dict(), **asdict(model), **asdict(script), "data_hash": data_hash}
     folder = RunFolder(script.outdir, {**config, "num_processes": training.world_size}, resume=script.resume)
-    tokenizer = load_tokenizer(script.gpt_path)
+    tokenizer = load_tokenizer(script.gpt_path, model.model_revision, training.trust_remote_code)
     longest = training.max_length
     (learnt, too_long), (watched, too_long_to_watch) = (
         _dataset(side, tokenizer, script.reasoning, longest) for side in split(examples, script.validation_share)
@@ -185,6 +185,7 @@ def train(script: ScriptArguments, training: SFTConfig, model: ModelConfig) -> N
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
     )
+    name_base(trainer.model, script.gpt_path, model.model_revision)
     finish(trainer, folder)
 
 
