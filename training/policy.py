@@ -46,8 +46,8 @@ def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
         PolicyError: nothing at `path`, unreadable files, or no chat template.
     """
     source = path
-    if _is_adapter(path) and not Path(path, "tokenizer_config.json").is_file():
-        source, revision = _base_of(path, revision)
+    if is_adapter(path) and not Path(path, "tokenizer_config.json").is_file():
+        source, revision = base_of(path, revision)
     folder = _folder(source, revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -74,7 +74,7 @@ def load_policy(path: str, dtype: str = "auto", device: str | None = "auto") -> 
     """
     device = pick_device(device) if device else None
     options = {"dtype": pick_dtype(dtype, device), "use_safetensors": True, "local_files_only": True}
-    if _is_adapter(path):
+    if is_adapter(path):
         policy = _adapted(path, None, options)
     else:
         folder = _folder(path)
@@ -94,7 +94,7 @@ def trainee(path: str, training: TrainingArguments, use_peft: bool) -> str | Pre
     safely = {"use_safetensors": True, "trust_remote_code": training.trust_remote_code}
     training.model_init_kwargs = {**training.model_init_kwargs, **safely}
     revision = training.model_init_kwargs["revision"]
-    if not _is_adapter(path):
+    if not is_adapter(path):
         folder = _folder(path, revision)
         if not any(Path(folder).glob("*.safetensors")):
             raise PolicyError(f"{folder} has no weights in safetensors: name the folder of a whole model")
@@ -107,14 +107,14 @@ def trainee(path: str, training: TrainingArguments, use_peft: bool) -> str | Pre
 
 def name_base(model: PreTrainedModel, path: str, revision: str) -> None:
     """Let an adapter that is trained on a hub model name the hub's model, not its folder in this machine's cache."""
-    if isinstance(model, PeftModel) and not _is_adapter(path):
+    if isinstance(model, PeftModel) and not is_adapter(path):
         for config in model.peft_config.values():
             config.base_model_name_or_path, config.revision = path, None if revision == "main" else revision
 
 
 def _adapted(path: str, revision: str | None, options: dict[str, Any], **more: bool) -> PeftModel:
     """The adapter at `path` around its base model."""
-    base = _folder(*_base_of(path, revision))
+    base = _folder(*base_of(path, revision))
     try:
         model = AutoModelForCausalLM.from_pretrained(base, **options)
         return PeftModel.from_pretrained(model, _folder(path), **more)
@@ -141,11 +141,12 @@ def pick_dtype(dtype: str, device: str | None) -> str:
     return "bfloat16" if on_gpu and torch.cuda.is_bf16_supported() else "float32"
 
 
-def _is_adapter(path: str) -> bool:
+def is_adapter(path: str) -> bool:
+    """Whether `path` is the folder of a PEFT adapter."""
     return Path(path, "adapter_config.json").is_file()
 
 
-def _base_of(path: str, revision: str | None) -> tuple[str, str | None]:
+def base_of(path: str, revision: str | None) -> tuple[str, str | None]:
     """The base model of the adapter at `path`, and its revision: the user's, else the adapter's."""
     try:
         config = PeftConfig.from_pretrained(path)
@@ -161,7 +162,7 @@ def _folder(path: str, revision: str | None = None) -> str:
         PolicyError: there is none, or its weights are damaged, unsafe or not those that are locked.
     """
     if Path(path).is_dir():
-        if not Path(path, "config.json").is_file() and not _is_adapter(path):
+        if not Path(path, "config.json").is_file() and not is_adapter(path):
             raise PolicyError(f"no model in folder {path!r}: config.json is missing; name the folder that holds it")
         folder = path
     elif not _HUB_NAME.fullmatch(path):

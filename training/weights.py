@@ -18,8 +18,8 @@ import json
 import os
 import pickle
 import re
+import struct
 import sys
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -37,6 +37,12 @@ from training.run_folder import write_whole
 LOCK = Path(__file__).resolve().parent.parent / "checkpoints.lock"
 PICKLES = (".pt", ".pth", ".bin")
 PICKLED_WEIGHTS = ("pytorch_model", "diffusion_pytorch_model", "adapter_model")  # not optimizer.bin, training_args.bin
+
+# What the readers below have said of ten thousand damaged files.
+DAMAGED = (
+    pickle.UnpicklingError, SafetensorError, OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError,
+    AttributeError, AssertionError, struct.error,
+)  # fmt: skip
 
 
 class WeightsError(RuntimeError):
@@ -141,7 +147,7 @@ def check(path: Path, size: int | None, sha256: str | None, source: str) -> None
 def _mismatch(path: Path, found: str, expected: str, source: str) -> WeightsError:
     return WeightsError(
         f"{path} has {found}, {source} says {expected}: it is damaged or not the file that is meant, and was neither "
-        "loaded nor deleted; delete it and fetch it again (python scripts/fetch.py)"
+        f"loaded nor deleted; delete {path.resolve()} and fetch it again (python scripts/fetch.py)"
     )
 
 
@@ -195,16 +201,10 @@ def read_weights(path: Path, under: str | None = None) -> dict[str, torch.Tensor
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        held = torch.load(path, weights_only=True, map_location="cpu", mmap=zipfile.is_zipfile(path))
-    except (
-        pickle.UnpicklingError,
-        SafetensorError,
-        OSError,
-        EOFError,
-        RuntimeError,
-        ValueError,
-        LookupError,
-    ) as error:
+        with open(path, "rb") as file:
+            zipped = file.read(4) == b"PK\x03\x04"  # as torch writes since 1.6; older files cannot be mapped
+        held = torch.load(path, weights_only=True, map_location="cpu", mmap=zipped)
+    except DAMAGED as error:
         cause = " ".join(" ".join(str(error).splitlines()[:2]).split())  # the lines in which torch says what is wrong
         raise WeightsError(f"{path} is no checkpoint of plain tensors, fetch it again ({cause[:300]})") from error
     if under is not None:
