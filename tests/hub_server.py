@@ -53,7 +53,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
-        listed = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision/[^/]+|auth-check))?", path)
+        listed = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision/[^/]+|tree/[^/]+|auth-check))?", path)
         file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         name = (listed or file).group(1) if listed or file else ""
         repo = self.server.repos.get(name)
@@ -63,7 +63,8 @@ class _Handler(BaseHTTPRequestHandler):
         if barred and (file or path.endswith("/auth-check")):
             return self._answer(403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "restricted"})
         if listed:
-            return self._answer(200, {"Content-Type": "application/json"}, _listing(name, repo))
+            content = _tree(repo) if (listed.group(2) or "").startswith("tree/") else _listing(name, repo)
+            return self._answer(200, {"Content-Type": "application/json"}, json.dumps(content).encode())
         if file.group(3) not in repo.files:
             return self._answer(404, {"X-Error-Code": "EntryNotFound"})
         return self._file(repo, file.group(3))
@@ -105,8 +106,16 @@ def _described(name: str, repo: Repo) -> dict:
     return row
 
 
-def _listing(name: str, repo: Repo) -> bytes:
+def _listing(name: str, repo: Repo) -> dict:
     siblings = [_described(file, repo) for file in repo.files]
     card = {"license": "apache-2.0"}
     listing = {"id": name, "modelId": name, "sha": COMMIT, "private": False, "tags": [], "downloads": 0, "likes": 0}
-    return json.dumps({**listing, "gated": repo.gated and "auto", "cardData": card, "siblings": siblings}).encode()
+    return {**listing, "gated": repo.gated and "auto", "cardData": card, "siblings": siblings}
+
+
+def _tree(repo: Repo) -> list[dict]:
+    rows = []
+    for row in (_described(file, repo) for file in repo.files):
+        large = {"lfs": {"oid": row["lfs"]["sha256"], **row["lfs"]}} if "lfs" in row else {}
+        rows.append({"type": "file", "path": row["rfilename"], "size": row["size"], "oid": row["blobId"], **large})
+    return rows

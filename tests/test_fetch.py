@@ -10,9 +10,11 @@ import pytest
 import yaml
 from huggingface_hub import constants
 
+from rendering import CheckpointError, RenderOptions
 from scripts import fetch
 from tests.hub_server import COMMIT, Hub, Repo
 from training import weights
+from training.policy import PolicyError, load_policy
 
 WEIGHTS = bytes(range(256)) * 800  # 204,800 bytes
 FILES = {"config.json": b"{}", "model.safetensors": WEIGHTS, "pytorch_model.bin": b"a pickle", "README.md": b"read me"}
@@ -24,6 +26,7 @@ def hub(monkeypatch, tmp_path):
     """A hub with one model, an empty cache, and a lock of which the commit and a hash are not known."""
     served = Hub({"tiny/policy": Repo(dict(FILES))})
     monkeypatch.setattr(constants, "ENDPOINT", served.url)
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", served.url)
     monkeypatch.setattr(
         constants, "HUGGINGFACE_CO_URL_TEMPLATE", served.url + "/{repo_id}/resolve/{revision}/{filename}"
     )
@@ -175,3 +178,28 @@ def test_an_adapters_base_model_is_what_is_fetched(tmp_path):
     )
     options = fetch.parse_options([*RUN, "--gpt_path", str(tmp_path), "--data", "x", "--outdir", "y"])
     assert [known.repo for _, known in fetch.named(options)] == ["Qwen/Qwen2.5-3B-Instruct"]
+
+
+# A run that is not told to fetch first -----------------------------------------------------------------------------
+
+
+def served(name: str) -> Repo:
+    folder = Path("miniature/weights") / name
+    return Repo(
+        {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    )
+
+
+@pytest.mark.parametrize("name", ["policy", "flux"])
+def test_a_run_that_downloads_loads_nothing_that_the_lock_does_not_know(hub, name):
+    weight = "model.safetensors" if name == "policy" else "transformer/diffusion_pytorch_model.safetensors"
+    hub.repos[f"tiny/{name}"] = served(name)
+    load = (lambda: load_policy(f"tiny/{name}", device="cpu")) if name == "policy" else (
+        lambda: RenderOptions(sdmodel_name=f"tiny/{name}").load("cpu")
+    )  # fmt: skip
+    load()
+    rows = {"revision": COMMIT, "files": {weight: {"size": None, "sha256": "0" * 64}}}
+    weights.LOCK.write_text(yaml.safe_dump({f"tiny/{name}": {"licence": "MIT", **rows}}))
+    weights.lock.cache_clear()
+    with pytest.raises((PolicyError, CheckpointError), match=f"checkpoints.lock says {'0' * 64}"):
+        load()

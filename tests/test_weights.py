@@ -345,3 +345,14 @@ def test_a_policy_by_hub_name_is_its_folder_in_the_cache_at_the_locked_commit(tm
     training.model_init_kwargs["revision"] = "main"
     with pytest.raises(PolicyError, match="tokenizer.*json has .* bytes, checkpoints.lock says"):
         trainee("Qwen/Qwen2.5-3B-Instruct", training, use_peft=False)
+
+
+def test_a_renderer_by_hub_name_is_read_offline_at_the_locked_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for repo in ("Qwen/Qwen-Image", "black-forest-labs/FLUX.1-schnell"):
+        home = tmp_path / f"models--{repo.replace('/', '--')}" / "snapshots" / locked(repo).revision
+        shutil.copytree(MINIATURE / "flux", home)
+    assert RenderOptions(sdmodel_name="Qwen/Qwen-Image").load("cpu").count_tokens("a red circle") > 2
+    with pytest.raises(CheckpointError, match="has .* bytes, checkpoints.lock says 246144352"):
+        RenderOptions(sdmodel_name="black-forest-labs/FLUX.1-schnell").load("cpu")

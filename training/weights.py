@@ -175,11 +175,12 @@ def _digest(path: Path, expected: str) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, an empty one if there is none or it cannot be read."""
+    """The object in a JSON file, an empty one if there is none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 # Reading ----------------------------------------------------------------------------------------------------------
