@@ -57,12 +57,14 @@ class Wanted:
         known: what the lock says of it, with the revision that is to be fetched.
         info: what the hub says of it.
         files: those of its files that are read.
+        barred: whether this user has yet to accept its licence.
     """
 
     uses: str
     known: Checkpoint
     info: ModelInfo
     files: tuple[RepoSibling, ...]
+    barred: bool
 
     @property
     def size(self) -> int:
@@ -100,6 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         wanted = [_ask(uses, known) for uses, known in named(options)]
         print(table(wanted), flush=True)
         room(wanted)
+        if barred := [one.known.repo for one in wanted if one.barred]:
+            raise FetchError("; and ".join(map(_accept, barred)))
         if not args.dry_run:
             for one in wanted:
                 fetch(one)
@@ -145,8 +149,7 @@ def _ask(uses: str, known: Checkpoint) -> Wanted:
     """Ask the hub what it has of a repository, and whether this user may have it."""
     with _explained(known.repo):
         info = HfApi().model_info(known.repo, revision=known.revision, files_metadata=True)
-        if info.gated:
-            HfApi().auth_check(known.repo)
+        barred = bool(info.gated) and not _has_access(known.repo)
     pipeline = any(file.rfilename == "model_index.json" for file in info.siblings)
     files = filter_repo_objects(
         info.siblings, allow_patterns=known.include or READ, ignore_patterns=known.exclude, key=lambda f: f.rfilename
@@ -156,7 +159,22 @@ def _ask(uses: str, known: Checkpoint) -> Wanted:
         files = [file for file in files if not file.rfilename.endswith(".bin")]
     if not files:
         raise FetchError(f"{known.repo} has none of the files that are read ({', '.join(known.include or READ)})")
-    return Wanted(uses, known, info, tuple(files))
+    return Wanted(uses, known, info, tuple(files), barred)
+
+
+def _has_access(repo: str) -> bool:
+    try:
+        HfApi().auth_check(repo)
+    except GatedRepoError:
+        return False
+    return True
+
+
+def _accept(repo: str) -> str:
+    return (
+        f"{repo}: its licence must be accepted first: do so at {constants.ENDPOINT}/{repo}, and give a token of that "
+        "account as HF_TOKEN (or `hf auth login`)"
+    )
 
 
 def _is_second_copy(name: str) -> bool:
@@ -172,10 +190,7 @@ def _explained(repo: str) -> Iterator[None]:
     except OfflineModeIsEnabled as error:
         raise UsageError("HF_HUB_OFFLINE is set, so nothing can be fetched: unset it, and run this again") from error
     except GatedRepoError as error:
-        raise FetchError(
-            f"{repo}: its licence must be accepted first: do so at {constants.ENDPOINT}/{repo}, and give a token of "
-            "that account as HF_TOKEN (or `hf auth login`)"
-        ) from error
+        raise FetchError(_accept(repo)) from error
     except RepositoryNotFoundError as error:
         raise FetchError(
             f"{repo}: the hub has no such repository, or not for this user: check the name, and HF_TOKEN if it is "
@@ -194,7 +209,7 @@ def table(wanted: Sequence[Wanted]) -> str:
         licence = one.known.licence or str(card.get("license", "not stated"))
         here = "yes" if not one.missing else "no" if one.missing == one.size else f"{_gb(one.missing)} missing"
         pinned = "" if one.known.revision else f", not locked: {one.info.sha[:8]}"
-        access = "licence accepted" if one.info.gated else "open"
+        access = "gated, not accepted yet" if one.barred else "gated, accepted" if one.info.gated else "open"
         rows.append((one.uses, f"{one.known.repo}{pinned}", _gb(one.size), licence, access, here))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)

@@ -127,8 +127,9 @@ def test_the_lock_is_filled_with_what_the_hub_publishes_line_by_line_and_then_ho
 def test_a_gated_repository_says_where_to_accept_its_licence_before_anything_is_fetched(hub, capsys, monkeypatch):
     hub.repos["tiny/policy"].gated = True
     assert fetch.main(RUN) == 1
-    said = capsys.readouterr().err
-    assert f"{hub.url}/tiny/policy" in said and "HF_TOKEN" in said and not hub.fetched
+    said = capsys.readouterr()
+    assert "gated, not accepted yet" in said.out
+    assert f"{hub.url}/tiny/policy" in said.err and "HF_TOKEN" in said.err and not hub.fetched
     monkeypatch.setenv("HF_TOKEN", "hf_of_somebody_who_has_accepted")
     assert fetch.main(RUN) == 0
 

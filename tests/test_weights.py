@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 
 import r1_prompter
@@ -23,7 +24,7 @@ from rendering import CheckpointError, RenderOptions
 from rewards import CHECKPOINTS, RewardError, RewardOptions, gdino, git, hps, imagereward, orm, pickscore
 from training import weights
 from training.options import UsageError
-from training.policy import PolicyError, load_policy, load_tokenizer, trainee
+from training.policy import PolicyError, load_policy, load_tokenizer, name_base, trainee
 from training.weights import WeightsError, lock, locked, read_weights, verify
 
 MINIATURE = Path("miniature/weights")
@@ -345,6 +346,18 @@ def test_a_policy_by_hub_name_is_its_folder_in_the_cache_at_the_locked_commit(tm
     training.model_init_kwargs["revision"] = "main"
     with pytest.raises(PolicyError, match="tokenizer.*json has .* bytes, checkpoints.lock says"):
         trainee("Qwen/Qwen2.5-3B-Instruct", training, use_peft=False)
+
+
+def test_an_adapter_of_a_hub_model_names_it_and_its_commit_and_not_this_machines_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    snapshot = tmp_path / "hub" / "models--some--policy" / "snapshots" / COMMIT
+    shutil.copytree(MINIATURE / "policy", snapshot)
+    adapted = get_peft_model(load_policy(str(snapshot), device="cpu"), LoraConfig(r=2, task_type="CAUSAL_LM"))
+    name_base(adapted, "some/policy", COMMIT)
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert str(tmp_path) not in (tmp_path / "adapter" / "adapter_config.json").read_text()
+    assert isinstance(load_policy(str(tmp_path / "adapter"), device="cpu"), PeftModel)
+    load_tokenizer(str(tmp_path / "adapter"))
 
 
 def test_a_renderer_by_hub_name_is_read_offline_at_the_locked_commit(tmp_path, monkeypatch):

@@ -114,10 +114,9 @@ def name_base(model: PreTrainedModel, path: str, revision: str) -> None:
 
 def _adapted(path: str, revision: str | None, options: dict[str, Any], **more: bool) -> PeftModel:
     """The adapter at `path` around its base model."""
-    base = _folder(*base_of(path, revision))
+    base, adapter = _folder(*base_of(path, revision)), _folder(path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(base, **options)
-        return PeftModel.from_pretrained(model, _folder(path), **more)
+        return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, **options), adapter, **more)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _cannot_load("policy", path, error) from error
 
