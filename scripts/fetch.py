@@ -247,7 +247,7 @@ def fetch(one: Wanted) -> None:
         weights.check(path, file.size, file.lfs.sha256 if file.lfs else None, "the hub")
         if file.lfs is None and _git_id(path) != file.blob_id:
             raise WeightsError(
-                f"{path} is not what the hub says (git id {file.blob_id}): delete it and fetch it again"
+                f"{path} is not what the hub says (git id {file.blob_id}): delete {path.resolve()} and fetch it again"
             )
 
 
