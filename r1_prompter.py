@@ -48,7 +48,7 @@ from training.diagnostics import diagnose, mean_of_processes
 from training.epochs import EpochOrder
 from training.guard import GuardedTrainer, Stopped
 from training.options import RESUME, UsageError, parse, set_renamed
-from training.policy import PolicyError, load_tokenizer, trainee
+from training.policy import PolicyError, load_tokenizer, name_base, trainee
 from training.progress import RunLog, begin, finish, rounded_away
 from training.run_folder import RunFolder, RunFolderError
 from training.scoring import Scored, Scorer, ScoringError
@@ -191,7 +191,7 @@ def load_frozen(
     names = [*script.rewards, *script.held_out]
     with whole_parameters():
         try:
-            tokenizer = load_tokenizer(script.gpt_path)
+            tokenizer = load_tokenizer(script.gpt_path, options.model.model_revision, training.trust_remote_code)
         except PolicyError as error:
             missing.append(str(error))
         try:
@@ -335,6 +335,7 @@ def train(options: Options) -> None:
         cycle=numbers["optimizer_steps_per_generation"],
         script=script,
     )
+    name_base(trainer.model, script.gpt_path, model.model_revision)
     finish(trainer, folder)
 
 

@@ -36,7 +36,7 @@ from prompting import completion, messages
 from training.checkpoints import file_hash
 from training.guard import GuardedTrainer, Stopped
 from training.options import RESUME, UsageError, parse, set_renamed
-from training.policy import PolicyError, load_tokenizer, trainee
+from training.policy import PolicyError, load_tokenizer, name_base, trainee
 from training.progress import RunLog, begin, finish, rounded_away
 from training.run_folder import RunFolder, RunFolderError
 from training.watch import Watch
@@ -175,7 +175,7 @@ def train(script: ScriptArguments, training: SFTConfig, model: ModelConfig) -> N
     data_hash = file_hash(Path(script.data))
     config = {**training.to_dict(), **asdict(model), **asdict(script), "data_hash": data_hash}
     folder = RunFolder(script.outdir, {**config, "num_processes": training.world_size}, resume=script.resume)
-    tokenizer = load_tokenizer(script.gpt_path)
+    tokenizer = load_tokenizer(script.gpt_path, model.model_revision, training.trust_remote_code)
     longest = training.max_length
     (learnt, too_long), (watched, too_long_to_watch) = (
         _dataset(side, tokenizer, script.reasoning, longest) for side in split(examples, script.validation_share)
@@ -200,6 +200,7 @@ def train(script: ScriptArguments, training: SFTConfig, model: ModelConfig) -> N
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
     )
+    name_base(trainer.model, script.gpt_path, model.model_revision)
     finish(trainer, folder)
 
 

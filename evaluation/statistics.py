@@ -1,7 +1,7 @@
 """Means with paired bootstrap intervals: is one system better than another on these very prompts?
 
-Prompts are resampled with replacement, each within its own category so that no category empties; a prompt brings all its
-pictures and test points along, and every system gets the same draw. Intervals are the 2.5 % and 97.5 % percentiles
+Prompts are resampled with replacement, each within its own category so that no category empties; a prompt brings all
+its pictures and test points along, and every system gets the same draw. Intervals are the 2.5 % and 97.5 % percentiles
 (Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13).
 """
 
@@ -54,7 +54,7 @@ def measure(
 
     Args:
         items: prompts.
-        verdicts: system -> item id -> a verdict per picture; every system has every item. A part that is None counts 0.
+        verdicts: system -> item id -> a verdict per picture; every system has every item. A part of None counts 0.
         categories: of the verdicts' parts, in the order of the table.
         overall: see `Benchmark.overall`.
         seed: of the resampling.

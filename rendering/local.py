@@ -28,24 +28,13 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from rendering import CheckpointError
 from training.signals import leaving
+from training.weights import WeightsError, check_folder, locked
 from training.whole import whole_parameters
 
 # Pipelines print every text that they cut, padding included; `LocalRenderer.truncated` counts them and warns once.
 logging.getLogger("diffusers.pipelines").setLevel(logging.ERROR)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-# repository -> (GB of the diffusers layout, licence, a second copy in another layout, not to be fetched). Sizes are
-# 2 bytes per parameter, all parts: FLUX.1 has a transformer of 23.8 GB, a T5-XXL encoder of 9.5, CLIP 0.2, VAE 0.2.
-KNOWN_CHECKPOINTS = {
-    "black-forest-labs/FLUX.1-dev": (34, "FLUX.1 [dev] Non-Commercial License", "flux1-dev.safetensors"),
-    "black-forest-labs/FLUX.1-schnell": (34, "Apache-2.0", "flux1-schnell.safetensors"),
-    "stabilityai/stable-diffusion-3.5-large": (28, "Stability AI Community License", "sd3.5_large.safetensors"),
-    "stabilityai/stable-diffusion-3.5-medium": (16, "Stability AI Community License", "sd3.5_medium.safetensors"),
-    "stabilityai/stable-diffusion-xl-base-1.0": (7, "CreativeML Open RAIL++-M", "sd_xl_base_*"),
-    "Qwen/Qwen-Image": (58, "Apache-2.0", ""),
-    "Tongyi-MAI/Z-Image-Turbo": (21, "Apache-2.0", ""),
-}
 
 
 class LocalRenderer:
@@ -336,11 +325,17 @@ def _longest_tokenizer(pipe: DiffusionPipeline) -> PreTrainedTokenizerBase:
 
 
 def _load(path: str, dtype: torch.dtype) -> DiffusionPipeline:
-    offline = _check_reachable(path)
     try:
+        folder = _folder(path)
+        for part in (folder, *(part for part in folder.iterdir() if part.is_dir())):
+            check_folder(part)
         with whole_parameters():
-            pipe = AutoPipelineForText2Image.from_pretrained(path, dtype=dtype, local_files_only=offline)
-    except (OSError, httpx.HTTPError) as error:  # missing or damaged file, gated repository, lost connection
+            pipe = AutoPipelineForText2Image.from_pretrained(
+                str(folder), dtype=dtype, local_files_only=True, use_safetensors=True
+            )
+    except WeightsError as error:
+        raise CheckpointError(str(error)) from error
+    except (OSError, httpx.HTTPError) as error:  # missing file, gated repository, lost connection
         raise CheckpointError(_missing(path, f"cannot be loaded ({_first_line(error)})")) from error
     for name, component in pipe.components.items():
         if isinstance(component, torch.nn.Module):
@@ -353,29 +348,33 @@ def _load(path: str, dtype: torch.dtype) -> DiffusionPipeline:
     return pipe
 
 
-def _check_reachable(path: str) -> bool:
-    """True: use local files only. One request tells, instead of the loader's five retries per file (23 s)."""
+def _folder(path: str) -> Path:
+    """Where the pipeline lies on this disk; what is missing of it is downloaded if the Hub can be reached.
+
+    One request tells whether it can, instead of the loader's five retries per file (23 s).
+    """
     if Path(path).is_dir():
-        return True
+        return Path(path)
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path):
         raise CheckpointError(f"no such folder: {path}. Give a folder with a model_index.json or a Hub name org/name")
+    revision = locked(path).revision
     try:
-        HfApi().model_info(path, timeout=10)
+        HfApi().model_info(path, revision=revision, timeout=10)
     except (OSError, httpx.HTTPError) as error:
-        if isinstance(try_to_load_from_cache(path, "model_index.json"), str):
-            return True
+        cached = try_to_load_from_cache(path, "model_index.json", revision=revision)
+        if isinstance(cached, str):
+            return Path(cached).parent
         raise CheckpointError(_missing(path, f"is not here, and the Hub gave: {_first_line(error)}")) from error
-    return False
+    return Path(DiffusionPipeline.download(path, revision=revision, use_safetensors=True))
 
 
 def _missing(path: str, problem: str) -> str:
     """One line: what is missing, its size and licence where known, and the command that fetches it."""
     if Path(path).is_dir():
         return f"renderer checkpoint {path} {problem}. Copy or save the whole diffusers folder again"
-    size, licence, exclude = KNOWN_CHECKPOINTS.get(path, (None, None, ""))
-    known = f", about {size} GB, licence: {licence} (accept it on the model's page if asked)" if size else ""
-    command = f"hf download {path}" + (f" --exclude '{exclude}'" if exclude else "")
-    return f"renderer checkpoint {path}{known} {problem}. Fetch it with: {command}"
+    known = locked(path)
+    about = f", {known.size}, licence: {known.licence} (accept it on the model's page if asked)" if known.size else ""
+    return f"renderer checkpoint {path}{about} {problem}. Fetch it with: {known.command}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -197,6 +197,17 @@ REWARDS: dict[str, Callable[[RewardOptions, Setting], Reward]] = {
 }
 
 
+# Reward -> the hub's repositories that it reads where no path of its own is given.
+CHECKPOINTS = {
+    "hps": ("xswu/HPSv2",),
+    "git": ("microsoft/git-large-vqav2",),
+    "gdino": ("IDEA-Research/grounding-dino-tiny",),
+    "orm": ("CaraJ/ORM-T2I-R1",),
+    "imagereward": ("THUDM/ImageReward", "google-bert/bert-base-uncased"),
+    "pickscore": ("yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
+}
+
+
 def check(names: Sequence[str], options: RewardOptions, ddp_timeout: float = math.inf) -> None:
     """Check what can be known before any model is loaded.
 

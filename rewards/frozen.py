@@ -7,7 +7,6 @@ Nothing is ever fetched here: gigabytes by eight processes are a person's call, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -19,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from interfaces import Reward, Sample
 from rewards import RewardError
+from training.weights import Checkpoint, WeightsError, read_weights, verify
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -30,27 +30,6 @@ class ModelReward(Protocol):
     name: str
     model: torch.nn.Module
     device: torch.device
-
-
-@dataclass(frozen=True)
-class Published:
-    """A checkpoint on the hub, and what a user must know before fetching it.
-
-    Attributes:
-        repo: "owner/name".
-        size: of the files in `files`, as text ("1.6 GB").
-        licence: its name.
-        files: patterns of the files that are read.
-    """
-
-    repo: str
-    size: str
-    licence: str
-    files: tuple[str, ...] = ("*.json", "*.txt", "*.safetensors")
-
-    @property
-    def command(self) -> str:
-        return f"hf download {self.repo} " + " ".join(f"--include '{pattern}'" for pattern in self.files)
 
 
 class _Offloaded(Reward):
@@ -105,17 +84,18 @@ def arithmetic(dtype: str, batch_size: int) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def folder_of(path: str | Path, published: Published, needs: Sequence[str]) -> Path:
+def folder_of(path: str | Path, published: Checkpoint, needs: Sequence[str]) -> Path:
     """The folder at `path` (or of `published.repo` in the hub's local cache) with all files `needs`.
 
     Raises:
-        RewardError: no such folder, or a file is missing; with size, licence and the command that fetches it.
+        RewardError: no such folder, or a file is missing (with size, licence and the command that fetches it), or is
+            not the one that the lock names.
     """
     if Path(path).is_dir():
         folder = Path(path)
     elif str(path) == published.repo:
         try:
-            folder = Path(snapshot_download(published.repo, local_files_only=True))
+            folder = Path(snapshot_download(published.repo, revision=published.revision, local_files_only=True))
         except LocalEntryNotFoundError as error:
             raise RewardError(
                 f"{published.repo} ({published.size}, {published.licence}) is not in the Hugging Face cache: "
@@ -127,7 +107,24 @@ def folder_of(path: str | Path, published: Published, needs: Sequence[str]) -> P
     if missing:
         hint = "name the folder that holds them" if Path(path).is_dir() else f"run `{published.command}`"
         raise RewardError(f"{folder} has no {', '.join(missing)}: {hint}")
+    check_files(folder)
     return folder
+
+
+def check_files(folder: Path) -> None:
+    """`verify`, with what is wrong as a RewardError."""
+    try:
+        verify(folder)
+    except WeightsError as error:
+        raise RewardError(str(error)) from error
+
+
+def tensors_of(path: Path, under: str | None = None) -> dict[str, torch.Tensor]:
+    """`read_weights`, with what is wrong as a RewardError."""
+    try:
+        return read_weights(path, under)
+    except WeightsError as error:
+        raise RewardError(str(error)) from error
 
 
 def freeze(model: torch.nn.Module, device: torch.device, source: str | Path) -> torch.nn.Module:

@@ -40,11 +40,12 @@ from data.grammar import RELATIONS
 from interfaces import Prompt, Reward, Sample
 from prompting import well_formed
 from rewards import RewardError, one_line
-from rewards.frozen import Published, arithmetic, autocast, batches, check_pictures, folder_of, freeze
+from rewards.frozen import arithmetic, autocast, batches, check_pictures, folder_of, freeze
+from training.weights import locked
 
 log = logging.getLogger(__name__)
 
-PUBLISHED = Published("IDEA-Research/grounding-dino-tiny", "0.7 GB", "Apache-2.0")
+PUBLISHED = locked("IDEA-Research/grounding-dino-tiny")
 WEIGHTS = "model.safetensors"
 BOX_HEAD = (
     "bbox_embed.0.layers.0.weight"  # tied: transformers leaves it random, unsaid, if only its other name is there

@@ -32,7 +32,6 @@ from interfaces import Prompt, Reward, Sample
 from prompting import well_formed
 from rewards import RewardError, one_line
 from rewards.frozen import (
-    Published,
     arithmetic,
     autocast,
     batches,
@@ -42,12 +41,11 @@ from rewards.frozen import (
     freeze,
     known_token,
 )
+from training.weights import locked
 
 log = logging.getLogger(__name__)
 
-PUBLISHED = Published(
-    "microsoft/git-large-vqav2", "1.6 GB", "MIT", ("*.json", "*.txt", "*.safetensors", "pytorch_model*.bin")
-)
+PUBLISHED = locked("microsoft/git-large-vqav2")
 NEEDS = ("config.json", "preprocessor_config.json", "tokenizer_config.json")
 FORMULAS = ("faithful", "released")
 CONSTANT_TASKS = ("position", "counting")  # 0 under "released"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -26,10 +25,11 @@ from torchvision.transforms.v2 import functional as tv
 
 from interfaces import Reward, Sample
 from rewards import RewardError
-from rewards.frozen import arithmetic, autocast, batches, check_pictures, freeze, mean_cosines
+from rewards.frozen import arithmetic, autocast, batches, check_files, check_pictures, freeze, mean_cosines, tensors_of
+from training.weights import locked
 
-DEFAULT_REPO, DEFAULT_FILE = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
-DEFAULT = f"{DEFAULT_REPO}/{DEFAULT_FILE}"
+PUBLISHED, DEFAULT_FILE = locked("xswu/HPSv2"), "HPS_v2.1_compressed.pt"
+DEFAULT = f"{PUBLISHED.repo}/{DEFAULT_FILE}"
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 Loaded = tuple[torch.nn.Module, Callable[[list[str]], torch.Tensor], Sequence[float], Sequence[float]]
 PREPROCESSING = {"resize_mode": "longest", "interpolation": "bicubic", "fill_color": 0, "mode": "RGB"}
@@ -119,7 +119,7 @@ class HPS(Reward):
 
 
 def _locate(path: str | Path) -> Path:
-    """The checkpoint file or folder on this disk. Nothing is fetched: 3.9 GB by eight processes is a person's call."""
+    """The checkpoint file or folder on this disk. Nothing is fetched: that is a person's call."""
     if str(path) != DEFAULT:
         if not Path(path).exists():
             raise RewardError(
@@ -127,11 +127,11 @@ def _locate(path: str | Path) -> Path:
             )
         return Path(path)
     try:
-        return Path(hf_hub_download(DEFAULT_REPO, DEFAULT_FILE, local_files_only=True))
+        return Path(hf_hub_download(PUBLISHED.repo, DEFAULT_FILE, revision=PUBLISHED.revision, local_files_only=True))
     except LocalEntryNotFoundError as error:
         raise RewardError(
-            f"{DEFAULT_FILE} (HPS v2.1, about 3.9 GB, Apache-2.0) is not in the Hugging Face cache: "
-            f"run `hf download {DEFAULT_REPO} {DEFAULT_FILE}`"
+            f"{DEFAULT_FILE} (HPS v2.1, {PUBLISHED.size}, {PUBLISHED.licence}) is not in the Hugging Face cache: "
+            f"run `{PUBLISHED.command}`"
         ) from error
 
 
@@ -140,15 +140,10 @@ def _load_file(path: Path, model_name: str) -> Loaded:
     model_cfg = open_clip.get_model_config(model_name)
     if model_cfg is None:
         raise RewardError(f"open_clip has no architecture {model_name!r}; known: {', '.join(open_clip.list_models())}")
-    try:
-        checkpoint = torch.load(path, weights_only=True, map_location="cpu")
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise RewardError(f"{path} is no checkpoint of plain tensors, fetch it again ({_cause(error)})") from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise RewardError(f"{path} has no `state_dict`: an HPS checkpoint keeps its weights under that key")
+    weights = tensors_of(path, under="state_dict")
     model = open_clip.CLIP(**model_cfg)
     try:
-        model.load_state_dict(checkpoint["state_dict"], strict=True)
+        model.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         raise RewardError(f"the weights of {path} are not those of {model_name} ({_cause(error)})") from error
     return model, open_clip.get_tokenizer(model_name), OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
@@ -159,6 +154,7 @@ def _load_folder(path: Path) -> Loaded:
     for name in (CONFIG, WEIGHTS):
         if not (path / name).is_file():
             raise RewardError(f"{path} has no {name}: an open_clip folder needs {CONFIG} and {WEIGHTS}")
+    check_files(path)
     source = f"local-dir:{path}"
     try:
         model = open_clip.create_model(source, require_pretrained=True)

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,8 +30,6 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 from torchvision.transforms.v2 import functional as tv
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
@@ -41,7 +38,6 @@ from interfaces import Reward, Sample
 from prompting import well_formed
 from rewards import RewardError, one_line
 from rewards.frozen import (
-    Published,
     arithmetic,
     autocast,
     batches,
@@ -49,12 +45,11 @@ from rewards.frozen import (
     distinct_pictures,
     folder_of,
     freeze,
+    tensors_of,
 )
+from training.weights import locked
 
-PUBLISHED = Published("THUDM/ImageReward", "1.8 GB", "Apache-2.0", ("ImageReward.pt", "med_config.json"))
-WORDS = Published(
-    "google-bert/bert-base-uncased", "1 MB", "Apache-2.0", ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
-)
+PUBLISHED, WORDS = locked("THUDM/ImageReward"), locked("google-bert/bert-base-uncased")
 WEIGHTS = ("ImageReward.safetensors", "ImageReward.pt")
 MEAN, SPREAD = 0.16717362830052426, 1.0333394966054072  # of the head's output over the pictures it was tuned on
 TEXT_TOKENS = 35
@@ -260,19 +255,11 @@ def _json(path: Path, keys: Sequence[str] | Mapping) -> dict:
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights of a folder under their original names; of a pickle only tensors are read."""
+    """The weights of a folder under their original names."""
     path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if path is None:
         raise RewardError(f"{folder} has neither {' nor '.join(WEIGHTS)}: run `{PUBLISHED.command}`")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        weights = torch.load(path, weights_only=True, map_location="cpu")
-    except (pickle.UnpicklingError, EOFError, RuntimeError, SafetensorError) as error:
-        raise RewardError(f"{path} is no checkpoint of plain tensors, fetch it again ({one_line(error)})") from error
-    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise RewardError(f"{path} holds something else than tensors by name, as ImageReward.pt does: fetch it again")
-    return weights
+    return tensors_of(path)
 
 
 def _fill(network: Network, weights: Mapping[str, torch.Tensor], folder: Path) -> None:

@@ -30,7 +30,7 @@ from huggingface_hub.constants import HF_HOME
 from huggingface_hub.utils import WeakFileLock
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
@@ -38,7 +38,6 @@ from interfaces import Reward, Sample
 from prompting import MAX_PROMPT_CHARS, well_formed
 from rewards import RewardError, one_line
 from rewards.frozen import (
-    Published,
     arithmetic,
     batches,
     check_pictures,
@@ -46,9 +45,11 @@ from rewards.frozen import (
     folder_of,
     freeze,
     known_token,
+    tensors_of,
 )
+from training.weights import locked
 
-PUBLISHED = Published("CaraJ/ORM-T2I-R1", "16 GB", "Apache-2.0")
+PUBLISHED = locked("CaraJ/ORM-T2I-R1")
 NEEDS = ("config.json", "tokenizer_config.json")
 HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # SigLIP's
 
@@ -297,7 +298,7 @@ def convert(folder: Path, target: Path) -> None:
             shutil.rmtree(stale)
     part.mkdir()
     for shard, names in renames.items():
-        tensors = load_file(folder / shard)
+        tensors = tensors_of(folder / shard)
         save_file({native: tensors[name] for name, native in names.items()}, part / shard, metadata={"format": "pt"})
     index = {"weight_map": {native: shard for shard, names in renames.items() for native in names.values()}}
     _write_json(part / INDEX, {"metadata": {}, **index})

@@ -25,7 +25,6 @@ from interfaces import Reward, Sample
 from prompting import well_formed
 from rewards import RewardError, one_line
 from rewards.frozen import (
-    Published,
     arithmetic,
     autocast,
     batches,
@@ -34,16 +33,12 @@ from rewards.frozen import (
     freeze,
     mean_cosines,
 )
+from training.weights import locked
 
-PUBLISHED = Published("yuvalkirstain/PickScore_v1", "3.9 GB", "code MIT, the model card names no licence")
+PUBLISHED = locked("yuvalkirstain/PickScore_v1")
 PROCESSOR_FILES = ("preprocessor_config.json", "tokenizer_config.json")
 # What the published example reads pictures and texts with; used where the checkpoint's folder has no such files.
-PROCESSOR = Published(
-    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-    "4 MB",
-    "MIT",
-    ("preprocessor_config.json", "tokenizer*.json", "vocab.json", "merges.txt", "special_tokens_map.json"),
-)
+PROCESSOR = locked("laion/CLIP-ViT-H-14-laion2B-s32B-b79K")
 
 
 class PickScore(Reward):

@@ -28,6 +28,7 @@ from interfaces import Prompt, Sample
 from rewards import RewardError, RewardOptions, Setting, build, imagereward, pickscore
 from rewards.imagereward import ImageReward
 from rewards.pickscore import PickScore
+from training.weights import locked
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.3, 0.2, 0.1]
 WORDS = "a red green blue circle square two three left right of and".split()
@@ -464,11 +465,9 @@ def test_without_a_processor_or_words_of_its_own_the_published_ones_are_asked_fo
 
 
 def move_to_cache(cache: Path, repo: str, folder: Path, names: list[str]) -> None:
-    """Move files of a folder to where the hub's cache keeps a repository."""
+    """Move files of a folder to where the hub's cache keeps a repository at the locked commit."""
     home = cache / f"models--{repo.replace('/', '--')}"
-    (home / "refs").mkdir(parents=True)
-    (home / "refs" / "main").write_text("0" * 40)
-    snapshot = home / "snapshots" / ("0" * 40)
+    snapshot = home / "snapshots" / locked(repo).revision
     snapshot.mkdir(parents=True)
     for name in names:
         (folder / name).rename(snapshot / name)

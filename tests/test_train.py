@@ -158,7 +158,7 @@ def test_all_missing_checkpoints_of_the_documented_command_are_named_at_once(tmp
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
     last = done.stderr.splitlines()[-1]
-    for word in ("Qwen/Qwen2.5-3B-Instruct", "6.2 GB", "FLUX.1-dev", "34 GB", "Non-Commercial", "HPS_v2.1", "3.9 GB"):
+    for word in ("Qwen/Qwen2.5-3B-Instruct", "6.2 GB", "FLUX.1-dev", "34 GB", "Non-Commercial", "HPS_v2.1", "2.0 GB"):
         assert word in last
 
 

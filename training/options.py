@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -71,12 +72,17 @@ def set_renamed(outdir: str, gpt_path: str, training: TrainingArguments, model: 
     """Give TRL what our own flags say in its place, and the policy's loading options.
 
     Raises:
-        UsageError: one of TRL's own names was given.
+        UsageError: one of TRL's own names was given, or foreign code is to be trusted at no particular commit.
     """
     unused = {"output_dir": training.output_dir, "resume_from_checkpoint": training.resume_from_checkpoint}
     for name, value in {**unused, "model_name_or_path": model.model_name_or_path}.items():
         if value not in (None, "trainer_output"):  # transformers' own default for output_dir
             raise UsageError(f"--{name} {value} is set with --{OURS[name]} here")
+    if training.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", model.model_revision):
+        raise UsageError(
+            f"--trust_remote_code runs whatever Python code {gpt_path} has at --model_revision "
+            f"{model.model_revision}: read that code, and give the full commit (40 hex digits) that you have read"
+        )
     training.output_dir, model.model_name_or_path = outdir, gpt_path
     training.model_init_kwargs = {
         **(training.model_init_kwargs or {}),

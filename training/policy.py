@@ -1,19 +1,20 @@
 """Load the policy (the language model that rewrites) and its tokenizer, or say in one line what is missing.
 
-`path` is a folder in Hugging Face format, a PEFT adapter folder (adapter_config.json), or a hub name. What is on this
-disk is never looked up on the network.
+`path` is a folder in Hugging Face format, a PEFT adapter folder (adapter_config.json), or a hub name, which stands for
+its folder in the hub's cache at the locked commit (`checkpoints.lock`) or at the user's `revision`. What is on this
+disk is never looked up on the network, and nothing is loaded that `training.weights` has not checked.
 """
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import httpx
 import torch
-from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-from peft import AutoPeftModelForCausalLM, PeftConfig
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
@@ -23,10 +24,9 @@ from transformers import (
     TrainingArguments,
 )
 
-SIZE_AND_LICENCE = {
-    "Qwen/Qwen2.5-3B-Instruct": "6.2 GB, Qwen Research License",
-    "Qwen/Qwen2.5-7B-Instruct": "15 GB, Apache-2.0",
-}
+from training.weights import WeightsError, absent_shards, check_folder, locked
+
+READ = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors", "*.py")  # of a model that is not locked
 DTYPES = ("auto", "bfloat16", "float32")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -35,18 +35,24 @@ class PolicyError(RuntimeError):
     """The policy cannot be loaded; the message is one line and says what to do."""
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer at `path` (of its base model for an adapter saved without one), left-padding, with a pad token.
+
+    Args:
+        revision: of a hub name, None or "main" for the locked one.
+        trust_remote_code: run Python code that comes with it; `training.options` allows it at a full commit only.
 
     Raises:
         PolicyError: nothing at `path`, unreadable files, or no chat template.
     """
     source = path
-    if _is_adapter(path) and not Path(path, "tokenizer_config.json").is_file():
-        source = _base_of(path)
-    on_disk = _check(source)
+    if is_adapter(path) and not Path(path, "tokenizer_config.json").is_file():
+        source, revision = base_of(path, revision)
+    folder = _folder(source, revision)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=on_disk, padding_side="left")
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, padding_side="left", trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError) as error:
         raise _cannot_load("tokenizer", source, error) from error
     if tokenizer.chat_template is None:
@@ -67,31 +73,51 @@ def load_policy(path: str, dtype: str = "auto", device: str | None = "auto") -> 
         PolicyError: nothing at `path`, unreadable weights, an unknown dtype, or a GPU named where there is none.
     """
     device = pick_device(device) if device else None
-    adapter = _is_adapter(path)
-    source = _base_of(path) if adapter else path
-    on_disk = _check(source)
-    loader = AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM
-    try:
-        policy = loader.from_pretrained(path, dtype=pick_dtype(dtype, device), local_files_only=on_disk)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise _cannot_load("policy", source, error) from error
+    options = {"dtype": pick_dtype(dtype, device), "use_safetensors": True, "local_files_only": True}
+    if is_adapter(path):
+        policy = _adapted(path, None, options)
+    else:
+        folder = _folder(path)
+        try:
+            policy = AutoModelForCausalLM.from_pretrained(folder, **options)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise _cannot_load("policy", path, error) from error
     return (policy if device is None else policy.to(device)).eval()
 
 
 def trainee(path: str, training: TrainingArguments, use_peft: bool) -> str | PreTrainedModel:
-    """What a TRL trainer is to train: `path` itself, which TRL loads, or the adapter at `path`, ready to go on.
+    """What a TRL trainer is to train: the model's folder, which TRL loads, or the adapter at `path`, ready to go on.
 
     Raises:
-        PolicyError: the adapter cannot be loaded, or a second one was asked for.
+        PolicyError: nothing at `path`, the adapter cannot be loaded, or a second one was asked for.
     """
-    if not _is_adapter(path):
-        return path
+    safely = {"use_safetensors": True, "trust_remote_code": training.trust_remote_code}
+    training.model_init_kwargs = {**training.model_init_kwargs, **safely}
+    revision = training.model_init_kwargs["revision"]
+    if not is_adapter(path):
+        folder = _folder(path, revision)
+        if not any(Path(folder).glob("*.safetensors")):
+            raise PolicyError(f"{folder} has no weights in safetensors: name the folder of a whole model")
+        return folder
     if use_peft:
         raise PolicyError(f"{path!r} is an adapter, which is trained on as it is: leave --use_peft out")
     options, training.model_init_kwargs = training.model_init_kwargs, None  # TRL's are for a path
+    return _adapted(path, revision, options, is_trainable=True)
+
+
+def name_base(model: PreTrainedModel, path: str, revision: str) -> None:
+    """Let an adapter that is trained on a hub model name the hub's model, not its folder in this machine's cache."""
+    if isinstance(model, PeftModel) and not is_adapter(path):
+        for config in model.peft_config.values():
+            config.base_model_name_or_path, config.revision = path, None if revision == "main" else revision
+
+
+def _adapted(path: str, revision: str | None, options: dict[str, Any], **more: bool) -> PeftModel:
+    """The adapter at `path` around its base model."""
+    base, adapter = _folder(*base_of(path, revision)), _folder(path)
     try:
-        return AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=True, **options)
-    except (OSError, ValueError, SafetensorError) as error:
+        return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, **options), adapter, **more)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _cannot_load("policy", path, error) from error
 
 
@@ -114,48 +140,67 @@ def pick_dtype(dtype: str, device: str | None) -> str:
     return "bfloat16" if on_gpu and torch.cuda.is_bf16_supported() else "float32"
 
 
-def _is_adapter(path: str) -> bool:
+def is_adapter(path: str) -> bool:
+    """Whether `path` is the folder of a PEFT adapter."""
     return Path(path, "adapter_config.json").is_file()
 
 
-def _base_of(path: str) -> str:
+def base_of(path: str, revision: str | None) -> tuple[str, str | None]:
+    """The base model of the adapter at `path`, and its revision: the user's, else the adapter's."""
     try:
-        return PeftConfig.from_pretrained(path).base_model_name_or_path
+        config = PeftConfig.from_pretrained(path)
+        return config.base_model_name_or_path, config.revision if revision in (None, "main") else revision
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise PolicyError(f"bad adapter_config.json in {path!r}: {_one_line(error)}; save it again") from error
 
 
-def _check(path: str) -> bool:
-    """True if the model at `path` is on this disk, False if the hub has it; PolicyError if neither."""
+def _folder(path: str, revision: str | None = None) -> str:
+    """The folder of the model at `path`, checked: `path` itself, or that of a hub name, downloaded if it must be.
+
+    Raises:
+        PolicyError: there is none, or its weights are damaged, unsafe or not those that are locked.
+    """
     if Path(path).is_dir():
-        if not Path(path, "config.json").is_file() and not _is_adapter(path):
+        if not Path(path, "config.json").is_file() and not is_adapter(path):
             raise PolicyError(f"no model in folder {path!r}: config.json is missing; name the folder that holds it")
-        return True
-    if not _HUB_NAME.fullmatch(path):
+        folder = path
+    elif not _HUB_NAME.fullmatch(path):
         raise PolicyError(f"no model at {path!r}: no such folder, and not a hub name (owner/name)")
-    if isinstance(try_to_load_from_cache(path, "config.json"), str):
-        return True
+    else:
+        folder = _from_hub(path, locked(path).revision if revision in (None, "main") else revision)
     try:
-        HfApi().model_info(path, timeout=10)
-    except (HfHubHTTPError, OfflineModeIsEnabled, httpx.TransportError) as error:
+        check_folder(Path(folder))
+    except WeightsError as error:
+        raise PolicyError(str(error)) from error
+    return folder
+
+
+def _from_hub(repo: str, revision: str | None) -> str:
+    """The folder of `repo` in the hub's cache; what is missing there is downloaded."""
+    known = locked(repo)
+    cached = try_to_load_from_cache(repo, "config.json", revision=revision)
+    if isinstance(cached, str):
+        folder = Path(cached).parent
+        if any(folder.glob("*.safetensors")) and not absent_shards(folder):
+            return str(folder)
+    try:
+        HfApi().model_info(repo, revision=revision, timeout=10)  # at once, instead of five attempts for each file
+        return snapshot_download(repo, revision=revision, allow_patterns=known.include or READ)
+    except (OSError, httpx.HTTPError) as error:
         raise PolicyError(
-            f"no model {_named(path)}: no such folder, not in the Hugging Face cache, and the hub does not give it "
-            f"({_one_line(error)}); where there is a network: {_download(path)}"
+            f"no model {_named(repo)}: no such folder, not in the Hugging Face cache, and the hub does not give it "
+            f"({_one_line(error)}); where there is a network: {known.command}"
         ) from error
-    return False
 
 
 def _cannot_load(what: str, path: str, error: Exception) -> PolicyError:
-    hint = "name another folder" if Path(path).is_dir() else _download(path)
+    hint = "name another folder" if Path(path).is_dir() else locked(path).command
     return PolicyError(f"cannot load the {what} of {_named(path)}: {_one_line(error)}; {hint}")
 
 
 def _named(path: str) -> str:
-    return f"{path!r} ({SIZE_AND_LICENCE[path]})" if path in SIZE_AND_LICENCE else repr(path)
-
-
-def _download(path: str) -> str:
-    return f"hf download {path}"
+    known = locked(path)
+    return f"{path!r} ({known.size}, {known.licence})" if known.size else repr(path)
 
 
 def _one_line(error: Exception) -> str:

@@ -1,0 +1,371 @@
+"""Claims about foreign weights: nothing in them runs, nothing is loaded that the lock does not know, and the lock."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
+
+import r1_prompter
+import sft
+from rendering import CheckpointError, RenderOptions
+from rewards import CHECKPOINTS, RewardError, RewardOptions, gdino, git, hps, imagereward, orm, pickscore
+from training import weights
+from training.options import UsageError
+from training.policy import PolicyError, load_policy, load_tokenizer, name_base, trainee
+from training.weights import WeightsError, lock, locked, read_weights, verify
+
+MINIATURE = Path("miniature/weights")
+COMMIT = "0123456789abcdef" * 2 + "01234567"
+TENSORS = {"a": torch.arange(6.0).view(2, 3)}
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path) -> Path:
+    """What was verified is remembered for this test alone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    return tmp_path / "xdg" / "r1-prompter" / "verified.json"
+
+
+# A pickle that would run code ----------------------------------------------------------------------------------------
+
+
+class Intruder:
+    """Unpickled freely, this makes a folder."""
+
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
+
+
+def copy_without(name: str, lacking: str, target: Path) -> Path:
+    """A checkpoint of the miniature without its safetensors file `lacking`."""
+    shutil.copytree(MINIATURE / name, target)
+    (target / lacking).unlink()
+    return target
+
+
+def hps_file(tmp_path: Path):
+    return tmp_path / "HPS_v2.1_compressed.pt", lambda: hps.HPS(tmp_path / "HPS_v2.1_compressed.pt", device="cpu")
+
+
+def imagereward_file(tmp_path: Path):
+    folder = copy_without("imagereward", "ImageReward.safetensors", tmp_path / "imagereward")
+    return folder / "ImageReward.pt", lambda: imagereward.ImageReward(folder, device="cpu")
+
+
+def git_file(tmp_path: Path):
+    folder = copy_without("git", "model.safetensors", tmp_path / "git")
+    return folder / "pytorch_model.bin", lambda: git.GIT(folder, device="cpu")
+
+
+def renderer_file(tmp_path: Path):
+    folder = copy_without("flux", "transformer/diffusion_pytorch_model.safetensors", tmp_path / "flux")
+    file = folder / "transformer" / "diffusion_pytorch_model.bin"
+    return file, lambda: RenderOptions(sdmodel_name=str(folder)).load("cpu")
+
+
+def policy_file(tmp_path: Path):
+    folder = copy_without("policy", "model.safetensors", tmp_path / "policy")
+    return folder / "pytorch_model.bin", lambda: load_policy(str(folder), device="cpu")
+
+
+def trainee_file(tmp_path: Path):
+    file, _ = policy_file(tmp_path)
+    training = SimpleNamespace(model_init_kwargs={"revision": "main"}, trust_remote_code=False)
+    return file, lambda: trainee(str(file.parent), training, use_peft=False)
+
+
+def plain_file(tmp_path: Path):
+    return tmp_path / "any.pth", lambda: read_weights(tmp_path / "any.pth")
+
+
+OFFERED = [hps_file, imagereward_file, git_file, renderer_file, policy_file, trainee_file, plain_file]
+
+
+@pytest.mark.parametrize("protocol", ["zip", "raw"])
+@pytest.mark.parametrize("offer", OFFERED)
+def test_a_pickle_that_would_run_code_is_refused_in_one_line_before_it_runs(tmp_path, offer, protocol):
+    target = tmp_path / "intruded"
+    file, load = offer(tmp_path)
+    if protocol == "zip":
+        torch.save({"state_dict": Intruder(target)}, file)
+    else:
+        file.write_bytes(pickle.dumps({"state_dict": Intruder(target)}, protocol=2))
+    with pytest.raises((RewardError, CheckpointError, PolicyError, WeightsError)) as caught:
+        load()
+    assert not target.exists()
+    assert "\n" not in str(caught.value) and str(file.parent) in str(caught.value)
+    pickle.loads(pickle.dumps(Intruder(target)))
+    assert target.exists(), "the intruder is harmless, so refusing it proves nothing"
+
+
+# Reading -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pt", "w.pth", "w.bin", "old.pt"])
+def test_tensors_are_read_from_every_kind_of_file(tmp_path, name):
+    path = tmp_path / name
+    if name == "w.safetensors":
+        save_file(TENSORS, path)
+    else:
+        torch.save(TENSORS, path, _use_new_zipfile_serialization=name != "old.pt")
+    assert torch.equal(read_weights(path)["a"], TENSORS["a"])
+
+
+def test_what_is_no_file_of_tensors_is_refused_in_one_line(tmp_path):
+    save_file(TENSORS, tmp_path / "cut.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "cut.safetensors").read_bytes()[:-4])
+    torch.save({"a": "text"}, tmp_path / "text.pt")
+    torch.save({"a": TENSORS}, tmp_path / "nested.pt")
+    (tmp_path / "weights.ckpt").write_bytes(b"")
+    for name, said in [
+        ("cut.safetensors", "no checkpoint of plain tensors"),
+        ("absent.safetensors", "no checkpoint of plain tensors"),
+        ("text.pt", "something else than tensors"),
+        ("nested.pt", "something else than tensors"),
+        ("weights.ckpt", "neither .safetensors nor"),
+    ]:
+        with pytest.raises(WeightsError, match=said) as caught:
+            read_weights(tmp_path / name)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(WeightsError, match="has no `state_dict`"):
+        read_weights(tmp_path / "nested.pt", under="state_dict")
+    assert torch.equal(read_weights(tmp_path / "nested.pt", under="a")["a"], TENSORS["a"])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_no_damage_to_a_pickle_comes_out_as_anything_but_one_line(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    for legacy in (False, True):
+        torch.save(TENSORS, tmp_path / "whole.pt", _use_new_zipfile_serialization=not legacy)
+        whole = (tmp_path / "whole.pt").read_bytes()
+        for _ in range(150):
+            place, value = (int(torch.randint(high, (1,), generator=generator)) for high in (len(whole), 256))
+            damaged = whole[:place] + bytes([value]) + whole[place + 1 :]
+            for content in (damaged, whole[:place]):
+                (tmp_path / "damaged.pt").write_bytes(content)
+                try:
+                    assert read_weights(tmp_path / "damaged.pt").keys()
+                except WeightsError as error:
+                    assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("damage", ["torn", "a shard is missing"])
+def test_a_damaged_policy_is_refused_before_the_trainer_has_it(tmp_path, damage):
+    folder = tmp_path / "policy"
+    shutil.copytree(MINIATURE / "policy", folder)
+    if damage == "torn":
+        whole = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(whole[:-100])
+    else:
+        index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(PolicyError, match="model.safetensors is damaged|has no model-00002-of-00002"):
+        load_tokenizer(str(folder))
+
+
+# The lock and hashes -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cached(monkeypatch, tmp_path) -> Path:
+    """A locked repository's file where the hub's cache keeps it: a link to a blob."""
+    torch.save(TENSORS, tmp_path / "blob")
+    content = (tmp_path / "blob").read_bytes()
+    files = {"w.pt": {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
+    entry = {"licence": "MIT", "size": "1 kB", "include": [], "exclude": [], "revision": COMMIT, "files": files}
+    monkeypatch.setattr(weights, "LOCK", tmp_path / "lock.yaml")
+    (tmp_path / "lock.yaml").write_text(yaml.safe_dump({"some/model": entry}))
+    lock.cache_clear()
+    path = tmp_path / "hub" / "models--some--model" / "snapshots" / COMMIT / "w.pt"
+    path.parent.mkdir(parents=True)
+    path.symlink_to(tmp_path / "blob")
+    yield path
+    lock.cache_clear()
+
+
+def test_a_locked_file_is_read_if_it_is_the_one_that_is_locked(cached):
+    assert torch.equal(read_weights(cached)["a"], TENSORS["a"])
+
+
+@pytest.mark.parametrize("change", ["longer", "other bytes"])
+def test_a_locked_file_that_differs_is_refused_with_what_is_found_and_expected(cached, change):
+    expected, content = locked("some/model").files["w.pt"], bytearray(cached.read_bytes())
+    content += b"\0" if change == "longer" else b""
+    content[-30] ^= 1
+    cached.resolve().write_bytes(content)
+    for read in (read_weights, verify, lambda path: verify(path.parent)):
+        with pytest.raises(WeightsError, match="neither loaded nor deleted") as caught:
+            read(cached)
+        said = str(caught.value)
+        assert str(expected["size" if change == "longer" else "sha256"]) in said and "\n" not in said
+        assert (f"{len(content)} bytes" if change == "longer" else hashlib.sha256(content).hexdigest()) in said
+    assert cached.exists()
+
+
+def test_another_commit_of_a_locked_repository_is_not_compared_with_the_lock(cached):
+    other = cached.parent.with_name("f" * 40)
+    cached.parent.rename(other)
+    (other / "w.pt").resolve().write_bytes(b"something else")
+    verify(other)
+
+
+def test_a_file_is_hashed_once_until_it_changes(cached, cache, monkeypatch):
+    read, digest = [], hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: read.append(file.name) or digest(file, name))
+    for _ in range(3):
+        verify(cached)
+    assert len(read) == 1 and list(json.loads(cache.read_text())) == [str(cached.resolve())]
+    os.utime(cached.resolve(), ns=(1, 1))
+    verify(cached)
+    assert len(read) == 2
+    cache.write_text("torn {")
+    verify(cached)
+    assert len(read) == 3
+
+
+def test_a_sum_beside_a_file_of_the_users_own_is_honoured(tmp_path):
+    torch.save(TENSORS, tmp_path / "mine.pt")
+    digest, beside = hashlib.sha256((tmp_path / "mine.pt").read_bytes()).hexdigest(), tmp_path / "mine.pt.sha256"
+    beside.write_text(f"{digest}  mine.pt\n")
+    assert read_weights(tmp_path / "mine.pt")
+    beside.write_text(f"{'0' * 64}  mine.pt\n")
+    for checked in (tmp_path / "mine.pt", tmp_path):
+        with pytest.raises(WeightsError, match=f"SHA-256 {digest}, mine.pt.sha256 says {'0' * 64}"):
+            verify(checked)
+    beside.write_text("mine.pt\n")
+    with pytest.raises(WeightsError, match="no line of sha256sum"):
+        read_weights(tmp_path / "mine.pt")
+
+
+def test_every_entry_of_the_lock_is_well_formed():
+    for repo, known in lock().items():
+        assert re.fullmatch(r"[\w.-]+/[\w.-]+", repo) and known.licence and known.size and known.include
+        assert known.revision is None or re.fullmatch(r"[0-9a-f]{40}", known.revision)
+        for name, file in known.files.items():
+            assert set(file) == {"size", "sha256"} and not name.startswith("/")
+            assert file["size"] is None or file["size"] > 0
+            assert file["sha256"] is None or re.fullmatch(r"[0-9a-f]{64}", file["sha256"])
+            assert known.revision is not None, "a hash is of a file at a commit"
+        sizes = [file["size"] for file in known.files.values()]
+        if sizes and None not in sizes and known.size.endswith(" GB"):
+            assert sum(sizes) / 1e9 < float(known.size.removesuffix(" GB")) * 1.05 + 0.05
+
+
+def test_every_checkpoint_that_options_and_configs_default_to_is_locked():
+    named = {RenderOptions.sdmodel_name}
+    named |= {
+        kind.__dataclass_fields__["gpt_path"].default for kind in (r1_prompter.ScriptArguments, sft.ScriptArguments)
+    }
+    for config in Path("configs").glob("*.yaml"):
+        options = yaml.safe_load(config.read_text())
+        paths = [
+            value for key, value in options.items() if key in ("gpt_path", "sdmodel_name") or key.endswith("_path")
+        ]
+        named |= {path for path in paths if not Path(path).exists()}
+    assert named | {repo for repos in CHECKPOINTS.values() for repo in repos} <= set(lock())
+    with_paths = {field.name.removesuffix("_path") for field in fields(RewardOptions) if field.name.endswith("_path")}
+    assert with_paths == set(CHECKPOINTS)
+
+
+def test_what_is_fetched_for_a_reward_is_what_it_reads():
+    read = {
+        "hps": (hps.PUBLISHED,), "git": (git.PUBLISHED,), "gdino": (gdino.PUBLISHED,), "orm": (orm.PUBLISHED,),
+        "imagereward": (imagereward.PUBLISHED, imagereward.WORDS),
+        "pickscore": (pickscore.PUBLISHED, pickscore.PROCESSOR),
+    }  # fmt: skip
+    assert {name: tuple(known.repo for known in all_of) for name, all_of in read.items()} == CHECKPOINTS
+
+
+# Foreign code --------------------------------------------------------------------------------------------------------
+
+PARSERS = {
+    "r1_prompter": lambda *flags: r1_prompter.parse_options(flags).training,
+    "sft": lambda *flags: sft.parse_options(flags)[1],
+}
+
+
+@pytest.mark.parametrize("program", PARSERS)
+def test_foreign_code_is_trusted_at_a_full_commit_only(program):
+    parse = lambda *more: PARSERS[program]("--data", "x", "--outdir", "y", *more)  # noqa: E731
+    assert not parse().trust_remote_code
+    for revision in ([], ["--model_revision", "v1.0"], ["--model_revision", "0123abc"]):
+        with pytest.raises(UsageError, match="--trust_remote_code .* full commit"):
+            parse("--trust_remote_code", "true", *revision)
+    training = parse("--trust_remote_code", "true", "--model_revision", COMMIT)
+    assert training.trust_remote_code and training.model_init_kwargs["revision"] == COMMIT
+    assert trainee(str(MINIATURE / "policy"), training, use_peft=False) == str(MINIATURE / "policy")
+    assert training.model_init_kwargs["trust_remote_code"] is True
+
+
+def test_foreign_code_of_a_tokenizer_runs_only_when_it_is_trusted(tmp_path, monkeypatch):
+    folder, ran = tmp_path / "policy", tmp_path / "ran"
+    shutil.copytree(MINIATURE / "policy", folder)
+    (folder / "own.py").write_text(
+        f"import os\nfrom transformers import PreTrainedTokenizerFast\nos.makedirs({str(ran)!r}, exist_ok=True)\n\n\n"
+        "class Own(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    try:
+        load_tokenizer(str(folder))
+    except PolicyError as error:
+        assert "\n" not in str(error)
+    assert not ran.exists()
+    load_tokenizer(str(folder), COMMIT, trust_remote_code=True)
+    assert ran.exists()
+
+
+# By hub name ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_policy_by_hub_name_is_its_folder_in_the_cache_at_the_locked_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repo = tmp_path / "models--Qwen--Qwen2.5-3B-Instruct" / "snapshots"
+    for commit in (COMMIT, locked("Qwen/Qwen2.5-3B-Instruct").revision):
+        shutil.copytree(MINIATURE / "policy", repo / commit)
+    training = SimpleNamespace(model_init_kwargs={"revision": COMMIT}, trust_remote_code=False)
+    assert trainee("Qwen/Qwen2.5-3B-Instruct", training, use_peft=False) == str(repo / COMMIT)
+    training.model_init_kwargs["revision"] = "main"
+    with pytest.raises(PolicyError, match="tokenizer.*json has .* bytes, checkpoints.lock says"):
+        trainee("Qwen/Qwen2.5-3B-Instruct", training, use_peft=False)
+
+
+def test_an_adapter_of_a_hub_model_names_it_and_its_commit_and_not_this_machines_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    snapshot = tmp_path / "hub" / "models--some--policy" / "snapshots" / COMMIT
+    shutil.copytree(MINIATURE / "policy", snapshot)
+    adapted = get_peft_model(load_policy(str(snapshot), device="cpu"), LoraConfig(r=2, task_type="CAUSAL_LM"))
+    name_base(adapted, "some/policy", COMMIT)
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert str(tmp_path) not in (tmp_path / "adapter" / "adapter_config.json").read_text()
+    assert isinstance(load_policy(str(tmp_path / "adapter"), device="cpu"), PeftModel)
+    load_tokenizer(str(tmp_path / "adapter"))
+
+
+def test_a_renderer_by_hub_name_is_read_offline_at_the_locked_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for repo in ("Qwen/Qwen-Image", "black-forest-labs/FLUX.1-schnell"):
+        home = tmp_path / f"models--{repo.replace('/', '--')}" / "snapshots" / locked(repo).revision
+        shutil.copytree(MINIATURE / "flux", home)
+    assert RenderOptions(sdmodel_name="Qwen/Qwen-Image").load("cpu").count_tokens("a red circle") > 2
+    with pytest.raises(CheckpointError, match="has .* bytes, checkpoints.lock says 246144352"):
+        RenderOptions(sdmodel_name="black-forest-labs/FLUX.1-schnell").load("cpu")

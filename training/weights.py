@@ -1,0 +1,249 @@
+"""Other people's weights: which are locked, whether a file is the one that is meant, and the one way tensors are read.
+
+`checkpoints.lock` names, for each repository that this code knows, its commit, its licence and its files' sizes and
+SHA-256. What lies in the hub's cache at that commit is compared with it before it is loaded (`verify`). A pickle is
+only ever read with `weights_only=True`: nothing in it can run. Files that a user names by a path of their own have no
+known hash, but a `<file>.sha256` beside one, a line of `sha256sum`, is taken at its word.
+
+Hashing is slow (34 GB take a minute or more, derived), so a file that was found right is remembered by path, size,
+time and hash in `$XDG_CACHE_HOME/r1-prompter/verified.json`; one process hashes while others wait.
+
+Left out: signatures, and distrust of whoever can write to this user's caches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import struct
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from huggingface_hub.utils import WeakFileLock
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from training.run_folder import write_whole
+
+LOCK = Path(__file__).resolve().parent.parent / "checkpoints.lock"
+PICKLES = (".pt", ".pth", ".bin")
+PICKLED_WEIGHTS = ("pytorch_model", "diffusion_pytorch_model", "adapter_model")  # not optimizer.bin, training_args.bin
+
+# What the readers below have said of ten thousand damaged files.
+DAMAGED = (
+    pickle.UnpicklingError, SafetensorError, OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError,
+    AttributeError, AssertionError, struct.error,
+)  # fmt: skip
+
+
+class WeightsError(RuntimeError):
+    """Weights are not what they should be, or cannot be read safely; one line, with what to do."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A repository on the hub, and what the lock says of it; an unlocked one has its name alone.
+
+    Attributes:
+        repo: "owner/name".
+        licence: its name; "" if not known.
+        size: of what is fetched, as text ("1.6 GB"); "" if not known.
+        include: patterns of the files that are read; none means all.
+        exclude: patterns of files that would be read but for them: second copies in another layout or precision.
+        revision: the commit that is loaded, None for whatever the hub has.
+        files: name -> {"size": bytes or None, "sha256": hex digits or None}.
+    """
+
+    repo: str
+    licence: str = ""
+    size: str = ""
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    revision: str | None = None
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def command(self) -> str:
+        """What fetches it, and no more than is read."""
+        words = ["hf", "download", self.repo]
+        for flag, patterns in (("--include", self.include), ("--exclude", self.exclude)):
+            words += [word for pattern in patterns for word in (flag, f"'{pattern}'")]
+        return " ".join([*words, *(["--revision", self.revision] if self.revision else [])])
+
+
+@cache
+def lock() -> dict[str, Checkpoint]:
+    """The lock: repository -> what is known of it."""
+    entries = yaml.safe_load(LOCK.read_text(encoding="utf-8"))
+    return {
+        repo: Checkpoint(
+            repo, **{key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+        )
+        for repo, row in entries.items()
+    }
+
+
+def locked(repo: str) -> Checkpoint:
+    """What the lock says of `repo`; nothing but its name if it is not in it."""
+    return lock().get(repo, Checkpoint(repo))
+
+
+# Is it the file that is meant? ------------------------------------------------------------------------------------
+
+
+def verify(path: Path) -> None:
+    """Compare a file, or all files of a folder, with what is known of them, and with any `<file>.sha256` beside them.
+
+    Known are the files of a locked repository in the hub's cache, at the locked commit.
+
+    Raises:
+        WeightsError: a file of another size or hash; with both, and what to do.
+    """
+    cached = re.search(
+        r"(.*/models--([^/]+)--([^/]+)/snapshots/([0-9a-f]{40}))(?:/(.+))?$", path.absolute().as_posix()
+    )
+    if cached is not None:
+        snapshot, owner, name, revision, inside = cached.groups()
+        known = locked(f"{owner}/{name}")
+        files = known.files if revision == known.revision else {}
+        for file, expected in files.items():
+            if inside in (None, file) and Path(snapshot, file).is_file():
+                check(Path(snapshot, file), expected["size"], expected["sha256"], "checkpoints.lock")
+    beside = path.glob("*.sha256") if path.is_dir() else [path.with_name(f"{path.name}.sha256")]
+    for sums in beside:
+        if sums.is_file() and sums.with_suffix("").is_file():
+            check(sums.with_suffix(""), None, _first_sum(sums), sums.name)
+
+
+def _first_sum(path: Path) -> str:
+    words = path.read_text(encoding="utf-8", errors="replace").lower().split()
+    if not words or not re.fullmatch(r"[0-9a-f]{64}", words[0]):
+        raise WeightsError(f"{path} is no line of sha256sum: correct or delete it")
+    return words[0]
+
+
+def check(path: Path, size: int | None, sha256: str | None, source: str) -> None:
+    """Compare one file with what `source` says of it; what is None is not compared.
+
+    Raises:
+        WeightsError: another size or hash, with both and what to do.
+    """
+    found = path.stat().st_size
+    if size is not None and found != size:
+        raise _mismatch(path, f"{found} bytes", f"{size}", source)
+    if sha256 is not None and (digest := _digest(path, sha256)) != sha256:
+        raise _mismatch(path, f"SHA-256 {digest}", sha256, source)
+
+
+def _mismatch(path: Path, found: str, expected: str, source: str) -> WeightsError:
+    return WeightsError(
+        f"{path} has {found}, {source} says {expected}: it is damaged or not the file that is meant, and was neither "
+        f"loaded nor deleted; delete {path.resolve()} and fetch it again (python scripts/fetch.py)"
+    )
+
+
+def _digest(path: Path, expected: str) -> str:
+    """The SHA-256 of a file; a file that was once found to have `expected` is not read again while it is unchanged."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "r1-prompter"
+    state = os.stat(path)  # of what a link points at
+    known = [state.st_size, state.st_mtime_ns, expected]
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(home / "verified.lock"):
+            verified = _read_json(home / "verified.json")
+            if verified.get(str(path.resolve())) == known:
+                return expected
+            if state.st_size > 1e9:
+                print(f"checking the SHA-256 of {path.name}, {state.st_size / 1e9:.1f} GB, once", file=sys.stderr)
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if digest == expected:
+                verified[str(path.resolve())] = known
+                write_whole(home / "verified.json", json.dumps(verified, indent=1).encode())
+    except OSError as error:
+        raise WeightsError(f"cannot check {path} ({error}): XDG_CACHE_HOME must name a writable folder") from error
+    return digest
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, an empty one if there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+# Reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_weights(path: Path, under: str | None = None) -> dict[str, torch.Tensor]:
+    """Tensors by name, on the CPU, from `.safetensors`, or from a `.pt`, `.pth` or `.bin` of which only they are read.
+
+    Args:
+        path: the file; verified before it is opened.
+        under: the key of a pickle that holds the tensors; None if it is they.
+
+    Raises:
+        WeightsError: another kind of file, another hash, a damaged file, or one that holds anything else than tensors.
+    """
+    if path.suffix not in (".safetensors", *PICKLES):
+        raise WeightsError(f"{path} is neither .safetensors nor {', '.join(PICKLES)}: give weights in one of these")
+    verify(path)
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with open(path, "rb") as file:
+            zipped = file.read(4) == b"PK\x03\x04"  # as torch writes since 1.6; older files cannot be mapped
+        held = torch.load(path, weights_only=True, map_location="cpu", mmap=zipped)
+    except DAMAGED as error:
+        cause = " ".join(" ".join(str(error).splitlines()[:2]).split())  # the lines in which torch says what is wrong
+        raise WeightsError(f"{path} is no checkpoint of plain tensors, fetch it again ({cause[:300]})") from error
+    if under is not None:
+        if not isinstance(held, dict) or under not in held:
+            raise WeightsError(f"{path} has no `{under}`: its weights must lie under that key")
+        held = held[under]
+    if not isinstance(held, dict) or not all(isinstance(value, torch.Tensor) for value in held.values()):
+        raise WeightsError(f"{path} holds something else than tensors by name: fetch it again")
+    return held
+
+
+def check_folder(folder: Path) -> None:
+    """Check the folder of one model before a library loads it: what the lock says, and that its weights are safe.
+
+    Raises:
+        WeightsError: a file that is not as locked, weights that are there as a pickle alone, a damaged safetensors
+            file, or one that an index names and that is not there.
+    """
+    verify(folder)
+    tensors = sorted(folder.glob("*.safetensors"))
+    for path in tensors:
+        try:
+            with safe_open(path, framework="pt"):  # reads the header and compares it with the file's length
+                pass
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(f"{path} is damaged ({error}): fetch or save it again") from error
+    if absent := absent_shards(folder):
+        raise WeightsError(f"{folder} has no {', '.join(absent)}, which its index names: fetch it again")
+    pickles = sorted(path for path in folder.glob("*.bin") if path.name.startswith(PICKLED_WEIGHTS))
+    if pickles and not tensors:
+        raise WeightsError(
+            f"{pickles[0]} is a pickle, which could run code, and no safetensors lie beside it: convert it to "
+            "safetensors, or name a folder that has them"
+        )
+
+
+def absent_shards(folder: Path) -> list[str]:
+    """The safetensors files that an index in `folder` names and that are not there."""
+    indices = [_read_json(path) for path in folder.glob("*.safetensors.index.json")]
+    shards = {shard for index in indices for shard in index.get("weight_map", {}).values()}
+    return sorted(shard for shard in shards if not (folder / shard).is_file())
