@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import transformers
 from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -154,6 +155,7 @@ class LocalVLM(VLM):
             "judge": str(path),
             "judge_revision": folder.name,
             "dtype": dtype,
+            "transformers": transformers.__version__,
             "template_versions": {"question": SOFT.version},
             "scores": "soft: probability of the first token",
         }
@@ -176,7 +178,8 @@ class LocalVLM(VLM):
 
     def _chat(self, text: str) -> str:
         content = [{"type": "image"}, {"type": "text", "text": text}]
-        return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        chat = [{"role": "user", "content": content}]
+        return self.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
 
     def _tokens(self, answer: str, folder: Path) -> list[int]:
         """The ids of those spellings of an answer that are one token; at least one must be."""

@@ -64,7 +64,8 @@ def csv_rows(path: Path, faults: Faults, *choices: Sequence[str]) -> Iterator[tu
         header = next(reader)
         if not any(set(columns) <= set(header) for columns in choices):
             wanted = " or ".join(", ".join(columns) for columns in choices)
-            raise DataError(f"{path}: its columns are {', '.join(header)}, not {wanted}: give the original file")
+            there = ", ".join(header)[:200]
+            raise DataError(f"{path}: its columns are {there}, not {wanted}: give the original file")
         line = reader.line_num + 1
         for cells in reader:
             if cells and len(cells) != len(header):
