@@ -9,8 +9,8 @@ batch, and a batch ends in bounded time.
     a dead API  after as many failures in a row as two rounds of calls in flight, at least TRIP, calls fail at once;
                 one probe per PAUSE seconds finds out that it is back
 
-No torch here: a program that only asks starts at once. Left out: streaming, tool calls, logits, `Retry-After`, and
-redirects, which could carry pictures to another host.
+No torch here: a program that only asks starts at once. Left out: streaming, tool calls, logits beyond the first token,
+`Retry-After`, and redirects, which could carry pictures to another host.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -48,6 +48,8 @@ Verdict = str | float
 
 SLOT = "{prompt}"  # where a template takes the user's prompt
 MAX_TOKENS = 4096  # of an answer: room to think aloud
+TOP_TOKENS = 20  # whose probabilities are asked for, the most that the API allows
+MAX_SLOT_CHARS = 16_000  # of what goes into a slot other than the prompt's
 LOSSLESS_PIXELS = 512 * 512  # up to here a picture is sent as PNG, above as JPEG
 ATTEMPTS = 4  # of one call
 BACKOFF, LONGEST_BACKOFF = 0.5, 8.0  # seconds before the second attempt, doubled each time, and their most
@@ -60,6 +62,7 @@ ALIVE = {400, 413, 422, 429}  # this question was refused, which says nothing ag
 # "[INST]" and the like: bracketed capitals. Angle brackets, of any kind, need no pattern.
 _BRACKETED = re.compile(r"\[(/?[A-Z_]{2,})\]")
 _ANGLES = str.maketrans("<>", "＜＞")
+_SLOTS = re.compile(r"\{([a-z]+)\}")
 
 
 @dataclass(frozen=True)
@@ -67,31 +70,49 @@ class Template:
     """What a judge is told, and how its answer is read.
 
     Attributes:
-        text: the instructions, with SLOT where the user's prompt goes.
+        text: the instructions, with SLOT where the user's prompt goes, and {slots} for what else a question brings.
         parse: answer -> verdict, None if the answer holds none.
+        first_token: not words but the first token's probabilities are wanted: the answer that `parse` is given is what
+            `first_tokens` says, "" from a server that gives none.
     """
 
     text: str
     parse: Callable[[str], Verdict | None]
+    first_token: bool = False
 
     @property
     def version(self) -> str:
         """16 hex digits of the text's SHA-256: other words, other verdicts."""
-        return hashlib.sha256(self.text.encode()).hexdigest()[:16]
+        asked = self.text + "\nfirst token" * self.first_token
+        return hashlib.sha256(asked.encode()).hexdigest()[:16]
 
-    def fill(self, prompt: str) -> str:
-        """The text with `prompt` in it: well-formed, cut to MAX_PROMPT_CHARS, `neutralise`d."""
-        before, _, after = self.text.partition(SLOT)
-        return before + neutralise(well_formed(prompt)[:MAX_PROMPT_CHARS]) + after
+    def fill(self, prompt: str, **slots: str) -> str:
+        """The text with `prompt` and what goes into its other slots: well-formed, cut to length, `neutralise`d.
+
+        Raises:
+            KeyError: nothing is given for a slot.
+        """
+        given = {key: well_formed(text)[:MAX_SLOT_CHARS] for key, text in slots.items()}
+        given["prompt"] = well_formed(prompt)[:MAX_PROMPT_CHARS]
+        return _SLOTS.sub(lambda slot: neutralise(given[slot[1]]), self.text)
 
 
 @dataclass(frozen=True)
 class Question:
-    """One thing to ask: a template, the user's own words, and the pictures in the order in which they are shown."""
+    """One thing to ask: a template, the user's own words, and the pictures in the order in which they are shown.
+
+    `slots` is for what else the template takes.
+    """
 
     template: Template
     prompt: str
     images: tuple[Image.Image, ...]
+    slots: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        """What is asked in words."""
+        return self.template.fill(self.prompt, **self.slots)
 
 
 @dataclass(frozen=True)
@@ -101,6 +122,11 @@ class _Outcome:
     verdict: Verdict | None = None
     failure: str = ""
     unread: str = ""
+
+    @property
+    def reason(self) -> str:
+        """Why there is no verdict, "" if there is one."""
+        return self.failure or (f"no verdict in {self.unread[:200]!r}" if self.unread else "")
 
 
 class _CallFailed(Exception):
@@ -125,6 +151,7 @@ class VLMClient:
     Attributes:
         metrics: of the last `ask`, distinct questions: "asked" of the server, "cached", and of those asked "failed"
             (no answer) and "unparsable" (an answer without a verdict).
+        reasons: of the last `ask`, one per question: why there is no verdict, on one line; "" where there is one.
 
     Raises:
         RewardError: a value that cannot work, plain http to another machine, or a cache that is no such file.
@@ -152,6 +179,7 @@ class VLMClient:
         self.call_timeout, self.batch_timeout = call_timeout, batch_timeout
         self.cache = _Cache(cache) if cache is not None else None
         self.metrics: dict[str, float] = {}
+        self.reasons: list[str] = []
         self._circuit = _Circuit(max(TRIP, 2 * concurrency))
 
     def ask(self, questions: Sequence[Question]) -> list[Verdict | None]:
@@ -170,6 +198,7 @@ class VLMClient:
         if self.cache and new:
             self.cache.put(new)
         self._report(outcomes, cached=len(known))
+        self.reasons = [outcomes[key].reason if key in outcomes else "" for key in keys]
         verdicts = known | new
         return [verdicts.get(key) for key in keys]
 
@@ -190,8 +219,7 @@ class VLMClient:
         """For each question what tells it from all others, in any batch, process and run."""
         hashes = {key: picture_hash(image) for key, image in _distinct_images(questions).items()}
         rows = [
-            [q.template.version, self.model, q.template.fill(q.prompt), *(hashes[id(image)] for image in q.images)]
-            for q in questions
+            [q.template.version, self.model, q.text, *(hashes[id(image)] for image in q.images)] for q in questions
         ]
         return [hashlib.sha256(json.dumps(row).encode()).hexdigest() for row in rows]
 
@@ -240,7 +268,11 @@ class VLMClient:
     async def _answer(self, api: AsyncOpenAI, question: Question, uris: Mapping[int, str]) -> str:
         """The judge's words; raises _CallFailed once a failure is final or the circuit is open."""
         pictures = [{"type": "image_url", "image_url": {"url": uris[id(image)]}} for image in question.images]
-        words = {"type": "text", "text": question.template.fill(question.prompt)}
+        words = {"type": "text", "text": question.text}
+        if question.template.first_token:
+            wanted, read = {"max_tokens": 1, "logprobs": True, "top_logprobs": TOP_TOKENS}, first_tokens
+        else:
+            wanted, read = {"max_tokens": MAX_TOKENS}, _content
         for attempt in itertools.count(1):
             if not self._circuit.lets_through():
                 raise _CallFailed(f"not asked: {self._circuit.failures} failures in a row, {self._circuit.reason}")
@@ -249,7 +281,7 @@ class VLMClient:
                     model=self.model,
                     messages=[{"role": "user", "content": [*pictures, words]}],
                     temperature=0,
-                    max_tokens=MAX_TOKENS,
+                    **wanted,
                 )
             except APIConnectionError as error:
                 reason, again = one_line(error.__cause__ or error), True
@@ -263,7 +295,7 @@ class VLMClient:
                     self._circuit.failed(reason)
             else:
                 self._circuit.succeeded()
-                return _content(reply.text)
+                return read(reply.text)
             if not again or attempt == ATTEMPTS:
                 raise _CallFailed(reason)
             await asyncio.sleep(back_off(attempt))
@@ -349,6 +381,19 @@ def _content(body: str) -> str:
     except (ValueError, KeyError, IndexError, TypeError):
         return ""
     return content if isinstance(content, str) else ""
+
+
+def first_tokens(body: str) -> str:
+    """JSON of token -> probability for the likeliest first tokens of a chat completion's JSON, "" if it gives none."""
+    try:
+        likeliest = json.loads(body)["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        weights = [(str(token["token"]), math.exp(token["logprob"])) for token in likeliest]
+    except (ValueError, KeyError, IndexError, TypeError, OverflowError):
+        return ""
+    chances: dict[str, float] = {}
+    for token, chance in weights:
+        chances[token] = chances.get(token, 0.0) + chance
+    return json.dumps(chances) if chances and sum(chances.values()) < 1.01 else ""
 
 
 def back_off(attempt: int) -> float:

@@ -1,0 +1,340 @@
+"""GenEval 2 by Soft-TIFA: how probable a VLM finds the right answer to each question about a picture.
+
+    score of a question    p(first token is the answer, in one of its spellings)
+    AM, GM of a picture    arithmetic and geometric mean over its questions
+    overall                the mean AM; the mean GM stands beside it
+
+The rows of the table: AM; GM; the questions by skill; GM by `atom_count`. Each question is asked as "... Answer in one
+word." of a VLM that is loaded here (`LocalVLM`) or served (`ServedVLM`). Source: GenEval 2, repository revision
+a6e82d2; its data is CC BY-NC 4.0, fetched by the user. One picture a prompt; published judge: Qwen3-VL-8B-Instruct.
+
+Different from the released code:
+
+- Only spellings that are one token count, not the first token of longer ones: in Qwen's vocabulary, where digits stand
+  alone, " 2" begins with a mere space.
+- A served VLM tells 20 probabilities; an answer that is not among them has 0, and so has then the picture's GM. Where
+  the server tells none, its word counts, 1 or 0: the settings name which.
+- A question that could not be asked leaves its picture without AM and GM, which counts as 0 and is listed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import transformers
+from PIL import Image
+from safetensors import SafetensorError
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from evaluation.benchmark import Benchmark, BenchmarkError, Item, Verdict
+from evaluation.judged import Faults, ask, json_lines, one_word, settings_of, told
+from interfaces import Prompt
+from rewards import RewardError, one_line
+from rewards.frozen import Published, arithmetic, batches, folder_of, freeze
+from rewards.vlm import TOP_TOKENS, Question, Template, VLMClient
+
+log = logging.getLogger(__name__)
+
+PUBLISHED = Published(
+    "Qwen/Qwen3-VL-8B-Instruct", "18 GB", "Apache-2.0", ("*.json", "*.jinja", "*.txt", "*.safetensors")
+)
+NEEDS = ("config.json", "tokenizer_config.json")
+
+SKILLS = ("object", "count", "attribute", "position", "verb")
+ATOM_COUNTS = range(3, 11)
+CATEGORIES = ("AM", "GM", *SKILLS, *(f"GM, {count} atoms" for count in ATOM_COUNTS))
+NUMBERS = dict(zip("zero one two three four five six seven eight nine ten".split(), map(str, range(11)), strict=True))
+ANSWERS = ("yes", "no", *NUMBERS)
+
+WORDS = "{question} Answer in one word."
+
+
+def _as_told(answer: str) -> str | None:
+    return answer or None
+
+
+SOFT = Template(WORDS, _as_told, first_token=True)
+HARD = Template(WORDS, one_word)
+PROBE = "Is this picture completely black?"  # it is
+CONFIDENT = 0.5  # a judge whose first token says yes or no with less probability does not answer at once
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question about a picture, and its right answer, one of ANSWERS."""
+
+    image: Image.Image
+    question: str
+    answer: str
+
+
+class VLM(Protocol):
+    """Whom the questions go to.
+
+    Attributes:
+        model: its name.
+        settings: all that its scores depend on, JSON-able.
+        reasons: of the last call, one per question: why there is no score; "" where there is one.
+    """
+
+    model: str
+    settings: Mapping[str, Any]
+    reasons: Sequence[str]
+
+    def __call__(self, asked: Sequence[Asked]) -> list[float | None]:
+        """A score in [0, 1] for each question, None where there is none."""
+        ...
+
+
+class ServedVLM(VLM):
+    """A VLM behind an OpenAI-compatible API.
+
+    Args:
+        client: of the server.
+        scores: "soft" (probabilities), "hard" (1 for the right word, else 0), or "auto": a probe, asked here and now,
+            finds out whether the server tells probabilities and the model answers with its first token.
+        revision: of the model and server, for the settings.
+
+    Raises:
+        BenchmarkError: the probe was not answered.
+        ValueError: unknown `scores`.
+    """
+
+    def __init__(self, client: VLMClient, *, scores: str = "auto", revision: str = ""):
+        if scores not in ("auto", "soft", "hard"):
+            raise ValueError(f"scores are {scores!r}, must be auto, soft or hard")
+        self.client, self.model, self.reasons = client, client.model, []
+        self.template = {"soft": SOFT, "hard": HARD, "auto": None}[scores] or _probe(client)
+        soft = f"soft: probability, among those of the {TOP_TOKENS} likeliest first tokens"
+        how = soft if self.template is SOFT else "hard: 1 for the right word, else 0"
+        self.settings = {**settings_of(client, revision, question=self.template), "scores": how}
+
+    def __call__(self, asked: Sequence[Asked]) -> list[float | None]:
+        read = _probability if self.template is SOFT else _match
+        answers = ask(self.client, [_question(self.template, one.image, one.question) for one in asked])
+        self.reasons = [reason for _, reason in answers]
+        return [None if v is None else read(v, one.answer) for (v, _), one in zip(answers, asked, strict=True)]
+
+
+class LocalVLM(VLM):
+    """A VLM of transformers (Qwen3-VL, Qwen2.5-VL and others with a chat template for pictures), loaded here.
+
+    Args:
+        path: a folder with model and processor, or `PUBLISHED.repo`, from the hub's local cache.
+        device: where the model runs.
+        dtype: of weights and arithmetic; "bfloat16" as published.
+        batch_size: questions per forward pass.
+
+    Raises:
+        RewardError: no checkpoint at `path`, or one that cannot be used.
+        ValueError: an unknown `dtype`, or a `batch_size` below 1.
+    """
+
+    def __init__(
+        self,
+        path: str | Path = PUBLISHED.repo,
+        *,
+        device: str | torch.device,
+        dtype: str = "bfloat16",
+        batch_size: int = 16,
+    ):
+        folder = folder_of(path, PUBLISHED, NEEDS)
+        self.device, self.batch_size, self.reasons = torch.device(device), batch_size, []
+        model, self.processor = _load(folder, arithmetic(dtype, batch_size))
+        self.network = freeze(model, self.device, folder)
+        self.tokens = {answer: self._tokens(answer, folder) for answer in ANSWERS}
+        self.model = Path(path).name
+        self.settings = {
+            "judge": str(path),
+            "judge_revision": folder.name,
+            "dtype": dtype,
+            "transformers": transformers.__version__,
+            "template_versions": {"question": SOFT.version},
+            "scores": "soft: probability of the first token",
+        }
+
+    @torch.inference_mode()
+    def __call__(self, asked: Sequence[Asked]) -> list[float | None]:
+        chances = [chance for some in batches(asked, self.batch_size) for chance in self._ask(some)]
+        self.reasons = ["" if math.isfinite(chance) else "not finite" for chance in chances]
+        return [chance if math.isfinite(chance) else None for chance in chances]
+
+    def _ask(self, asked: Sequence[Asked]) -> list[float]:
+        """p(answer) of each question. Padding is on the left, so that the answer follows the last column."""
+        chats = [self._chat(SOFT.fill("", question=one.question)) for one in asked]
+        images = [[one.image.convert("RGB")] for one in asked]
+        inputs = self.processor(text=chats, images=images, padding=True, padding_side="left", return_tensors="pt")
+        inputs = inputs.to(self.device, self.network.dtype)
+        logits_QV = self.network(**inputs, logits_to_keep=1).logits[:, -1].float()
+        chances_QV = logits_QV.softmax(dim=-1)
+        return [row[self.tokens[one.answer]].sum().item() for row, one in zip(chances_QV, asked, strict=True)]
+
+    def _chat(self, text: str) -> str:
+        content = [{"type": "image"}, {"type": "text", "text": text}]
+        chat = [{"role": "user", "content": content}]
+        return self.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+
+    def _tokens(self, answer: str, folder: Path) -> list[int]:
+        """The ids of those spellings of an answer that are one token; at least one must be."""
+        tokenizer = self.processor.tokenizer
+        ids = [tokenizer.encode(spelling, add_special_tokens=False) for spelling in spellings(answer)]
+        known = {id for (id, *rest) in ids if not rest and id != tokenizer.unk_token_id}
+        if not known:
+            raise RewardError(f"the tokenizer in {folder} has no token for the answer {answer!r}: give another VLM")
+        return sorted(known)
+
+
+class GenEval2(Benchmark):
+    """GenEval 2 with Soft-TIFA; see the module.
+
+    Args:
+        vlm: that is asked.
+    """
+
+    name = "geneval2"
+    categories = CATEGORIES
+    images_per_prompt = 1
+
+    def __init__(self, vlm: VLM):
+        self.vlm, self.settings = vlm, vlm.settings
+        self.title = f"GenEval 2, Soft-TIFA (judge={vlm.model})"
+
+    def load(self, path: Path) -> list[Item]:
+        """The rows of `geneval2_data.jsonl`.
+
+        Raises:
+            DataError: see `Benchmark`.
+        """
+        return load(path)
+
+    def judge(self, items: Sequence[Item], images: Sequence[Image.Image]) -> list[Verdict]:
+        """All questions of all pictures in one call of the VLM."""
+        asked = [
+            Asked(image, question, answer)
+            for item, image in zip(items, images, strict=True)
+            for question, answer in item.meta["questions"]
+        ]
+        answers = iter(zip(self.vlm(asked), self.vlm.reasons, strict=True))
+        return [verdict(item, [next(answers) for _ in item.meta["questions"]]) for item in items]
+
+    def overall(self, means: Mapping[str, float], points: Mapping[str, int]) -> float:
+        """The mean AM."""
+        return means["AM"]
+
+
+def spellings(answer: str) -> tuple[str, ...]:
+    """How a judge may write an answer: yes, Yes; two, Two, 2; each of them after a space too."""
+    words = (answer, answer.capitalize(), *([NUMBERS[answer]] if answer in NUMBERS else []))
+    return tuple(f"{blank}{word}" for blank in ("", " ") for word in words)
+
+
+def arithmetic_mean(scores: Sequence[float | None]) -> float | None:
+    """None if a score is."""
+    return None if None in scores else sum(scores) / len(scores)
+
+
+def geometric_mean(scores: Sequence[float | None]) -> float | None:
+    """0 if a score is 0, None if one is None."""
+    if None in scores:
+        return None
+    return 0.0 if 0 in scores else math.exp(sum(map(math.log, scores)) / len(scores))
+
+
+def verdict(item: Item, answers: Sequence[tuple[float | None, str]]) -> Verdict:
+    """What (score, reason for having none) of each question says; without one of them AM and GM cannot be told."""
+    scores = [score for score, _ in answers]
+    am, gm = arithmetic_mean(scores), geometric_mean(scores)
+    parts: dict[str, list[float | None]] = {"AM": [am], "GM": [gm], f"GM, {item.meta['atom_count']} atoms": [gm]}
+    for skill, score in zip(item.meta["skills"], scores, strict=True):
+        parts.setdefault(skill, []).append(score)
+    detail = {"scores": scores, "questions": [question for question, _ in item.meta["questions"]]}
+    missing = [f"question {number}: {reason}" for number, (score, reason) in enumerate(answers, 1) if score is None]
+    return Verdict(parts, detail | {"reason": "; ".join(missing)} if missing else detail)
+
+
+def load(path: Path) -> list[Item]:
+    """The rows of a file, see `GenEval2.load`."""
+    path, faults, items = Path(path), Faults(), []
+    for line, row in json_lines(path, faults):
+        try:
+            items.append(_item(row, len(items)))
+        except ValueError as error:
+            faults.add(path, line, one_line(error))
+    faults.check()
+    return items
+
+
+def _item(row: object, number: int) -> Item:
+    """The item of a row; raises ValueError for a malformed one."""
+    if not isinstance(row, dict):
+        raise ValueError(f"a {type(row).__name__}, not an object")
+    (text,) = told(row, "prompt")
+    count, asked, skills = (row.get(field) for field in ("atom_count", "vqa_list", "skills"))
+    if type(count) is not int or count not in ATOM_COUNTS:
+        raise ValueError(f"atom_count is {count!r}, not a whole number from 3 to 10")
+    if not isinstance(asked, list) or not asked or not all(map(_is_pair, asked)):
+        raise ValueError(f"vqa_list is {asked!r}, not a list of [question, answer]")
+    questions = [[question.strip(), answer.strip().lower()] for question, answer in asked]
+    wrong = [answer for _, answer in questions if answer not in ANSWERS]
+    if wrong:
+        raise ValueError(f"answer {wrong[0]!r} is none of {', '.join(ANSWERS)}")
+    if not isinstance(skills, list) or len(skills) != len(questions) or not set(skills) <= set(SKILLS):
+        raise ValueError(f"skills are {skills!r}, not one of {', '.join(SKILLS)} for each question")
+    meta = {"atom_count": count, "questions": questions, "skills": skills}
+    return Item(f"{number:05d}", Prompt(text), f"{count} atoms", meta)
+
+
+def _is_pair(entry: object) -> bool:
+    return isinstance(entry, list) and len(entry) == 2 and all(isinstance(e, str) and e.strip() for e in entry)
+
+
+def _question(template: Template, image: Image.Image, question: str) -> Question:
+    return Question(template, "", (image,), {"question": question})
+
+
+def _probability(chances: str, answer: str) -> float:
+    """p(answer) from JSON of token -> probability."""
+    known = json.loads(chances)
+    return min(1.0, sum(known.get(spelling, 0.0) for spelling in spellings(answer)))
+
+
+def _match(word: str, answer: str) -> float:
+    """1 if the judge's word is the answer."""
+    return float(word in {spelling.strip().lower() for spelling in spellings(answer)})
+
+
+def _probe(client: VLMClient) -> Template:
+    """How this server is to be asked: SOFT where its first token says yes or no, else HARD."""
+    black = Image.new("RGB", (64, 64))
+    (chances,) = client.ask([_question(SOFT, black, PROBE)])
+    if chances is not None and _probability(chances, "yes") + _probability(chances, "no") >= CONFIDENT:
+        return SOFT
+    why = client.reasons[0] or f"the likeliest first tokens are {chances}"
+    if client.ask([_question(HARD, black, PROBE)]) == [None]:
+        raise BenchmarkError(
+            f"{client.model!r} at {client.url} answers no probe ({client.reasons[0]}): is it a VLM, and is it served?"
+        )
+    log.warning("%r tells no probabilities of its answer (%s): hard scores, 1 for the right word", client.model, why)
+    return HARD
+
+
+def _load(folder: Path, dtype: torch.dtype):
+    """(model, processor) of a folder; every weight must be there."""
+    try:
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            folder, local_files_only=True, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise RewardError(f"cannot read {folder} as a VLM of transformers ({one_line(error)})") from error
+    if report["missing_keys"]:
+        names = ", ".join(sorted(report["missing_keys"])[:5])
+        raise RewardError(f"{folder} lacks weights: {names}; fetch it again, run `{PUBLISHED.command}`")
+    return model, processor
