@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -67,6 +68,24 @@ def messages(text: str, reasoning: bool = True) -> list[dict[str, str]]:
         text = text[:MAX_PROMPT_CHARS]
     system = SYSTEM_PROMPT if reasoning else DIRECT_PROMPT
     return [{"role": "system", "content": system}, {"role": "user", "content": text}]
+
+
+def revision(text: str, completion: str, missing: Sequence[str], reasoning: bool = True) -> list[dict[str, str]]:
+    """The conversation that asks for a better rewrite, once the picture of the first has been looked at.
+
+    Args:
+        text: the user's request.
+        completion: what the policy had answered.
+        missing: what the picture lacks of the request, in words ("a red cup"); none means that it is wrong elsewhere.
+        reasoning: as in `messages`.
+    """
+    lacks = f"does not show {', '.join(missing)}" if missing else "does not keep the numbers and places asked for"
+    again = f"The picture drawn from this {lacks}. Answer once more, in the same form, so that it does."
+    return [
+        *messages(text, reasoning),
+        {"role": "assistant", "content": completion},
+        {"role": "user", "content": again},
+    ]
 
 
 def well_formed(text: str) -> str:

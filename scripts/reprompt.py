@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import json
 import os
 import sys
@@ -25,7 +24,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -36,7 +34,7 @@ from interfaces import Prompt, Renderer
 from prompting import messages, parse, well_formed
 from rendering import CheckpointError, RenderOptions
 from training.policy import DTYPES, PolicyError, load_policy, load_tokenizer, pick_device, pick_dtype
-from training.run_folder import write_whole
+from training.run_folder import save_png, write_whole
 from training.seeds import render_seed
 
 NOT_RESULTS = ("prompts", "out", "device")  # arguments that may differ when a run is continued
@@ -117,27 +115,38 @@ class Reprompter:
         done = {rewrite.prompt: rewrite for batch in self.stream(list(dict.fromkeys(texts))) for rewrite in batch}
         return [done[text] for text in texts]
 
-    def stream(self, texts: Sequence[str], skip: Iterable[str] = ()) -> Iterator[list[Rewrite]]:
+    def stream(
+        self, texts: Sequence[str], skip: Iterable[str] = (), share: tuple[int, int] = (0, 1)
+    ) -> Iterator[list[Rewrite]]:
         """Rewrite distinct `texts` batch by batch, shortest first; a batch wholly in `skip` is left out.
 
-        The batches are those of a run that skips nothing, so that a continued run samples what it would have sampled.
+        The batches are those of a run that skips nothing and has no other process, so that a continued or a shared run
+        samples what it would have sampled.
+
+        Args:
+            share: (i, n): only every n-th batch, from the i-th on.
         """
         skip = set(skip)
-        inputs = [self._encode(text) for text in texts]
-        for batch in _batches([len(ids) for ids in inputs], self.batch_size):
+        inputs = [self._encode(messages(text, self.reasoning)) for text in texts]
+        for batch in _batches([len(ids) for ids in inputs], self.batch_size)[share[0] :: share[1]]:
             if not all(texts[i] in skip for i in batch):
                 yield self._rewrite([texts[i] for i in batch], [inputs[i] for i in batch])
 
-    def _encode(self, text: str) -> list[int]:
-        asked = messages(text, self.reasoning)
-        return self.tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+    def sample(self, text: str, conversation: list[dict[str, str]], count: int, temperature: float) -> list[Rewrite]:
+        """`count` sampled answers to one conversation about `text`: a function of seed, conversation and count."""
+        key = "/".join(turn["content"] for turn in conversation)
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        return self._rewrite([text] * count, [self._encode(conversation)] * count, key, **sampling)
 
-    def _rewrite(self, texts: list[str], inputs: list[list[int]]) -> list[Rewrite]:
+    def _encode(self, conversation: list[dict[str, str]]) -> list[int]:
+        return self.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
+
+    def _rewrite(self, texts: list[str], inputs: list[list[int]], key: str = "", **sampling) -> list[Rewrite]:
         ids = torch.tensor(inputs, device=self.policy.device)  # (batch, tokens), no padding
         gpus = [ids.device] if ids.is_cuda else []
         with torch.random.fork_rng(devices=gpus):
-            torch.manual_seed(_batch_seed(self.seed, texts))
-            out = self.policy.generate(input_ids=ids, attention_mask=torch.ones_like(ids))
+            torch.manual_seed(_batch_seed(self.seed, [key] if key else texts))
+            out = self.policy.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **sampling)
         written = out[:, ids.shape[1] :].tolist()
         return [self._read(text, ids.shape[1], row) for text, row in zip(texts, written, strict=True)]
 
@@ -293,7 +302,7 @@ def draw_all(args: argparse.Namespace, renderer: Renderer, rows: Iterable[dict])
                 if picture is None:
                     failed.add(name)
                 else:
-                    _save(args.out / name, picture)
+                    save_png(picture, args.out / name)
                 bar.update()
     for row in rows:
         for key, _, _ in _versions(row, args.baseline):
@@ -304,12 +313,6 @@ def draw_all(args: argparse.Namespace, renderer: Renderer, rows: Iterable[dict])
 def _versions(row: dict, baseline: bool) -> list[tuple[str, str, str]]:
     rewritten, raw = ("images", "", row["rewrite"]), ("baseline_images", "_raw", well_formed(row["prompt"]))
     return [rewritten, raw] if baseline else [rewritten]
-
-
-def _save(path: Path, picture: Image.Image) -> None:
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    write_whole(path, buffer.getvalue())
 
 
 # --- the command ----------------------------------------------------------------------------------

@@ -7,10 +7,12 @@ The table in docs/reliability.md names the test of each. pytest tests/test_fault
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -32,7 +34,7 @@ def run(program: Path, toy, outdir: Path, *options: object, processes: int = 1) 
     """One run of the trainer on the toy stack, alone or as two processes under ZeRO-2; whatever comes of it."""
     return subprocess.run(
         command(program, toy, outdir, *options, processes=processes),
-        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240,
+        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
 
 
@@ -349,6 +351,23 @@ def test_a_judge_that_stops_judging_stops_the_run_with_its_share(toy, tmp_path, 
     assert all(row["total"] is None and row["advantage"] == 0 for row in rows(last) if row["rewrite"])
 
 
+def test_a_run_told_to_leave_does_not_wait_for_its_judge(toy, tmp_path):
+    asked = threading.Event()
+    slow = JudgeServer(
+        lambda samples: [0.5 for _ in samples], delay=60, watch=lambda headers, body: asked.set() if body else None
+    )
+    with slow as url:
+        options = ["--rewards", "judge", "--judge_model", "miniature", "--judge_url", url]
+        line = command(TRAIN, toy, tmp_path / "run", *options)
+        with subprocess.Popen(line, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as it:
+            assert asked.wait(120)
+            it.send_signal(signal.SIGTERM)
+            told = time.monotonic()
+            said = it.communicate(timeout=60)[0]
+    assert it.returncode == 143 and "told to leave after step 0" in said
+    assert time.monotonic() - told < 30, "it waited for the judge's 60 seconds"
+
+
 # Disk, loggers, time ------------------------------------------------------------------------------------------------
 
 
@@ -358,7 +377,7 @@ def on_small_disk(where: Path, line: list[str]) -> subprocess.CompletedProcess:
     words = " ".join(f"'{word}'" for word in line)
     script = f"mount -t tmpfs -o size=24m none {where} && {words}; code=$?; cp -r {where} {where}-after; exit $code"
     isolated = ["unshare", "--map-root-user", "--mount", "sh", "-c", script]
-    return subprocess.run(isolated, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    return subprocess.run(isolated, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
 
 
 def test_a_full_disk_costs_the_pictures_and_nothing_else(toy, tmp_path, reference):
@@ -410,3 +429,12 @@ def test_a_folder_that_cannot_be_written_is_named(toy, tmp_path):
     (tmp_path / "file").write_text("")
     done = run(TRAIN, toy, tmp_path / "file" / "run")
     assert done.returncode == 2 and "cannot be written" in last_error(done) and "file/run" in last_error(done)
+
+
+def test_the_table_of_faults_names_every_test_of_this_file_and_none_that_is_not_there():
+    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(test_\w+)`", text))
+    here = set(re.findall(r"^def (test_\w+)", Path(__file__).read_text(encoding="utf-8"), re.MULTILINE))
+    files = {path.stem for path in Path(__file__).parent.glob("test_*.py")}
+    assert named <= here | files
+    assert here - named == {"test_the_table_of_faults_names_every_test_of_this_file_and_none_that_is_not_there"}

@@ -266,6 +266,13 @@ class RunFolder:
         self._full = True
 
 
+def save_png(image: Image.Image, path: Path) -> None:
+    """Write a picture as PNG, whole or not at all."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    write_whole(path, buffer.getvalue())
+
+
 def git_commit(repository: Path) -> str | None:
     """The commit checked out at `repository`, "+changes" if tracked files differ from it; None where git says none."""
     git = ["git", "-C", str(repository)]

@@ -1,0 +1,82 @@
+"""Pictures that are there already, where each benchmark's own scripts put them.
+
+geneval             NNNNN/samples/*.png                            in the order of the names
+compbench           samples/{prompt}_{number:06d}.png              by the prompt, in the order of the numbers
+unigenbench         {id}_{n}.png
+wise, geneval2      {id}.png
+dpg                 {id}.png, a grid of 2 x 2, cut into four
+any                 ID_SAMPLE.png, as this project writes them
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from evaluation.benchmark import BenchmarkError, Item
+from evaluation.pipeline import open_picture
+from evaluation.systems import Drawn
+
+
+def _geneval(folder: Path, item: Item) -> list[Path]:
+    return sorted((folder / item.id / "samples").glob("*.png"))
+
+
+def _compbench(folder: Path, item: Item) -> list[Path]:
+    """Names are compared, never built: a prompt with a slash is in no name."""
+    names = (folder / "samples").glob("*.png")
+    return sorted((p for p in names if p.stem.rpartition("_")[0] == item.prompt.text), key=lambda p: p.stem[-6:])
+
+
+def _numbered(folder: Path, item: Item) -> list[Path]:
+    return sorted(folder.glob(f"{item.id}_*.png"), key=lambda path: int(path.stem.rpartition("_")[2]))
+
+
+def _single(folder: Path, item: Item) -> list[Path]:
+    return [path for path in (folder / f"{item.id}.png",) if path.is_file()]
+
+
+LAYOUTS: dict[str, Callable[[Path, Item], list[Path]]] = {
+    "geneval": _geneval,
+    "compbench": _compbench,
+    "unigenbench": _numbered,
+    "wise": _single,
+    "geneval2": _single,
+    "dpg": _single,
+}
+
+
+@dataclass(frozen=True)
+class There:
+    """A system whose pictures are in a folder; a prompt with fewer than `samples` of them is an error by name."""
+
+    folder: Path
+    benchmark: str
+
+    def __call__(self, items: Sequence[Item], samples: Sequence[int], seed: Callable) -> list[Drawn]:
+        return [
+            Drawn(item.prompt.text, True, image, 0, 0.0)
+            for item in items
+            for image in self._pictures(item, len(samples))
+        ]
+
+    def _pictures(self, item: Item, count: int) -> list[Image.Image]:
+        paths = LAYOUTS.get(self.benchmark, _numbered)(self.folder, item) or _numbered(self.folder, item)
+        pictures = [open_picture(path) for path in paths]
+        if self.benchmark == "dpg" and len(pictures) == 1:
+            pictures = quarters(pictures[0])
+        if len(pictures) < count:
+            raise BenchmarkError(
+                f"{self.folder} has {len(pictures)} pictures of prompt {item.id} ({item.prompt.text[:60]!r}), "
+                f"{count} are wanted: draw them, or lower --samples"
+            )
+        return pictures[:count]
+
+
+def quarters(grid: Image.Image) -> list[Image.Image]:
+    """A 2 x 2 grid as four pictures, row by row."""
+    width, height = grid.width // 2, grid.height // 2
+    return [grid.crop((x, y, x + width, y + height)) for y in (0, height) for x in (0, width)]

@@ -1,0 +1,324 @@
+"""Rewrite, draw and judge the prompts of a benchmark; print raw prompts against rewrites, with paired intervals.
+
+    python scripts/evaluate.py --benchmark geneval --metadata evaluation_metadata.jsonl --gpt_path runs/mine \\
+        --sdmodel_name black-forest-labs/FLUX.1-dev --resolution 512 --render_steps 50 --guidance 3.5 --out geneval
+
+    ... --n 4 --select hps          best of four rewrites, by a reward, beside them
+    ... --revise 2 --select gdino   draw, look, tell the policy what is missing, twice at most
+    ... --rewrites file.jsonl       somebody else's rewrites: rows of prompt and rewrite
+    ... --images old new            pictures that are there already, each folder in the benchmark's own layout
+    accelerate launch --num_processes 8 scripts/evaluate.py ...                    the same, shared; the same table
+
+Run it again to continue where it stopped. OUT/results.json has every number with all that it depends on, results.txt
+what was printed, rows_R.jsonl a row per picture. Exit code 2 and one line on stderr for whatever is wrong.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from accelerate import PartialState
+
+from data.prompts import DataError
+from evaluation import leak
+from evaluation.benchmark import Benchmark, BenchmarkError, Item
+from evaluation.benchmarks import BENCHMARKS, BenchmarkOptions
+from evaluation.layouts import There
+from evaluation.pipeline import Evaluation, Share, unjudged, whole_lines
+from evaluation.statistics import Table, measure
+from evaluation.systems import BestOf, Chooser, Fixed, Revise, System
+from evaluation.table import cost_table, text_table
+from interfaces import Prompt, Renderer
+from prompting import well_formed
+from rendering import CheckpointError, RenderOptions
+from rewards import REWARDS, RewardError, RewardOptions, Setting, build
+from scripts.reprompt import Reprompter, Rewrite
+from training.options import UsageError, parse
+from training.policy import PolicyError
+from training.run_folder import PACKAGES, git_commit, write_whole
+
+ROOT = Path(__file__).resolve().parent.parent
+NOT_RESULTS = ("out", "training_prompts", "judge_url", "judge_concurrency", "judge_timeout", "judge_batch_timeout",
+               "judge_cache", "reward_device", "reward_offload", "render_device")  # fmt: skip
+
+
+@dataclass
+class EvaluateOptions:
+    """What is evaluated, and how; the renderer's and the rewards' own options have the trainer's names."""
+
+    benchmark: str = field(metadata={"help": f"One of: {', '.join(BENCHMARKS)}."})
+    metadata: str = field(metadata={"help": "The benchmark's prompts: its own file or folder."})
+    out: str = field(metadata={"help": "Folder to write to, or to continue in."})
+    gpt_path: str | None = field(default=None, metadata={"help": "Policy: folder, adapter folder or hub name."})
+    rewrites: str | None = field(default=None, metadata={"help": "A .jsonl with `prompt` and `rewrite`, to be drawn."})
+    images: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Folders with pictures that are there, in the benchmark's layout; nothing is drawn then."},
+    )
+    samples: int | None = field(default=None, metadata={"help": "Pictures a prompt; unset: the protocol's."})
+    seed: int = field(default=42, metadata={"help": "Of noise and sampling."})
+    limit: int | None = field(default=None, metadata={"help": "Only the first so many prompts of each category."})
+    unit: int = field(default=8, metadata={"help": "Prompts that are drawn and judged together."})
+    n: int = field(default=1, metadata={"help": "Rewrites to choose the best picture from; above 1 needs --select."})
+    revise: int = field(default=0, metadata={"help": "Times that the policy may try again; needs --select."})
+    select: str | None = field(
+        default=None,
+        metadata={"help": f"Reward that chooses; not the benchmark's own judge. Of: {', '.join(REWARDS)}."},
+    )
+    training_prompts: list[str] = field(
+        default_factory=list,
+        metadata={"help": "What the policy was trained on, for the leak check; unset: what its run.json names."},
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Of the rewrites to choose from; the other is greedy."})
+    max_new_tokens: int = field(default=512, metadata={"help": "Of one answer of the policy."})
+    rewrite_batch_size: int = field(default=16, metadata={"help": "Prompts rewritten at once."})
+    policy_dtype: str = field(default="auto", metadata={"help": "Of the policy: auto, bfloat16 or float32."})
+    reasoning: bool = field(default=True, metadata={"help": "false for a policy trained with --reasoning false."})
+
+
+@dataclass(frozen=True)
+class Options:
+    """All options of one evaluation."""
+
+    evaluate: EvaluateOptions
+    render: RenderOptions
+    reward: RewardOptions
+    benchmark: BenchmarkOptions
+
+
+Constructors = Mapping[str, Callable[[BenchmarkOptions, RewardOptions, str], Benchmark]]
+
+
+def parse_options(argv: Sequence[str], known: Constructors) -> Options:
+    """Options of one evaluation.
+
+    Raises:
+        UsageError: an unknown flag or benchmark (with the nearest one), or options that do not go together.
+    """
+    options = Options(*parse((EvaluateOptions, RenderOptions, RewardOptions, BenchmarkOptions), None, argv))
+    args = options.evaluate
+    if args.benchmark not in known:
+        raise UsageError(f"unknown benchmark {args.benchmark!r}: one of {', '.join(known)}")
+    if (args.n > 1 or args.revise) and not (args.select and args.gpt_path):
+        raise UsageError(f"--n {args.n} and --revise {args.revise} choose among a policy's pictures: name --select "
+                         "and --gpt_path")  # fmt: skip
+    if args.images and (args.gpt_path or args.rewrites):
+        raise UsageError("--images are judged as they are: leave --gpt_path and --rewrites out")
+    for name in ("unit", "n", "rewrite_batch_size", "max_new_tokens"):
+        if getattr(args, name) < 1:
+            raise UsageError(f"--{name} is {getattr(args, name)}: give 1 or more")
+    return options
+
+
+# What is drawn -----------------------------------------------------------------------------------------------------
+
+
+def systems(options: Options, items: Sequence[Item], share: Share, wait: Callable[[], None]) -> dict[str, System]:
+    """Name -> system, the baseline first. Rewriting is done here, all else when a system is asked.
+
+    Raises:
+        PolicyError, CheckpointError, RewardError, BenchmarkError, DataError: something named cannot be had.
+    """
+    args = options.evaluate
+    if args.images:
+        return {Path(folder).name: There(Path(folder), args.benchmark) for folder in args.images}
+    device = str(PartialState().device)
+    renderer = options.render.load(device)
+    made: dict[str, System] = {"raw": Fixed(renderer, {i.id: (well_formed(i.prompt.text), True) for i in items}, {})}
+    if args.rewrites:
+        made["given"] = Fixed(renderer, _given(Path(args.rewrites), items), {})
+    if not args.gpt_path:
+        return made
+    policy = Reprompter(
+        args.gpt_path, args.rewrite_batch_size, args.max_new_tokens, 0.0, args.seed, args.policy_dtype, device,
+        args.reasoning,
+    )  # fmt: skip
+    greedy, seconds = rewritten(policy, Path(args.out), items, share, wait)
+    made["rewrite"] = Fixed(renderer, {id: (one.rewrite, one.readable) for id, one in greedy.items()}, seconds)
+    if args.select:
+        choose = _chooser(options, device, renderer, items)
+        asking = {"reasoning": args.reasoning, "temperature": args.temperature}
+        if args.n > 1:
+            made[f"best_of_{args.n}"] = BestOf(renderer, policy.sample, choose, args.n, **asking)
+        if args.revise:
+            made[f"revise_{args.revise}"] = Revise(renderer, policy.sample, choose, args.revise, greedy, **asking)
+    return made
+
+
+def rewritten(
+    policy: Reprompter, out: Path, items: Sequence[Item], share: Share, wait: Callable[[], None]
+) -> tuple[dict[str, Rewrite], dict[str, float]]:
+    """Item id -> greedy rewrite, and seconds that it took; those of all processes, kept in `rewrites_R.jsonl`."""
+    texts = list(dict.fromkeys(item.prompt.text for item in items))
+    done = _read_rewrites(out, mine=share.index)
+    started = time.perf_counter()
+    with open(out / f"rewrites_{share.index}.jsonl", "a", encoding="utf-8") as file:
+        for batch in policy.stream(texts, skip=done, share=(share.index, share.count)):
+            each = (time.perf_counter() - started) / len(batch)
+            rows = [{"seconds": round(each, 4), **asdict(one)} for one in batch]
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+            file.flush()
+            started = time.perf_counter()
+    wait()
+    known = _read_rewrites(out)
+    rows = {item.id: dict(known[item.prompt.text]) for item in items}
+    seconds = {id: row.pop("seconds") for id, row in rows.items()}
+    return {id: Rewrite(**row) for id, row in rows.items()}, seconds
+
+
+def _read_rewrites(out: Path, mine: int | None = None) -> dict[str, dict[str, Any]]:
+    """Prompt -> row, of all processes; a line that a kill tore is cut off the file of process `mine`."""
+    paths = sorted(out.glob("rewrites_*.jsonl"))
+    lines = [line for path in paths for line in whole_lines(path, cut=path.name == f"rewrites_{mine}.jsonl")]
+    return {row["prompt"]: row for row in map(json.loads, lines)}
+
+
+def _given(path: Path, items: Sequence[Item]) -> dict[str, tuple[str, bool]]:
+    """Rewrites of a file, by prompt; every prompt must have one."""
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        known = {row["prompt"]: row["rewrite"] for row in rows}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: not rows of `prompt` and `rewrite` ({type(error).__name__} {error})") from error
+    missing = [item for item in items if not str(known.get(item.prompt.text) or "").strip()]
+    if missing:
+        raise DataError(f"{path} has no rewrite of {len(missing)} prompts, the first {missing[0].prompt.text[:80]!r}")
+    return {item.id: (known[item.prompt.text], True) for item in items}
+
+
+def _chooser(options: Options, device: str, renderer: Renderer, items: Sequence[Item]) -> Chooser:
+    name = options.evaluate.select
+    prompts: list[Prompt] = [item.prompt for item in items]
+    setting = Setting(options.reward.reward_device or device, renderer, prompts, options.evaluate.seed)
+    (reward,) = build([name], options.reward, setting)
+    if not reward.needs_images:
+        raise UsageError(f"--select {name} does not look at pictures: choose one that does")
+    return Chooser(reward)
+
+
+# The evaluation ----------------------------------------------------------------------------------------------------
+
+
+def evaluate(options: Options, known: Constructors) -> None:
+    """One evaluation, from options to table."""
+    args, state = options.evaluate, PartialState(timeout=timedelta(days=1))  # processes finish hours apart
+    share = Share(state.process_index, state.num_processes)
+    benchmark = known[args.benchmark](options.benchmark, options.reward, str(state.device))
+    items = _limited(benchmark.load(Path(args.metadata)), args.limit)
+    samples = args.samples or benchmark.images_per_prompt
+    settings = _settings(options, benchmark, items, samples)
+    run = Evaluation(Path(args.out), settings, items, samples, args.seed, args.unit, share)
+    files = [Path(path) for path in args.training_prompts] or _trained_on(args.gpt_path)
+    found = leak.of_policy(items, files) if files else None
+    state.wait_for_everyone()  # all have looked at the folder
+    if state.is_main_process:
+        run.open(settings)
+        print(_leak_line(found, len(items), args.gpt_path), flush=True)
+    state.wait_for_everyone()
+    made = systems(options, items, share, state.wait_for_everyone)
+    for name, system in made.items():
+        run.run(name, system, benchmark)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        _report(run, list(made), benchmark, settings, found)
+
+
+def _limited(items: Sequence[Item], limit: int | None) -> list[Item]:
+    seen: dict[str, int] = {}
+    kept = []
+    for item in items:
+        seen[item.category] = seen.get(item.category, 0) + 1
+        if limit is None or seen[item.category] <= limit:
+            kept.append(item)
+    return kept
+
+
+def _settings(options: Options, benchmark: Benchmark, items: Sequence[Item], samples: int) -> dict[str, Any]:
+    """All that a row depends on."""
+    ours = {
+        **asdict(options.evaluate),
+        **asdict(options.render),
+        **asdict(options.reward),
+        **asdict(options.benchmark),
+    }
+    texts = json.dumps([[item.id, item.prompt.text] for item in items])
+    return {
+        **{name: value for name, value in ours.items() if name not in NOT_RESULTS},
+        "samples": samples,
+        "prompts": len(items),
+        "prompts_hash": hashlib.sha256(texts.encode("utf-8", "surrogatepass")).hexdigest()[:16],
+        "benchmark_settings": dict(benchmark.settings),
+    }
+
+
+def _trained_on(policy: str | None) -> list[Path]:
+    path = leak.training_file(policy) if policy else None
+    return [path] if path else []
+
+
+def _leak_line(found: leak.Leak | None, prompts: int, policy: str | None) -> str:
+    if policy is None:
+        return "leak check: no policy, nothing to check"
+    if found is None:
+        return "leak check: NOT DONE, what the policy was trained on is not known: give --training_prompts"
+    line = f"leak check: of {prompts} prompts {len(found.exact)} are among the {found.training_prompts} trained on, "
+    line += f"{len(found.same_request)} more ask for the same in other words"
+    named = ", ".join([*found.exact, *found.same_request][:10])
+    return f"{line}: {named}" if named else line
+
+
+def _report(
+    run: Evaluation, names: Sequence[str], benchmark: Benchmark, settings: Mapping[str, Any], found: leak.Leak | None
+) -> None:
+    table = measure(run.items, {n: run.verdicts(n) for n in names}, benchmark.categories, benchmark.overall)
+    rows = {name: run.rows(name) for name in names}
+    text = "\n\n".join([text_table(benchmark.title, table), cost_table(rows)])
+    results = {
+        "title": benchmark.title,
+        "settings": settings,
+        "commit": git_commit(ROOT),
+        "versions": {name: version(name) for name in PACKAGES},
+        "leak": None if found is None else asdict(found),
+        **_numbers(table),
+        "not_judged": {
+            n: [{"id": r["id"], "sample": r["sample"], "detail": r["detail"]} for r in unjudged(of)]
+            for n, of in rows.items()
+        },
+    }
+    write_whole(run.out / "results.json", json.dumps(results, indent=1).encode())
+    write_whole(run.out / "results.txt", f"{text}\n".encode())
+    print(f"\n{text}\n\nrows, pictures and results.json: {run.out}", flush=True)
+
+
+def _numbers(table: Table) -> dict[str, Any]:
+    def plain(systems: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        return {system: {name: asdict(value) for name, value in of.items()} for system, of in systems.items()}
+
+    return {"scores": plain(table.scores), "differences": plain(table.differences), "points": table.points}
+
+
+def main(argv: Sequence[str] | None = None, known: Constructors = BENCHMARKS) -> int:
+    """Run the command line; returns the exit code."""
+    try:
+        evaluate(parse_options(sys.argv[1:] if argv is None else argv, known), known)
+    except (
+        UsageError, DataError, BenchmarkError, PolicyError, CheckpointError, RewardError,
+    ) as error:  # fmt: skip
+        print(f"evaluate: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
