@@ -37,14 +37,13 @@ from evaluation.benchmark import Benchmark, BenchmarkError, Item, Verdict
 from evaluation.judged import Faults, ask, json_lines, one_word, settings_of, told
 from interfaces import Prompt
 from rewards import RewardError, one_line
-from rewards.frozen import Published, arithmetic, batches, folder_of, freeze
+from rewards.frozen import arithmetic, batches, folder_of, freeze
 from rewards.vlm import TOP_TOKENS, Question, Template, VLMClient
+from training.weights import locked
 
 log = logging.getLogger(__name__)
 
-PUBLISHED = Published(
-    "Qwen/Qwen3-VL-8B-Instruct", "18 GB", "Apache-2.0", ("*.json", "*.jinja", "*.txt", "*.safetensors")
-)
+PUBLISHED = locked("Qwen/Qwen3-VL-8B-Instruct")
 NEEDS = ("config.json", "tokenizer_config.json")
 
 SKILLS = ("object", "count", "attribute", "position", "verb")
