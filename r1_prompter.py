@@ -36,6 +36,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config, get_quantization_config
 from trl.trainer.utils import RepeatSampler
 
+import preflight
 from data.prompts import DataError, load_prompts
 from interfaces import Prompt, Renderer, Reward
 from prompting import messages
@@ -108,6 +109,9 @@ class ScriptArguments:
         metadata={"help": "Seconds of one phase (generate, render, ...) after which all stacks are written down."},
     )
     resume: str | None = field(default=None, metadata=RESUME)
+    dry_run: bool = field(
+        default=False, metadata={"help": "Check this run as scripts/doctor.py does, write nothing, and leave."}
+    )
 
 
 @dataclass(frozen=True)
@@ -121,13 +125,13 @@ class Options:
     model: ModelConfig
 
 
-def parse_options(argv: Sequence[str]) -> Options:
-    """Options of one run: the recipe, then the `--config` YAML, then flags.
+def parse_options(argv: Sequence[str], training: type[GRPOConfig] = GRPOConfig) -> Options:
+    """Options of one run: the recipe, then the `--config` YAML, then flags; TRL's in a class that may be `training`.
 
     Raises:
         UsageError: an unknown key or flag (with the nearest valid one), a missing or ill-typed value.
     """
-    kinds = (ScriptArguments, RenderOptions, RewardOptions, GRPOConfig, ModelConfig)
+    kinds = (ScriptArguments, RenderOptions, RewardOptions, training, ModelConfig)
     options = Options(*parse(kinds, RECIPE, argv))
     set_renamed(options.script.outdir, options.script.gpt_path, options.training, options.model)
     return options
@@ -300,7 +304,7 @@ def train(options: Options) -> None:
         raise UsageError(f"reward_weights {training.reward_weights} for rewards {script.rewards}: give one for each")
     prompts = {prompt.id: prompt for prompt in load_prompts(script.data)}
     numbers = plan(script, training, len(prompts))
-    folder = RunFolder(script.outdir, _resolved(options), resume=script.resume)
+    folder = RunFolder(script.outdir, resolved(options), resume=script.resume)
     folder.check(numbers["optimizer_steps"])
     tokenizer, renderer, rewards, held_out = load_frozen(options, list(prompts.values()))
     begin(folder, numbers, _announce(options, numbers, folder, [*rewards, *held_out]))
@@ -339,7 +343,8 @@ def train(options: Options) -> None:
     finish(trainer, folder)
 
 
-def _resolved(options: Options) -> dict[str, Any]:
+def resolved(options: Options) -> dict[str, Any]:
+    """All options in one, as `run.json` has them."""
     ours = {**asdict(options.script), **asdict(options.render), **asdict(options.reward)}
     return {
         **options.training.to_dict(),
@@ -366,10 +371,26 @@ def _announce(options: Options, numbers: dict[str, int], folder: RunFolder, scor
     ]
 
 
+def dry_run(argv: Sequence[str], training: GRPOConfig) -> int:
+    """Print what scripts/doctor.py says of this run as it is launched; returns the exit code, 1 for a problem."""
+    if not PartialState().is_main_process:
+        return 0
+    zero = training.deepspeed_plugin.zero_stage if training.deepspeed_plugin else 0
+    machine = preflight.this_machine()
+    launch = preflight.Launch(training.world_size, zero, machine.gpus > 0)
+    found = preflight.examine(argv, parse_options, plan, resolved, machine, launch)
+    print(preflight.report(found), flush=True)
+    return found.exit_code
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        train(parse_options(sys.argv[1:] if argv is None else argv))
+        options = parse_options(argv)
+        if options.script.dry_run:
+            return dry_run(argv, options.training)
+        train(options)
     except (UsageError, DataError, PolicyError, RewardError, RunFolderError, ScoringError, Stopped) as error:
         if PartialState().is_main_process:
             print(f"r1_prompter: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)

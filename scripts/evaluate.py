@@ -29,11 +29,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from accelerate import PartialState
+from evaluation.benchmarks import BENCHMARKS, BenchmarkOptions
 
 from data.prompts import DataError
 from evaluation import leak
 from evaluation.benchmark import Benchmark, BenchmarkError, Item
-from evaluation.benchmarks import BENCHMARKS, BenchmarkOptions
 from evaluation.layouts import There
 from evaluation.pipeline import Evaluation, Share, unjudged, whole_lines
 from evaluation.statistics import Table, measure

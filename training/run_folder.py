@@ -39,6 +39,7 @@ NOT_IDENTITY = {
     "outdir",
     "output_dir",
     "resume",
+    "dry_run",
     "resume_from_checkpoint",
     "logging_dir",
     "report_to",
