@@ -14,8 +14,10 @@ pixels), and here it is interpolated to 30x30 again. How far that moves scores w
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -86,49 +88,52 @@ class BlipVQA:
 
         Each picture is encoded once, whatever the number of its questions.
         """
-        answers: list[list[float]] = [[] for _ in rows]
-        asked = [row for row in range(len(rows)) if rows[row][1]]
+        read = [[self.question_ids(question) for question in questions] for _, questions in rows]
+        answers = [[math.nan] * len(questions) for questions in read]
+        asked = [row for row in range(len(rows)) if read[row]]
         for some in batches(asked, self.batch_size):
             seen_PND = self._look([rows[row][0] for row in some])
-            pairs = [(place, row, question) for place, row in enumerate(some) for question in rows[row][1]]
-            for few in batches(pairs, self.batch_size):
+            pairs = [(place, row, number) for place, row in enumerate(some) for number in range(len(read[row]))]
+            for few in self._alike(pairs, read):
                 places = torch.tensor([place for place, _, _ in few], device=self.device)
-                yes = self._answer(seen_PND[places], [question for _, _, question in few])
-                for (_, row, _), p in zip(few, yes, strict=True):
-                    answers[row].append(p)
+                yes = self._answer(seen_PND[places], [read[row][number] for _, row, number in few])
+                for (_, row, number), p in zip(few, yes, strict=True):
+                    answers[row][number] = p
         return answers
 
-    def question_ids(self, questions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(ids, mask), both (Q, T), of questions as the text encoder reads them."""
+    def question_ids(self, question: str) -> list[int]:
+        """The tokens of a question as the text encoder reads them."""
         read = self.tokenizer(
-            [cleaned(well_formed(question)) for question in questions],
-            padding=True,
-            truncation=True,
-            max_length=MOST_TOKENS,
-            padding_side="right",
-            split_special_tokens=True,
-            return_tensors="pt",
+            cleaned(well_formed(question)), truncation=True, max_length=MOST_TOKENS, split_special_tokens=True
         )
-        read.input_ids[:, 0] = self.enc
-        return read.input_ids.to(self.device), read.attention_mask.to(self.device)
+        return [self.enc, *read.input_ids[1:]]
+
+    def _alike(self, pairs: Sequence[tuple[int, int, int]], read: Sequence[Sequence[list[int]]]) -> Iterator[list]:
+        """The pairs in batches of questions of one length: transformers' BLIP does not hide padding from its decoder.
+
+        (5.17 hands the mask of cross attention on under the name of the other one, which is then not looked at.)
+        """
+
+        def length(pair: tuple[int, int, int]) -> int:
+            return len(read[pair[1]][pair[2]])
+
+        for _, same in groupby(sorted(pairs, key=length), key=length):
+            yield from batches(list(same), self.batch_size)
 
     def _look(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
         """(P, N, D) visual tokens."""
         pixels = torch.stack([_READ(picture.convert("RGB")) for picture in pictures]).to(self.device)
         return self.model.vision_model(pixel_values=pixels, interpolate_pos_encoding=True).last_hidden_state
 
-    def _answer(self, seen_QND: torch.Tensor, questions: Sequence[str]) -> list[float]:
-        ids_QT, mask_QT = self.question_ids(questions)
+    def _answer(self, seen_QND: torch.Tensor, ids: Sequence[list[int]]) -> list[float]:
+        """p(yes) of each question, all of one length, about the picture in its row."""
         states = self.model.text_encoder(
-            input_ids=ids_QT,
-            attention_mask=mask_QT,
-            encoder_hidden_states=seen_QND,
-            encoder_attention_mask=torch.ones(seen_QND.shape[:-1], dtype=torch.long, device=self.device),
+            input_ids=torch.tensor(ids, device=self.device), encoder_hidden_states=seen_QND
         ).last_hidden_state
-        start = torch.full((len(questions), 1), self.dec, device=self.device)
-        logits_QV = self.model.text_decoder(
-            input_ids=start, encoder_hidden_states=states, encoder_attention_mask=mask_QT, use_cache=False
-        ).logits[:, 0]
+        start = torch.full((len(ids), 1), self.dec, device=self.device)
+        logits_QV = self.model.text_decoder(input_ids=start, encoder_hidden_states=states, use_cache=False).logits[
+            :, 0
+        ]
         return torch.sigmoid(logits_QV[:, self.yes] - logits_QV[:, self.no]).tolist()
 
 

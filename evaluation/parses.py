@@ -65,9 +65,8 @@ def parser(source: str | Path) -> Source:
     """
     if source == "spacy":
         nlp = _spacy()
-        return f"spacy {nlp.meta['spacy_version']}, {SPACY_MODEL} {nlp.meta['version']}", lambda text: tagged(
-            nlp(text)
-        )
+        name = f"spacy {nlp.meta['spacy_version']}, {SPACY_MODEL} {nlp.meta['version']}"
+        return Source(name, lambda prompt: tagged(nlp(prompt)))
     if source == "grammar":
         return Source("grammar", by_grammar)
     said, frozen = _load(Path(source))
