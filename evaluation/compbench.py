@@ -303,7 +303,7 @@ def load_items(
         if doubled:
             log.warning("%s: %d lines repeat an earlier one and are kept", file, doubled)
         for number, prompt in lines:
-            parsed = parse(prompt)
+            parsed = None if category in UNPARSED else parse(prompt)
             wrong = _lacking(category, parsed)
             if wrong:
                 hint = f". For parses: {HOW_TO_FREEZE}"
@@ -345,6 +345,7 @@ def _lines(file: Path, problems: list[str]) -> list[tuple[int, str]]:
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror}); check the path") from error
     lines: list[tuple[int, str]] = []
+    before = len(problems)
     for number, line in enumerate(raw, 1):
         try:
             text = line.decode("utf-8").strip()
@@ -355,7 +356,7 @@ def _lines(file: Path, problems: list[str]) -> list[tuple[int, str]]:
             problems.append(f"{file.name}, line {number}: has a control character ({text[:40]!r})")
         elif text:
             lines.append((number, text))
-    if not lines and not problems:
+    if not lines and len(problems) == before:
         problems.append(f"{file.name}: no prompts in it")
     return lines
 

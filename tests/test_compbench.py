@@ -140,6 +140,8 @@ def test_overlap_divides_a_direction_from_a_tenth_on():
     tenth = seen("b", 20, 10, 70, 20)  # area 500, common 100: exactly 100 / 1000
     assert iou(first.box, tenth.box) == 0.1
     assert position_2d("on the left of", first, tenth) == 1
+    eighth = seen("b", 20, 10, 50, 20)  # area 300, common 100: 100 / 800
+    assert position_2d("on the left of", first, eighth) == pytest.approx(0.8)
     quarter = [seen("a", 0, 0, 50, 20), seen("b", 30, 0, 80, 20)]  # common 400 of 1600
     assert position_2d("on the left of", *quarter) == pytest.approx(0.4)
 
