@@ -1,0 +1,181 @@
+"""Boxes of named things by OWLv2, the stand-in for UniDet in T2I-CompBench's spatial and numeracy rules.
+
+Why OWLv2: it is in transformers, takes any noun, and is no reward of this project. GroundingDINO is one
+(`rewards/gdino.py`), and a detector that was trained against must not be the judge. Its scores are not UniDet's: the
+threshold is our choice, and numbers are comparable only among runs of this judge. Source: arXiv 2306.09683.
+
+A box is called by the one noun that it fits best, as in the library's post-processing; boxes of one noun that overlap
+by more than `NMS_IOU` are one (OWLv2 has no suppression of its own, UniDet has). Coordinates are pixels of the frame
+that UniDet is given: the picture with its shorter side at 479 and its longer at 480 at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from torchvision.ops import box_convert, nms
+from transformers import AutoTokenizer, Owlv2ForObjectDetection
+from transformers.models.owlv2.image_processing_pil_owlv2 import Owlv2ImageProcessorPil
+
+from prompting import well_formed
+from rewards import RewardError, one_line
+from rewards.frozen import Published, batches, folder_of, freeze
+
+PUBLISHED = Published(
+    "google/owlv2-base-patch16-ensemble",
+    "0.6 GB",
+    "Apache-2.0",
+    ("*.json", "*.txt", "*.safetensors", "pytorch_model*.bin"),
+)
+NEEDS = ("config.json", "preprocessor_config.json", "tokenizer_config.json")
+QUERY = "a photo of a {}"
+THRESHOLD = 0.2  # our choice; UniDet's 0.5 is of another scale
+NMS_IOU = 0.5
+FRAME_SHORT, FRAME_LONG = 479, 480  # pixels
+
+
+@dataclass(frozen=True)
+class LabelledBox:
+    """A thing that was seen.
+
+    Attributes:
+        label: what it is called.
+        score: 0 to 1.
+        box: left, top, right, bottom in pixels of the frame.
+    """
+
+    label: str
+    score: float
+    box: tuple[float, float, float, float]
+
+
+def frame_size(size: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) of the frame for a picture of `size`: torchvision's `Resize(479, max_size=480)`."""
+    short, long = min(size), max(size)
+    new_short, new_long = FRAME_SHORT, int(FRAME_SHORT * long / short)
+    if new_long > FRAME_LONG:
+        new_short, new_long = int(FRAME_LONG * new_short / new_long), FRAME_LONG
+    return (new_short, new_long) if size[0] <= size[1] else (new_long, new_short)
+
+
+class Owlv2:
+    """Labelled boxes of pictures.
+
+    Args:
+        path: a folder with an `Owlv2ForObjectDetection`, its tokenizer and image processor (safetensors, or
+            `pytorch_model.bin`, of which only tensors are unpickled), or `PUBLISHED.repo`, from the hub's local cache.
+        device: where the model runs, in float32 without TF32.
+        batch_size: pictures, or nouns, per forward pass.
+        threshold: a box counts if its score is above this.
+
+    Raises:
+        RewardError: no checkpoint at `path`, or one that cannot be used.
+    """
+
+    name = "OWLv2"
+
+    def __init__(
+        self,
+        path: str | Path = PUBLISHED.repo,
+        *,
+        device: str | torch.device,
+        batch_size: int = 8,
+        threshold: float = THRESHOLD,
+    ):
+        self.device, self.batch_size, self.threshold = torch.device(device), batch_size, threshold
+        self.folder = folder_of(path, PUBLISHED, NEEDS)
+        model, self.tokenizer, self.processor = _load(self.folder)
+        self.model = freeze(model, self.device, self.folder)
+        self.longest = model.config.text_config.max_position_embeddings
+        self._nouns: dict[str, torch.Tensor] = {}
+
+    @torch.inference_mode()
+    def detect(self, rows: Sequence[tuple[Image.Image, Sequence[str]]]) -> list[list[LabelledBox] | None]:
+        """The boxes of each (picture, its distinct nouns), best first; None if the model's output is not finite."""
+        self._learn([noun for _, nouns in rows for noun in nouns])
+        found: list[list[LabelledBox] | None] = [[] for _ in rows]
+        asked = [row for row in range(len(rows)) if rows[row][1]]
+        for some in batches(asked, self.batch_size):
+            few = [rows[row] for row in some]
+            scores_BNQ, boxes_BN4 = self._forward(few)
+            for row, (image, nouns), scores, boxes in zip(some, few, scores_BNQ, boxes_BN4, strict=True):
+                found[row] = self._boxes(scores[:, : len(nouns)], boxes, nouns, image.size)
+        return found
+
+    def _learn(self, nouns: Sequence[str]) -> None:
+        """Encode the nouns that were not met before, each once."""
+        new = [noun for noun in dict.fromkeys(nouns) if noun not in self._nouns]
+        for some in batches(new, self.batch_size):
+            read = self.tokenizer(
+                [QUERY.format(well_formed(noun)) for noun in some],
+                padding="max_length",
+                truncation=True,
+                max_length=self.longest,
+                return_tensors="pt",
+            ).to(self.device)
+            out = self.model.owlv2.get_text_features(input_ids=read.input_ids, attention_mask=read.attention_mask)
+            unit = out.pooler_output / torch.linalg.norm(out.pooler_output, dim=-1, keepdim=True)
+            self._nouns.update(zip(some, unit, strict=True))
+
+    def _forward(self, rows: Sequence[tuple[Image.Image, Sequence[str]]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, N, Q) probabilities and (B, N, 4) boxes as centre and size, shares of the padded square."""
+        pixels = self.processor([image.convert("RGB") for image, _ in rows], return_tensors="pt")["pixel_values"]
+        queries = [torch.stack([self._nouns[noun] for noun in nouns]) for _, nouns in rows]
+        queries_BQD = torch.nn.utils.rnn.pad_sequence(queries, batch_first=True)
+        there = [torch.ones(len(nouns), dtype=torch.bool, device=self.device) for _, nouns in rows]
+        there_BQ = torch.nn.utils.rnn.pad_sequence(there, batch_first=True)
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 moves boxes across thresholds
+            features_BHWD, _ = self.model.image_embedder(pixel_values=pixels.to(self.device, torch.float32))
+            features_BND = features_BHWD.flatten(1, 2)
+            logits_BNQ, _ = self.model.class_predictor(features_BND, queries_BQD, there_BQ)
+            boxes_BN4 = self.model.box_predictor(features_BND, features_BHWD)
+        return logits_BNQ.sigmoid().cpu(), boxes_BN4.cpu()
+
+    def _boxes(
+        self, scores_NQ: torch.Tensor, boxes_N4: torch.Tensor, nouns: Sequence[str], size: tuple[int, int]
+    ) -> list[LabelledBox] | None:
+        if not (scores_NQ.isfinite().all() and boxes_N4.isfinite().all()):
+            return None
+        score_N, label_N = scores_NQ.max(dim=1)
+        boxes_N4 = box_convert(boxes_N4, "cxcywh", "xyxy") * max(size)
+        width, height = frame_size(size)
+        boxes_N4 *= torch.tensor([width / size[0], height / size[1]] * 2)
+        boxes_N4 = torch.minimum(boxes_N4.clamp(min=0), torch.tensor([width, height] * 2))
+        inside = ((boxes_N4[:, 2:] - boxes_N4[:, :2]) > 0).all(dim=1)  # the others lie in the padding
+        rows = ((score_N > self.threshold) & inside).nonzero()[:, 0]
+        kept = []
+        for label in range(len(nouns)):
+            own = rows[label_N[rows] == label]
+            kept += own[nms(boxes_N4[own], score_N[own], NMS_IOU)].tolist()
+        found = [LabelledBox(nouns[label_N[row]], score_N[row].item(), tuple(boxes_N4[row].tolist())) for row in kept]
+        return sorted(found, key=lambda one: -one.score)
+
+
+def _load(folder: Path):
+    """(model, tokenizer, image processor) of a folder; every weight must be there."""
+    try:
+        model, report = Owlv2ForObjectDetection.from_pretrained(
+            folder, local_files_only=True, dtype=torch.float32, weights_only=True, output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        processor = Owlv2ImageProcessorPil.from_pretrained(folder, local_files_only=True)
+    except (OSError, EOFError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        raise RewardError(f"cannot read {folder} as an OWLv2 checkpoint ({one_line(error)})") from error
+    if report["missing_keys"]:
+        raise RewardError(
+            f"{folder} lacks weights of an Owlv2ForObjectDetection: "
+            f"{', '.join(sorted(report['missing_keys'])[:5])}; fetch it again, run `{PUBLISHED.command}`"
+        )
+    side, asked = model.config.vision_config.image_size, processor.size
+    if (asked["height"], asked["width"]) != (side, side):
+        raise RewardError(
+            f"the image processor in {folder} resizes to {asked['height']}x{asked['width']}, the model reads "
+            f"{side}x{side}: give the preprocessor_config.json that it was trained with"
+        )
+    return model, tokenizer, processor

@@ -1,0 +1,98 @@
+"""CLIPScore as T2I-CompBench takes it: the raw cosine of a picture and a text by CLIP ViT-B/32, about 0.31.
+
+Not multiplied by 2.5 and not clipped at 0. Source: CLIPScore_eval of github.com/Karine-Huang/T2I-CompBench. Two
+differences: float32 (OpenAI's loader takes float16 on a GPU), and a text beyond 77 tokens is cut, where the original
+stops with an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, CLIPModel
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from prompting import well_formed
+from rewards import RewardError, one_line
+from rewards.frozen import Published, batches, folder_of, freeze
+
+PUBLISHED = Published(
+    "openai/clip-vit-base-patch32",
+    "0.6 GB",
+    "code MIT, the model card names no licence",
+    ("*.json", "*.txt", "*.safetensors", "pytorch_model*.bin"),
+)
+NEEDS = ("config.json", "preprocessor_config.json", "tokenizer_config.json")
+
+
+class ClipScore:
+    """Raw cosines of pictures and texts.
+
+    Args:
+        path: a folder with a `CLIPModel`, its tokenizer and image processor (safetensors, or `pytorch_model.bin`, of
+            which only tensors are unpickled), or `PUBLISHED.repo`, from the hub's local cache.
+        device: where the model runs, in float32.
+        batch_size: pictures, or texts, per forward pass.
+
+    Raises:
+        RewardError: no checkpoint at `path`, or one that cannot be used.
+    """
+
+    def __init__(self, path: str | Path = PUBLISHED.repo, *, device: str | torch.device, batch_size: int = 32):
+        self.device, self.batch_size = torch.device(device), batch_size
+        self.folder = folder_of(path, PUBLISHED, NEEDS)
+        model, self.tokenizer, self.processor = _load(self.folder)
+        self.model = freeze(model, self.device, self.folder)
+        self.longest = model.config.text_config.max_position_embeddings
+
+    @torch.inference_mode()
+    def cosines(self, rows: Sequence[tuple[Image.Image, str]]) -> list[float]:
+        """The cosine of each (picture, text); a text that comes again is encoded once."""
+        if not rows:
+            return []
+        texts = list(dict.fromkeys(text for _, text in rows))
+        place = {text: row for row, text in enumerate(texts)}
+        text_TD = torch.cat([self._read(some) for some in batches(texts, self.batch_size)])
+        image_ID = torch.cat([self._look(some) for some in batches([image for image, _ in rows], self.batch_size)])
+        return (image_ID * text_TD[[place[text] for _, text in rows]]).sum(-1).tolist()
+
+    def _read(self, texts: Sequence[str]) -> torch.Tensor:
+        read = self.tokenizer(
+            [well_formed(text) for text in texts],
+            padding=True,
+            truncation=True,
+            max_length=self.longest,
+            padding_side="right",
+            return_tensors="pt",
+        ).to(self.device)
+        out = self.model.get_text_features(input_ids=read.input_ids, attention_mask=read.attention_mask)
+        return F.normalize(out.pooler_output, dim=-1).cpu()
+
+    def _look(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        pixels = self.processor([image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
+        out = self.model.get_image_features(pixel_values=pixels.to(self.device))
+        return F.normalize(out.pooler_output, dim=-1).cpu()
+
+
+def _load(folder: Path):
+    """(model, tokenizer, image processor on PIL, as the original) of a folder; every weight must be there."""
+    try:
+        model, report = CLIPModel.from_pretrained(
+            folder, local_files_only=True, dtype=torch.float32, weights_only=True, output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
+    except (OSError, EOFError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        raise RewardError(f"cannot read {folder} as a CLIP checkpoint ({one_line(error)})") from error
+    if report["missing_keys"]:
+        raise RewardError(
+            f"{folder} lacks weights of a CLIPModel: {', '.join(sorted(report['missing_keys'])[:5])}; "
+            f"fetch it again, run `{PUBLISHED.command}`"
+        )
+    return model, tokenizer, processor

@@ -1,0 +1,94 @@
+"""Relative depth by DPT-hybrid (MiDaS), in 8 bits and larger where nearer, as T2I-CompBench's 3-D rule reads it.
+
+The picture is squashed to 480x480 (bilinear) and mapped to -1 .. 1; the model's inverse depth is stretched from its
+least to its greatest value, brought to the picture's size, cut to whole numbers of 0 .. 255, and resized with the
+picture to the detector's frame. These are the official weights (dpt_hybrid-midas-501f0c75) in transformers' format, so
+depth needs no substitute. A depth model in metres must not be put here: there, larger is farther.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from pickle import UnpicklingError
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import SafetensorError
+from torchvision.transforms import Compose, Normalize, Resize, ToTensor
+from transformers import DPTForDepthEstimation
+
+from evaluation.boxes import frame_size
+from rewards import RewardError, one_line
+from rewards.frozen import Published, batches, folder_of, freeze
+
+PUBLISHED = Published(
+    "Intel/dpt-hybrid-midas", "0.5 GB", "Apache-2.0", ("*.json", "*.safetensors", "pytorch_model*.bin")
+)
+SIDE = 480
+UNUSED = "neck.fusion_stage.layers.0.residual_layer1."  # the first fusion has no residual; published files lack these
+_READ = Compose([Resize((SIDE, SIDE)), ToTensor(), Normalize(0.5, 0.5)])
+
+
+class Depth:
+    """Depth maps of pictures.
+
+    Args:
+        path: a folder with a `DPTForDepthEstimation` (safetensors, or `pytorch_model.bin`, of which only tensors are
+            unpickled), or `PUBLISHED.repo`, from the hub's local cache.
+        device: where the model runs, in float32.
+        batch_size: pictures per forward pass.
+
+    Raises:
+        RewardError: no checkpoint at `path`, or one that cannot be used.
+    """
+
+    name = "DPT"
+
+    def __init__(self, path: str | Path = PUBLISHED.repo, *, device: str | torch.device, batch_size: int = 8):
+        self.device, self.batch_size = torch.device(device), batch_size
+        self.folder = folder_of(path, PUBLISHED, ("config.json",))
+        self.model = freeze(_load(self.folder), self.device, self.folder)
+        if self.model.config.is_hybrid:
+            self.model.dpt.embeddings.image_size = (SIDE, SIDE)  # it checks its input against this and nothing more
+
+    @torch.inference_mode()
+    def maps(self, images: Sequence[Image.Image]) -> list[np.ndarray | None]:
+        """An (H, W) array of uint8 per picture, in the size of its frame; None if the output is not finite."""
+        found: list[np.ndarray | None] = []
+        for some in batches(images, self.batch_size):
+            pixels = torch.stack([_READ(image.convert("RGB")) for image in some]).to(self.device)
+            depths_BHW = self.model(pixel_values=pixels).predicted_depth.float().cpu()
+            found += [eight_bits(depth, image.size) for depth, image in zip(depths_BHW, some, strict=True)]
+        return found
+
+
+def eight_bits(depth_HW: torch.Tensor, size: tuple[int, int]) -> np.ndarray | None:
+    """A model's depth as the rule reads it, for a picture of `size` (width, height); a flat one is 0 everywhere."""
+    if not depth_HW.isfinite().all():
+        return None
+    spread = (depth_HW.max() - depth_HW.min()).clamp(min=torch.finfo(depth_HW.dtype).tiny)
+    stretched = ((depth_HW - depth_HW.min()) / spread)[None, None]
+    full = F.interpolate(stretched, size=(size[1], size[0]), mode="bilinear", align_corners=True)[0, 0]
+    whole = (255 * full).clamp(0, 255).to(torch.uint8).numpy()
+    width, height = frame_size(size)
+    return np.asarray(Image.fromarray(whole).resize((width, height), Image.Resampling.BILINEAR))
+
+
+def _load(folder: Path) -> DPTForDepthEstimation:
+    """The model in a folder; every weight that is used must be there."""
+    try:
+        model, report = DPTForDepthEstimation.from_pretrained(
+            folder, local_files_only=True, dtype=torch.float32, weights_only=True, output_loading_info=True
+        )
+    except (OSError, EOFError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        raise RewardError(f"cannot read {folder} as a DPT checkpoint ({one_line(error)})") from error
+    missing = sorted(name for name in report["missing_keys"] if not name.startswith(UNUSED))
+    if missing:
+        raise RewardError(
+            f"{folder} lacks weights of a DPTForDepthEstimation: {', '.join(missing[:5])}; fetch it again, run "
+            f"`{PUBLISHED.command}`"
+        )
+    return model

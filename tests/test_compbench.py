@@ -1,0 +1,1035 @@
+"""Claims about T2I-CompBench: rules on hand-made boxes and answers, files, tiny random models of the real classes."""
+
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import (
+    BlipConfig,
+    BlipForQuestionAnswering,
+    CLIPConfig,
+    CLIPModel,
+    DPTConfig,
+    DPTForDepthEstimation,
+    Owlv2Config,
+    Owlv2ForObjectDetection,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.owlv2.image_processing_pil_owlv2 import Owlv2ImageProcessorPil
+
+from data.prompts import DataError
+from evaluation import blip_vqa, boxes, clip_score, depth
+from evaluation.benchmark import BenchmarkError
+from evaluation.blip_vqa import BlipVQA, cleaned
+from evaluation.boxes import LabelledBox, Owlv2, frame_size
+from evaluation.clip_score import ClipScore
+from evaluation.compbench import (
+    RELATIONS_2D,
+    RELATIONS_3D,
+    ROWS,
+    CompBench,
+    attribute_score,
+    count_score,
+    counts_of,
+    distinct,
+    load_items,
+    position_2d,
+    position_3d,
+    questions_of,
+    relation_of,
+    score_2d,
+    score_3d,
+    three_in_one,
+)
+from evaluation.depth import Depth, eight_bits
+from evaluation.parses import Parse, around_the_place, by_grammar, freeze, parser
+from rewards import RewardError
+from rewards.gdino import iou
+
+SINGULARS = {
+    "fish": "fish",
+    "dogs": "dog",
+    "mice": "mouse",
+    "people": "person",
+    "boys": "boy",
+    "teddy bears": "teddy bear",
+}
+GRAMMAR = parser("grammar")
+
+
+def seen(label: str, left: float, top: float, right: float, bottom: float, score: float = 0.8) -> LabelledBox:
+    return LabelledBox(label, score, (left, top, right, bottom))
+
+
+def at(x: float, y: float, label: str = "thing", score: float = 0.8) -> LabelledBox:
+    """A box of 20 pixels around a centre."""
+    return seen(label, x - 10, y - 10, x + 10, y + 10, score)
+
+
+# ----- attributes
+
+
+def test_four_chunks_are_dropped_by_their_exact_words_and_eight_of_the_rest_are_asked():
+    chunks = ["The top", "top", "the side", "a mug", "the left", "the right", "The left", *"abcdefgh"]
+    assert questions_of(chunks) == ["The top?", "a mug?", "The left?", "a?", "b?", "c?", "d?", "e?"]
+    assert questions_of(["the top"]) == ["the top?"]
+    assert questions_of([]) == []
+
+
+def test_an_attribute_score_is_the_product_of_rounded_answers():
+    assert attribute_score([0.9]) == 0.9
+    assert attribute_score([0.5, 0.5]) == 0.25
+    assert attribute_score([0.99996, 0.99996]) == 1, "each becomes 1; their product would be 0.9999"
+    assert attribute_score([0.0123, 0.0123]) == 0.0002, "0.00015129"
+    assert attribute_score([0.9] * 8) == 0.4305, "0.43046721"
+
+
+@pytest.mark.parametrize(
+    "question, read",
+    [
+        ("The Red Car?", "the red car?"),
+        ('a "big" (old) dog!?', "a big old dog?"),
+        ("10:30 #1 *star* a;b ~c.?", "1030 1 star ab c?"),
+        ("a dog ?  ", "a dog ?"),
+        ("it's, a dog?", "it's, a dog?"),
+        ("a  b?", "a  b?"),
+        (" ".join(["word"] * 60) + "?", " ".join(["word"] * 50)),
+    ],
+)
+def test_a_question_is_read_as_blips_own_dataset_reads_it(question, read):
+    assert cleaned(question) == read
+
+
+# ----- places in the plane
+
+
+PLACES = {
+    "on the left of": (-100, 0),
+    "on the right of": (100, 0),
+    "on the top of": (0, -100),
+    "on the bottom of": (0, 100),
+}
+
+
+@pytest.mark.parametrize("relation", PLACES)
+@pytest.mark.parametrize("place", PLACES)
+def test_a_direction_holds_where_the_first_thing_stands_there_and_nowhere_else(relation, place):
+    x, y = PLACES[place]
+    assert position_2d(relation, at(200 + x, 200 + y), at(200, 200)) == (relation == place)
+
+
+def test_a_direction_needs_strictly_more_along_than_across():
+    assert position_2d("on the left of", at(100, 100), at(150, 150)) == 0
+    assert position_2d("on the left of", at(100, 100), at(151, 150)) == 1
+    assert position_2d("on the left of", at(100, 100), at(100, 100)) == 0
+
+
+def test_overlap_divides_a_direction_from_a_tenth_on():
+    first = seen("a", 0, 0, 30, 20)  # area 600
+    tenth = seen("b", 20, 10, 70, 20)  # area 500, common 100: exactly 100 / 1000
+    assert iou(first.box, tenth.box) == 0.1
+    assert position_2d("on the left of", first, tenth) == 1
+    eighth = seen("b", 20, 10, 50, 20)  # area 300, common 100: 100 / 800
+    assert position_2d("on the left of", first, eighth) == pytest.approx(0.8)
+    quarter = [seen("a", 0, 0, 50, 20), seen("b", 30, 0, 80, 20)]  # common 400 of 1600
+    assert position_2d("on the left of", *quarter) == pytest.approx(0.4)
+
+
+def test_near_is_150_pixels_along_x_or_y_and_falls_with_the_larger_difference():
+    def near(x: float, y: float) -> list[float]:
+        return [
+            position_2d(relation, at(20, 20), at(20 + x, 20 + y)) for relation in ("next to", "near", "on side of")
+        ]
+
+    assert near(149, 400) == near(400, 149) == [1, 1, 1]
+    assert near(150, 150) == [1, 1, 1], "150 / 150"
+    assert near(150, 300) == pytest.approx([0.5] * 3)
+    assert near(-400, 200) == pytest.approx([0.375] * 3)
+
+
+def test_on_top_of_never_holds_with_the_official_bugs_and_is_on_the_top_of_without():
+    pair = at(200, 100), at(200, 200)
+    assert position_2d("on top of", *pair, official_bugs=True) == 0
+    assert position_2d("on top of", *pair) == position_2d("on the top of", *pair, official_bugs=True) == 1
+
+
+def test_a_relation_that_no_rule_knows_holds_nowhere():
+    assert position_2d(None, at(200, 100), at(200, 200)) == position_2d("inside", at(200, 100), at(200, 200)) == 0
+
+
+def test_the_first_relation_of_the_list_that_stands_in_the_prompt_is_taken():
+    assert relation_of("a dog on the top of a cat", RELATIONS_2D) == "on the top of"
+    assert relation_of("The mug was on top of the tray.", RELATIONS_2D) == "on top of"
+    assert relation_of("a cat near a dog on side of a road", RELATIONS_2D) == "on side of"
+    assert relation_of("a cat inside a box", RELATIONS_2D) is None
+    assert relation_of("a cat hidden by a box", RELATIONS_3D) == "hidden"
+
+
+def test_a_place_scores_a_quarter_of_each_detection_and_half_of_the_position():
+    found = [at(100, 100, "cat", 0.9), at(300, 100, "dog", 0.7)]
+    assert score_2d(["cat", "dog"], "on the left of", found) == pytest.approx(0.25 * 1.6 + 0.5)
+    assert score_2d(["dog", "cat"], "on the right of", found) == pytest.approx(0.25 * 1.6 + 0.5)
+
+
+def test_a_place_below_a_half_is_nothing():
+    found = [at(100, 100, "cat", 0.9), at(300, 100, "dog", 0.7)]
+    assert score_2d(["cat", "dog"], "on the right of", found) == 0, "0.4 for both things"
+    assert score_2d(["cat", "cow"], "on the left of", found) == score_2d(["pig", "cow"], "near", found) == 0
+    certain = [at(100, 100, "cat", 1.0), at(300, 100, "dog", 1.0)]
+    assert score_2d(["cat", "dog"], "on the right of", certain) == 0.5, "0.5 is not below 0.5"
+
+
+def test_the_first_detection_of_exactly_that_name_is_taken_and_the_first_of_equals():
+    dog = at(300, 100, "dog")
+    far, close = at(500, 100, "cat", 0.9), at(100, 100, "cat", 0.9)
+    assert score_2d(["cat", "dog"], "on the left of", [far, close, dog]) == 0
+    assert score_2d(["cat", "dog"], "on the left of", [close, far, dog]) == pytest.approx(0.25 * 1.7 + 0.5)
+    assert score_2d(["cat", "dog"], "on the left of", [at(100, 100, "wildcat"), dog]) == 0
+
+
+def test_two_things_of_one_name_are_one_box_with_the_official_bugs_and_two_without():
+    one, two = at(100, 100, "person", 0.8), at(300, 100, "person", 0.6)
+    objects = ["person", "person"]
+    assert score_2d(objects, "near", [one], official_bugs=True) == pytest.approx(0.25 * 1.6 + 0.5)
+    assert score_2d(objects, "near", [one]) == 0
+    for relation in ("on the left of", "on the right of"):
+        assert score_2d(objects, relation, [one, two], official_bugs=True) == 0
+        assert score_2d(objects, relation, [one, two]) == pytest.approx(0.25 * 1.4 + 0.5)
+
+
+def test_a_box_without_area_is_a_place_like_any_other():
+    dot = seen("cat", 100, 100, 100, 100)
+    assert position_2d("on the left of", dot, at(300, 100)) == 1
+    assert position_2d("on the left of", dot, dot) == 0
+
+
+# ----- places in depth
+
+
+def wall(left_half: int, right_half: int, height: int = 100, width: int = 100) -> np.ndarray:
+    """A map with one nearness on its left and one on its right."""
+    depths = np.full((height, width), right_half, np.uint8)
+    depths[:, : width // 2] = left_half
+    return depths
+
+
+LEFT, RIGHT = seen("cat", 0, 0, 60, 90), seen("dog", 20, 0, 80, 90)  # common 40 of 80 columns: IoU 0.5
+
+
+def test_the_nearer_thing_is_in_front_and_the_overlap_counts():
+    third = seen("cat", 0, 0, 40, 90), seen("dog", 20, 0, 60, 90)  # 20 of 60 columns
+    most = seen("cat", 0, 0, 60, 90), seen("dog", 15, 0, 60, 90)  # 45 of 60
+    apart = seen("cat", 0, 0, 40, 90), seen("dog", 40, 0, 60, 90)
+    near_left = wall(200, 100)
+    for bugs in (False, True):
+        near = near_left.T if bugs else near_left
+        assert position_3d("in front of", *third, near, bugs) == pytest.approx(2 / 3)
+        assert position_3d("in front of", *most, near, bugs) == 1
+        assert position_3d("in front of", *apart, near, bugs) == 0
+        for relation in ("behind", "hidden"):
+            assert position_3d(relation, *third, near, bugs) == 0
+            assert position_3d(relation, *third[::-1], near, bugs) == pytest.approx(2 / 3)
+        assert position_3d("in front of", *third[::-1], near, bugs) == 0
+
+
+def test_equally_near_things_stand_in_no_relation():
+    flat = wall(7, 7)
+    assert [position_3d(relation, LEFT, RIGHT, flat) for relation in RELATIONS_3D] == [0, 0, 0]
+    assert position_3d("inside", LEFT, RIGHT, wall(200, 100)) == 0
+
+
+def test_an_overlap_of_exactly_half_is_full_without_the_official_bugs_and_nothing_with_them():
+    assert iou(LEFT.box, RIGHT.box) == 0.5
+    assert position_3d("in front of", LEFT, RIGHT, wall(200, 100)) == 1
+    assert position_3d("in front of", LEFT, RIGHT, wall(200, 100).T, official_bugs=True) == 0
+
+
+def test_the_official_bug_reads_the_depth_map_transposed():
+    high, low = seen("cat", 0, 0, 90, 40), seen("dog", 0, 20, 90, 60)  # 20 of 60 rows
+    near_above = wall(200, 100).T
+    assert position_3d("in front of", high, low, near_above) == pytest.approx(2 / 3)
+    assert position_3d("in front of", high, low, near_above, official_bugs=True) == 0
+    wide = wall(200, 100, height=50)  # transposed, the second box lies below a map of 50 rows
+    beyond = seen("cat", 0, 0, 90, 40), seen("dog", 60, 0, 90, 40)
+    assert position_3d("in front of", *beyond, wide) == pytest.approx((1 / 3) / 0.5)
+    assert position_3d("in front of", *beyond, wide, official_bugs=True) == 0
+
+
+def test_a_box_without_a_whole_pixel_has_no_depth():
+    assert position_3d("in front of", seen("cat", 10.2, 0, 10.8, 90), RIGHT, wall(200, 100)) == 0
+
+
+def test_a_place_in_depth_has_no_floor_and_takes_labels_that_hold_the_name():
+    third = [seen("tabby cat", 0, 0, 40, 90, 0.4), seen("dog", 20, 0, 60, 90, 0.2)]
+    near_left = wall(200, 100)
+    assert score_3d(["cat", "dog"], "in front of", third, near_left) == pytest.approx(0.15 + 0.5 * 2 / 3)
+    assert score_3d(["cat", "dog"], "behind", third, near_left) == pytest.approx(0.15)
+    assert score_3d(["cat", "cow"], "behind", third, near_left) == pytest.approx(0.1)
+    assert score_3d(["pig", "cow"], "behind", third, near_left) == 0
+
+
+def test_the_official_bug_takes_the_last_box_before_the_other_thing_is_met():
+    cats = [seen("cat", 0, 0, 40, 90, 0.8), seen("cat", 70, 0, 90, 90, 0.6)]
+    found = [*cats, seen("dog", 20, 0, 60, 90, 0.4), seen("cat", 0, 0, 99, 99, 0.2)]
+    near_left = wall(200, 100)
+    assert score_3d(["cat", "dog"], "in front of", found, near_left) == pytest.approx(0.3 + 0.5 * 2 / 3)
+    assert score_3d(["cat", "dog"], "in front of", found, near_left.T, official_bugs=True) == pytest.approx(0.25)
+    assert score_3d(["cat", "cow"], "in front of", found, near_left.T, official_bugs=True) == pytest.approx(0.2)
+
+
+# ----- numbers
+
+
+@pytest.mark.parametrize(
+    "prompt, counts",
+    [
+        ("three mice, and a fish were there", [("mouse", 3), ("fish", 1)]),
+        ("Two dogs", [("dog", 2)]),
+        ("one dog and eight people", [("dog", 1), ("person", 8)]),
+        ("two boys", [("person", 2)]),
+        ("four teddy bears and a teddy bear", [("teddy bear", 4), ("teddy bear", 1)]),
+        ("nine dogs", []),
+        ("dogs and a", []),
+        ("two big dogs", []),
+    ],
+)
+def test_a_number_word_before_a_known_thing_counts_it(prompt, counts):
+    assert counts_of(prompt, SINGULARS) == counts
+
+
+def test_names_that_unidet_calls_otherwise_are_called_as_it_calls_them():
+    own = {"ships": "ship", "goldfish": "goldfish", "paintings": "painting", "girls": "girl", "women": "woman"}
+    prompt = "two ships, three goldfish, one painting, a girl and five women"
+    expected = [("boat", 2), ("fish", 3), ("picture", 1), ("person", 1), ("person", 5)]
+    assert counts_of(prompt, own) == expected
+
+
+def spread(label: str, number: int) -> list[LabelledBox]:
+    return [at(20 + 40 * i, 50, label) for i in range(number)]
+
+
+@pytest.mark.parametrize("there, score", [(0, 0), (1, 0.5), (2, 1), (3, 0.5)])
+def test_a_number_scores_half_for_being_there_and_half_for_being_right(there, score):
+    assert count_score([("dog", 2)], spread("dog", there)) == score
+
+
+def test_each_thing_of_a_prompt_weighs_the_same():
+    counts = [("dog", 2), ("cat", 1), ("fish", 4)]
+    assert count_score(counts, [*spread("dog", 2), *spread("cat", 2)]) == pytest.approx((1 + 0.5 + 0) / 3)
+
+
+def test_a_label_that_holds_a_missing_name_is_taken_for_it_for_good():
+    assert count_score([("fish", 2)], spread("goldfish", 2)) == 1
+    assert count_score([("fish", 2)], [*spread("fish", 1), *spread("goldfish", 1)]) == 0.5
+    assert count_score([("fish", 1), ("goldfish", 1)], spread("goldfish", 1)) == 0.5
+
+
+def test_a_box_that_covers_an_earlier_one_of_its_label_by_more_than_nine_tenths_is_the_same_thing():
+    big = seen("dog", 0, 0, 99, 99)  # 100 x 100 pixels, both ends counted
+    inside, most = seen("dog", 10, 10, 30, 30), seen("dog", 0, 0, 99, 90)
+    nine_tenths, less = seen("dog", 10, 0, 109, 99), seen("dog", 11, 0, 110, 99)  # 0.9 of each, and 0.89
+    dot = seen("dog", 50, 50, 50, 50)
+    assert distinct([big, inside, most, dot]) == [big]
+    assert distinct([inside, big]) == [inside]
+    assert distinct([big, nine_tenths]) == [big, nine_tenths], "0.9 is not above 0.9"
+    assert distinct([big, less, seen("cat", 0, 0, 99, 99)]) == [big, less, seen("cat", 0, 0, 99, 99)]
+    assert distinct([big, seen("dog", 9, 0, 108, 99)]) == [big], "0.91 of each"
+
+
+# ----- all at once
+
+
+def test_three_in_one_is_the_mean_of_what_the_prompt_is_judged_by():
+    assert three_in_one([0.8, 0.5]) == pytest.approx(0.65)
+    assert three_in_one([0.8, 0.5, 0.2]) == pytest.approx(0.5)
+
+
+# ----- parses
+
+
+def words(text: str) -> list[tuple[str, str]]:
+    """ "the/DET cat/NOUN" as tokens."""
+    return [tuple(word.rsplit("/", 1)) for word in text.split()]
+
+
+@pytest.mark.parametrize(
+    "tokens, pair",
+    [
+        (
+            "The/DET red/ADJ hat/NOUN was/AUX on/ADP top/NOUN of/ADP the/DET brown/ADJ coat/NOUN rack/NOUN",
+            ("hat", "coat"),
+        ),
+        (
+            "The/DET cat/NOUN is/AUX on/ADP the/DET left/NOUN of/ADP the/DET soft/ADJ pillow/NOUN ./PUNCT",
+            ("cat", "pillow"),
+        ),
+        ("Tom/PROPN stood/VERB next/ADV to/ADP Old/PROPN Big/PROPN Ben/PROPN ./PUNCT", ("Tom", "Ben")),
+        ("Tom/PROPN stood/VERB near/ADP Ben/PROPN", ()),
+        ("balloons/NOUN float/VERB near/ADP planes/NOUN near/ADP birds/NOUN", ()),
+        ("The/DET phone/NOUN was/AUX resting/VERB on/ADP the/DET charger/NOUN", ()),
+    ],
+)
+def test_the_things_of_a_complex_prompt_are_the_nouns_around_its_place_word(tokens, pair):
+    assert around_the_place(words(tokens)) == pair
+
+
+def test_the_grammar_gives_chunks_as_they_stand_in_the_prompt_or_nothing():
+    parse = by_grammar("A red Car and a Grey teddy bear")
+    assert parse == Parse(("A red Car", "a Grey teddy bear"), ("car", "teddy bear"))
+    assert by_grammar("a cat behind a cat").chunks == ("a cat", "a cat")
+    assert by_grammar("three cats") is by_grammar("A bathroom has a towel on the bar.") is None
+
+
+def fake_spacy(monkeypatch, documents: dict[str, tuple[str, list[str]]]) -> None:
+    """A module `spacy` whose model knows these prompts: (tagged words, chunks)."""
+
+    class Document(list):
+        noun_chunks: tuple = ()
+
+    def nlp(prompt: str) -> Document:
+        tagged, chunks = documents[prompt]
+        document = Document(SimpleNamespace(text=text, pos_=tag) for text, tag in words(tagged))
+        document.noun_chunks = tuple(SimpleNamespace(text=chunk) for chunk in chunks)
+        return document
+
+    def load(model: str):
+        if model != "en_core_web_sm" or not documents:
+            raise OSError("no such model")
+        return nlp
+
+    nlp.meta = {"spacy_version": ">=3.8", "version": "3.8.0"}
+    module = ModuleType("spacy")
+    module.load = load
+    monkeypatch.setitem(sys.modules, "spacy", module)
+
+
+SENTENCE = "The green plant was next to the tall lamp."
+TAGS = "The/DET green/ADJ plant/NOUN was/AUX next/ADV to/ADP the/DET tall/ADJ lamp/NOUN ./PUNCT"
+PARSED = Parse(
+    ("The green plant", "the tall lamp"), ("plant", "lamp"), ("plant", "lamp"), "The plant was next to the lamp ."
+)
+
+
+def test_spacy_freezes_what_it_parses_and_the_file_gives_it_back(monkeypatch, tmp_path):
+    documents = {SENTENCE: (TAGS, list(PARSED.chunks)), "a dog": ("a/DET dog/NOUN", ["a dog"])}
+    fake_spacy(monkeypatch, documents)
+    assert parser("spacy").parse(SENTENCE) == PARSED
+    prompts, frozen = tmp_path / "complex_val.txt", tmp_path / "parses.json"
+    prompts.write_text(f"{SENTENCE}\n\n")
+    freeze(prompts, frozen)
+    prompts.write_text("a dog\n")
+    freeze(prompts, frozen)
+    source = parser(frozen)
+    assert source.parse(SENTENCE) == PARSED and source.parse("a dog").pair == () and source.parse("a cat") is None
+    assert source.name == "parses.json by spacy >=3.8, en_core_web_sm 3.8.0"
+
+
+def test_a_frozen_file_is_not_mixed_from_two_versions(monkeypatch, tmp_path):
+    frozen = tmp_path / "parses.json"
+    frozen.write_text(json.dumps({"source": "by hand", "prompts": {}}))
+    (tmp_path / "p.txt").write_text(SENTENCE)
+    fake_spacy(monkeypatch, {SENTENCE: (TAGS, [])})
+    with pytest.raises(DataError, match="written by 'by hand'.*give another file"):
+        freeze(tmp_path / "p.txt", frozen)
+
+
+def test_missing_spacy_or_model_says_what_to_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "spacy", None)
+    with pytest.raises(BenchmarkError, match="^spaCy is not installed.*frozen file of parses$"):
+        parser("spacy")
+    fake_spacy(monkeypatch, {})
+    with pytest.raises(BenchmarkError, match="python -m spacy download en_core_web_sm"):
+        parser("spacy")
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ("{", "no file of parses can be read"),
+        ("[]", "not an object with 'source' and 'prompts'"),
+        ('{"prompts": {"a dog": ["a dog"]}}', "'a dog' is \\['a dog'\\], not an object"),
+        ('{"prompts": {"a dog": {"chunks": ["a dog"]}}}', "'a dog' has nouns None, not a list"),
+        ('{"prompts": {"a dog": {"chunks": [1], "nouns": []}}}', "'a dog' has chunks \\[1\\]"),
+        (
+            '{"prompts": {"x": {"chunks": [], "nouns": [], "pair": ["a"]}}}',
+            "'x' has pair \\['a'\\], not two things or none",
+        ),
+        ('{"prompts": {"x": {"chunks": [], "nouns": [], "clip_text": 3}}}', "'x' has clip_text 3"),
+    ],
+)
+def test_a_broken_file_of_parses_is_named_in_one_line(tmp_path, content, said):
+    (tmp_path / "parses.json").write_text(content)
+    with pytest.raises(DataError, match=said) as raised:
+        parser(tmp_path / "parses.json")
+    assert "\n" not in str(raised.value)
+    with pytest.raises(DataError, match="none.json: no file of parses"):
+        parser(tmp_path / "none.json")
+
+
+# ----- files
+
+
+COMPLEX = {
+    "The cat is near the dog.": ("near", ["cat", "dog"], "The cat is near the dog ."),
+    "The man kicked the red ball.": (None, None, "The man kicked the ball ."),
+    "A tall boy waved": (None, [], "A boy waved"),
+}
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """All categories, two or three prompts each."""
+    lines = {
+        "color": ["a red car and a blue dog", "", "a green dog and a red cat"],
+        "shape": ["a round car and a square dog"],
+        "texture": ["a wooden car and a metal dog"],
+        "spatial": ["a girl on the left of a dog", "a dog near a car"],
+        "3d_spatial": ["a cat hidden by a dog", "a man in front of a boy"],
+        "numeracy": ["two dogs and a car", "nothing here"],
+        "non_spatial": ["A man is reading."],
+        "complex": list(COMPLEX),
+    }
+    for category, prompts in lines.items():
+        (tmp_path / f"{category}_val.txt").write_text("\n".join(prompts) + "\n")
+    (tmp_path / "complex_val_spatial.txt").write_text("the cat is near the DOG\n")
+    (tmp_path / "complex_val_action.txt").write_text("The man kicked the red ball.\n")
+    (tmp_path / "new_objects.txt").write_text("dog - dogs\ncar - cars\n")
+    rows = {
+        text: by_grammar(text)
+        for category in ("color", "shape", "texture", "spatial", "3d_spatial")
+        for text in lines[category]
+        if text
+    }
+    frozen = {text: {"chunks": list(parse.chunks), "nouns": list(parse.nouns)} for text, parse in rows.items()}
+    for text, (_, pair, clip_text) in COMPLEX.items():
+        frozen[text] = {"chunks": [text.split(" ")[1]], "nouns": [], "pair": pair or [], "clip_text": clip_text}
+    (tmp_path / "parses.json").write_text(json.dumps({"source": "by hand", "prompts": frozen}))
+    return tmp_path
+
+
+def test_a_folder_gives_every_category_with_ids_by_line(folder):
+    items = load_items(folder, parser(folder / "parses.json"))
+    assert [item.id for item in items if item.category == "color"] == ["color_00001", "color_00003"]
+    assert len({item.id for item in items}) == len(items) == 14
+    assert {item.category for item in items} == set(ROWS.values())
+    assert json.loads(json.dumps([dict(item.meta) for item in items]))
+    metas = {item.id: item.meta for item in items}
+    assert metas["color_00001"]["questions"] == ["a red car?", "a blue dog?"]
+    assert (metas["spatial_00001"]["relation"], metas["spatial_00001"]["objects"]) == (
+        "on the left of",
+        ["person", "dog"],
+    )
+    assert metas["3d_spatial_00002"]["objects"] == ["person", "person"]
+    assert metas["numeracy_00001"]["counts"] == [("dog", 2), ("car", 1)]
+    assert metas["non_spatial_00001"]["clip_text"] == "A man is reading."
+
+
+def test_a_complex_prompt_is_judged_by_the_list_that_names_it_else_by_all_three(folder):
+    near, kicked, waved = load_items(folder / "complex_val.txt", parser(folder / "parses.json"))
+    assert near.meta["objects"] == ["cat", "dog"] and "clip_text" not in near.meta
+    assert kicked.meta["clip_text"] == "The man kicked the ball ." and "objects" not in kicked.meta
+    assert waved.meta["objects"] == [] and waved.meta["clip_text"] == "A boy waved"
+
+
+def test_rows_with_substitutes_carry_the_detectors_name():
+    assert ROWS["spatial"] == "CompBench-2D (OWLv2)"
+    assert ROWS["3d_spatial"] == "CompBench-3D (OWLv2, DPT)"
+    assert ROWS["numeracy"] == "CompBench-numeracy (OWLv2)"
+
+
+def test_bad_lines_are_all_named_with_their_numbers(folder):
+    (folder / "color_val.txt").write_bytes(b"a red car and a blue dog\r\nthree cars\n\xff\xfe\na\x00b\nsome cars\n")
+    with pytest.raises(DataError) as raised:
+        load_items(folder / "color_val.txt", GRAMMAR)
+    said = str(raised.value)
+    for number, what in [
+        (2, "'three cars' is not in grammar"),
+        (3, "not UTF-8"),
+        (4, "control character"),
+        (5, "'some"),
+    ]:
+        assert f"color_val.txt, line {number}: " in said and what in said
+    assert "line 1:" not in said and "\n" not in said and "evaluation.parses import freeze" in said
+
+
+def test_a_complex_prompt_needs_pair_and_clip_text_of_its_source(folder):
+    content = json.loads((folder / "parses.json").read_text())
+    del content["prompts"]["A tall boy waved"]["clip_text"]
+    (folder / "parses.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match="complex_val.txt, line 3: .*'pair' and 'clip_text'"):
+        load_items(folder / "complex_val.txt", parser(folder / "parses.json"))
+
+
+@pytest.mark.parametrize(
+    "change, path, said",
+    [
+        (lambda f: (f / "complex_val_action.txt").unlink(), "complex_val.txt", "complex_val_action.txt: missing"),
+        (lambda f: (f / "new_objects.txt").unlink(), "numeracy_val.txt", "new_objects.txt: cannot be read"),
+        (
+            lambda f: (f / "new_objects.txt").write_text("dog\n"),
+            "numeracy_val.txt",
+            "line 1: 'dog' is not 'singular - ",
+        ),
+        (lambda f: (f / "shape_val.txt").write_text(" \n"), "shape_val.txt", "shape_val.txt: no prompts in it"),
+        (lambda f: None, "nothing_val.txt", "its name tells no category"),
+        (lambda f: (f / "empty").mkdir(), "empty", "has none of color_val.txt, "),
+    ],
+)
+def test_a_missing_or_unfit_file_is_named(folder, change, path, said):
+    change(folder)
+    with pytest.raises(DataError, match=said):
+        load_items(folder / path, parser(folder / "parses.json"))
+
+
+def test_one_category_may_be_asked_for_by_any_file_name_and_others_are_refused(folder):
+    (folder / "mine.txt").write_text("a red car and a blue dog\n")
+    assert [item.category for item in load_items(folder / "mine.txt", GRAMMAR, ["texture"])] == ["texture"]
+    with pytest.raises(DataError, match="its name tells color, wanted is one of shape"):
+        load_items(folder / "color_val.txt", GRAMMAR, ["shape"])
+
+
+def test_a_repeated_line_and_a_missing_category_are_logged(folder, caplog):
+    (folder / "color_val.txt").write_text("a red car and a blue dog\n" * 2)
+    (folder / "shape_val.txt").unlink()
+    with caplog.at_level(logging.WARNING):
+        items = load_items(folder, GRAMMAR, ["color", "shape"])
+    assert [item.id for item in items] == ["color_00001", "color_00002"]
+    assert "1 lines repeat an earlier one" in caplog.text and "has no shape" in caplog.text
+
+
+# ----- models
+
+
+WORDS = "a red green blue car dog cat man person photo of is the reading kicked boy waved round square ?".split()
+SIZE = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def randomize(model: torch.nn.Module, scale: float = 0.3) -> torch.nn.Module:
+    """The same weights each time, large enough that every input matters."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            centre = 1 if "norm" in name.lower() and name.endswith("weight") else 0
+            parameter.copy_(centre + scale * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def write_tokenizer(folder: Path, marks: list[str], end: str, more: list[str]) -> list[str]:
+    """A tokenizer of whole words; `marks` are padding, unknown and start. Returns its vocabulary."""
+    vocabulary = [*marks, *more, *WORDS, end]
+    inner = Tokenizer(models.WordPiece({word: i for i, word in enumerate(vocabulary)}, unk_token=marks[1]))
+    inner.normalizer, inner.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    brackets = [(name, vocabulary.index(name)) for name in (marks[2], end)]
+    inner.post_processor = processors.TemplateProcessing(single=f"{marks[2]} $A {end}", special_tokens=brackets)
+    names = {"pad_token": marks[0], "unk_token": marks[1], "cls_token": marks[2], "sep_token": end}
+    PreTrainedTokenizerFast(tokenizer_object=inner, **names).save_pretrained(folder)
+    return vocabulary
+
+
+def write_blip(folder: Path, image_size: int = 480) -> Path:
+    vocabulary = write_tokenizer(folder, ["[PAD]", "[UNK]", "[CLS]"], "[SEP]", ["yes", "no"])
+    ids = {"vocab_size": len(vocabulary) + 2, "bos_token_id": len(vocabulary), "pad_token_id": 0}
+    text = {**SIZE, **ids, "eos_token_id": None, "sep_token_id": None, "max_position_embeddings": 64}
+    vision = {**SIZE, "image_size": image_size, "patch_size": 96}
+    randomize(BlipForQuestionAnswering(BlipConfig(text_config=text, vision_config=vision))).save_pretrained(folder)
+    return folder
+
+
+def write_clip(folder: Path) -> Path:
+    vocabulary = write_tokenizer(folder, ["<pad>", "<unk>", "<s>"], "</s>", [])
+    ids = {"bos_token_id": 2, "eos_token_id": len(vocabulary) - 1, "pad_token_id": 0}
+    text = {**SIZE, **ids, "vocab_size": len(vocabulary), "max_position_embeddings": 77}
+    vision = {**SIZE, "image_size": 48, "patch_size": 16}
+    randomize(CLIPModel(CLIPConfig(projection_dim=16, text_config=text, vision_config=vision))).save_pretrained(folder)
+    side = {"height": 48, "width": 48}
+    CLIPImageProcessorPil(size={"shortest_edge": 48}, crop_size=side).save_pretrained(folder)
+    return folder
+
+
+def write_owl(folder: Path) -> Path:
+    vocabulary = write_tokenizer(folder, ["!", "<unk>", "<s>"], "</s>", [])
+    ids = {"bos_token_id": 2, "eos_token_id": len(vocabulary) - 1, "pad_token_id": 0}
+    text = {**SIZE, **ids, "vocab_size": len(vocabulary), "max_position_embeddings": 16}
+    vision = {**SIZE, "image_size": 64, "patch_size": 16}
+    config = Owlv2Config(text_config=text, vision_config=vision, projection_dim=32)
+    randomize(Owlv2ForObjectDetection(config)).save_pretrained(folder)
+    Owlv2ImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(folder)
+    return folder
+
+
+def write_dpt(folder: Path) -> Path:
+    bit = {
+        "model_type": "bit", "hidden_sizes": [8, 16, 16], "depths": [1, 1, 1], "embedding_size": 8, "num_groups": 2,
+        "global_padding": "same", "layer_type": "bottleneck", "out_features": ["stage1", "stage2", "stage3"],
+        "embedding_dynamic_padding": True,
+    }  # fmt: skip
+    neck = {"neck_hidden_sizes": [8, 16, 8, 8], "fusion_hidden_size": 8, "backbone_featmap_shape": [1, 16, 4, 4]}
+    size = {**SIZE, "num_hidden_layers": 4, "image_size": 64, "patch_size": 16, "backbone_out_indices": [0, 1, 2, 3]}
+    config = DPTConfig(is_hybrid=True, backbone_config=bit, use_auxiliary_head=False, **neck, **size)
+    torch.manual_seed(0)
+    DPTForDepthEstimation(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("weights")
+    writers = {"blip": write_blip, "clip": write_clip, "detector": write_owl, "depth": write_dpt}
+    for name, write in writers.items():
+        (root / name).mkdir()
+        write(root / name)
+    return {f"{name}_path": root / name for name in writers}
+
+
+def picture(seed: int, width: int = 64, height: int = 64) -> Image.Image:
+    """A smooth random picture."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BILINEAR)
+
+
+# ----- BLIP
+
+
+@torch.inference_mode()
+def plain_blip(blip: BlipVQA, image: Image.Image, ids: list[int]) -> float:
+    """p(yes) of one question without padding: the picture by PIL and NumPy, a softmax over all the vocabulary."""
+    pixels = np.asarray(image.convert("RGB").resize((480, 480), Image.Resampling.BICUBIC), np.float32) / 255
+    pixels = (pixels - [0.48145466, 0.4578275, 0.40821073]) / [0.26862954, 0.26130258, 0.27577711]
+    pixels = torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1)[None]
+    looked = blip.model.vision_model(pixel_values=pixels, interpolate_pos_encoding=True).last_hidden_state
+    read = blip.model.text_encoder(input_ids=torch.tensor([ids]), encoder_hidden_states=looked).last_hidden_state
+    start = torch.tensor([[blip.model.config.text_config.bos_token_id]])
+    said = blip.model.text_decoder(input_ids=start, encoder_hidden_states=read).logits[0, 0].softmax(-1)
+    yes, no = said[3].item(), said[4].item()
+    return yes / (yes + no)
+
+
+ASKED = [["a red car?"], ["a dog?", "the green cat?", "a man"], [], ["a red car?", "a"]]
+
+
+def test_blip_is_one_plain_forward_per_question(weights):
+    blip = BlipVQA(weights["blip_path"], device="cpu", batch_size=2)
+    rows = [(picture(i, 64 + 30 * i, 64), questions) for i, questions in enumerate(ASKED)]
+    answers = blip.ask(rows)
+    assert [len(row) for row in answers] == [1, 3, 0, 2]
+    enc = len(blip.tokenizer) + 1
+    ids = {"a": 5, "red": 6, "green": 7, "car": 9, "dog": 10, "cat": 11, "man": 12, "the": 17, "?": 24}
+    for (image, questions), row in zip(rows, answers, strict=True):
+        for question, p in zip(questions, row, strict=True):
+            read = [enc, *(ids[word] for word in question.replace("?", " ?").split()), ids["?"] + 1]
+            assert p == pytest.approx(plain_blip(blip, image, read), abs=1e-5)
+    assert np.ptp(np.concatenate(answers)) > 0.01, "questions and pictures are told apart"
+
+
+def test_a_blip_batch_is_one_by_one_and_looks_at_each_picture_once(weights, monkeypatch):
+    rows = [(picture(i), ["a red car?", "a dog ?", "the man is reading a photo of a cat?"]) for i in range(4)]
+    one, many = (BlipVQA(weights["blip_path"], device="cpu", batch_size=size) for size in (1, 32))
+    for blip in (one, many):
+        blip.ask(rows[:1])
+    looked, look = [], many.model.vision_model.forward
+    start = time.perf_counter()
+    single = [one.ask([(image, [question])])[0][0] for image, questions in rows for question in questions]
+    middle = time.perf_counter()
+    together = sum(many.ask(rows), [])
+    end = time.perf_counter()
+    assert together == pytest.approx(single, abs=1e-5)
+    assert end - middle < middle - start, "the batch is faster"
+    monkeypatch.setattr(
+        many.model.vision_model, "forward", lambda **x: looked.append(len(x["pixel_values"])) or look(**x)
+    )
+    many.ask(rows)
+    assert looked == [4]
+
+
+def test_a_question_is_cut_to_35_tokens_and_begins_with_enc(weights):
+    blip = BlipVQA(weights["blip_path"], device="cpu")
+    short, long = blip.question_ids("a dog?"), blip.question_ids("dog " * 49 + "dog?")
+    enc, end = len(blip.tokenizer) + 1, blip.tokenizer.sep_token_id
+    assert short == [enc, *blip.tokenizer.convert_tokens_to_ids(["a", "dog", "?"]), end]
+    assert len(long) == 35 and long[0] == enc and long[-1] == end
+
+
+def test_other_position_tables_are_interpolated_and_the_settings_say_so(tmp_path):
+    blip = BlipVQA(write_blip(tmp_path, image_size=384), device="cpu")
+    assert blip.positions == "4x4 interpolated to 5x5"
+    assert 0 < blip.ask([(picture(0), ["a dog?"])])[0][0] < 1
+
+
+def test_blips_layer_norms_are_the_originals(weights):
+    assert BlipVQA(weights["blip_path"], device="cpu").model.vision_model.post_layernorm.eps == 1e-6
+
+
+def edit(folder: Path, change) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    change(content)
+    (folder / "config.json").write_text(json.dumps(content))
+
+
+def test_ids_that_are_not_blips_are_refused(tmp_path):
+    write_blip(tmp_path)
+    edit(tmp_path, lambda config: config["text_config"].update(bos_token_id=3))
+    with pytest.raises(RewardError, match="bos_token_id 3 in a vocabulary of .* last two ids"):
+        BlipVQA(tmp_path, device="cpu")
+
+
+def test_the_published_vocabulary_is_known_by_its_numbers(tmp_path):
+    check = blip_vqa._check_ids
+    check(tmp_path, 30524, 30522, 2748, 2053)
+    with pytest.raises(RewardError, match=r"\(30522, 2053, 2748\).*bert-base-uncased"):
+        check(tmp_path, 30524, 30522, 2053, 2748)
+
+
+def test_a_text_model_of_eight_heads_is_not_the_trained_one(tmp_path):
+    write_tokenizer(tmp_path, ["[PAD]", "[UNK]", "[CLS]"], "[SEP]", ["yes", "no"])
+    vision = {**SIZE, "image_size": 480, "patch_size": 96}
+    text = {"num_hidden_layers": 1, "num_attention_heads": 8, "intermediate_size": 8, "vocab_size": 30}
+    BlipForQuestionAnswering(BlipConfig(text_config=text, vision_config=vision)).save_pretrained(tmp_path)
+    with pytest.raises(
+        RewardError, match="8 heads, it was trained with 12: set text_config.num_attention_heads to 12"
+    ):
+        BlipVQA(tmp_path, device="cpu")
+
+
+# ----- OWLv2
+
+
+def test_the_frame_is_torchvisions_resize_to_479_and_480_at_most():
+    from torchvision.transforms import Resize
+
+    for size in [(512, 512), (64, 64), (1024, 768), (300, 900), (519, 500)]:
+        assert frame_size(size) == Resize(479, max_size=480)(Image.new("RGB", size)).size
+
+
+@torch.inference_mode()
+def plain_owl(owl: Owlv2, image: Image.Image, nouns: list[str]) -> list[LabelledBox]:
+    """The library's own forward and post-processing of one picture, then suppression by hand."""
+    read = owl.tokenizer(
+        [f"a photo of a {noun}" for noun in nouns], padding="max_length", max_length=16, return_tensors="pt"
+    )
+    out = owl.model(
+        input_ids=read.input_ids,
+        attention_mask=read.attention_mask,
+        pixel_values=owl.processor([image], return_tensors="pt")["pixel_values"],
+    )
+    said = owl.processor.post_process_object_detection(out, owl.threshold, [image.size[::-1]])[0]
+    width, height = frame_size(image.size)
+    found = []
+    for score, label, box in sorted(
+        zip(*(said[k].tolist() for k in ("scores", "labels", "boxes")), strict=True), key=lambda row: -row[0]
+    ):
+        sides = [side * to / of for side, to, of in zip(box, (width, height) * 2, image.size * 2, strict=True)]
+        sides = tuple(min(max(side, 0), most) for side, most in zip(sides, (width, height) * 2, strict=True))
+        one = LabelledBox(nouns[label], score, sides)
+        inside = sides[2] > sides[0] and sides[3] > sides[1]
+        if inside and all(iou(one.box, other.box) <= 0.5 for other in found if other.label == one.label):
+            found.append(one)
+    return found
+
+
+SOUGHT = [["dog"], ["car", "cat", "man"], [], ["cat", "dog"]]
+
+
+@pytest.mark.parametrize("threshold", [0.2, 0.6])
+def test_owl_is_the_librarys_forward_and_post_processing_with_suppression(weights, threshold):
+    owl = Owlv2(weights["detector_path"], device="cpu", batch_size=4, threshold=threshold)
+    rows = [(picture(i, 64 + 40 * (i % 2), 64), nouns) for i, nouns in enumerate(SOUGHT)]
+    found = owl.detect(rows)
+    assert found[2] == [] and sum(map(len, found)) > 3
+    for (image, nouns), own in zip(rows, found, strict=True):
+        expected = plain_owl(owl, image, nouns) if nouns else []
+        assert [one.label for one in own] == [one.label for one in expected]
+        for one, other in zip(own, expected, strict=True):
+            assert one.score == pytest.approx(other.score, abs=1e-5)
+            assert one.box == pytest.approx(other.box, abs=1e-2)
+
+
+def test_an_owl_batch_is_one_by_one(weights):
+    rows = [(picture(i, 64, 64 + 8 * i), SOUGHT[1] if i % 2 else SOUGHT[3]) for i in range(8)]
+    one, many = (Owlv2(weights["detector_path"], device="cpu", batch_size=size, threshold=0.3) for size in (1, 8))
+    for owl in (one, many):
+        owl.detect(rows[:2])
+    single, together = [one.detect([row])[0] for row in rows], many.detect(rows)
+    for own, other in zip(single, together, strict=True):
+        assert [box.label for box in own] == [box.label for box in other]
+        assert [box.score for box in own] == pytest.approx([box.score for box in other], abs=1e-5)
+    assert any(len({box.label for box in own}) > 1 for own in together)
+
+
+def test_a_detector_that_is_not_finite_finds_nothing_to_judge(weights):
+    owl = Owlv2(weights["detector_path"], device="cpu")
+    owl.model.box_head.dense2.bias.fill_(float("nan"))
+    assert owl.detect([(picture(0), ["dog"]), (picture(1), [])]) == [None, []]
+
+
+# ----- depth
+
+
+def test_depth_is_stretched_resized_and_cut_to_whole_numbers():
+    ramp = torch.tensor([[2.0, 4.0], [2.0, 4.0]])
+    whole = eight_bits(ramp, (480, 480))
+    assert whole.shape == (479, 479) and whole.dtype == np.uint8
+    assert whole[0, 0] == 0 and whole[0, -1] in (254, 255), "the greatest is 255 before the frame's resize"
+    assert whole[100, 239] == 127, "the middle, 127.5, is cut"
+    assert eight_bits(torch.full((4, 4), 3.0), (64, 32)).max() == 0
+    assert eight_bits(ramp, (960, 480)).shape == (240, 480)
+    assert eight_bits(torch.tensor([[1.0, float("inf")]]), (8, 8)) is None
+
+
+def test_depth_maps_are_the_models_own_one_by_one_or_together(weights):
+    model = Depth(weights["depth_path"], device="cpu", batch_size=2)
+    images = [picture(i, 64, 48 + 16 * i) for i in range(2)]
+    together = model.maps(images)
+    for image, own in zip(images, together, strict=True):
+        pixels = np.asarray(image.resize((480, 480), Image.Resampling.BILINEAR), np.float32) / 255
+        pixels = torch.from_numpy((pixels - 0.5) / 0.5).permute(2, 0, 1)[None]
+        with torch.inference_mode():
+            expected = eight_bits(model.model(pixel_values=pixels).predicted_depth[0], image.size)
+        assert own.shape == frame_size(image.size)[::-1]
+        assert np.abs(own.astype(int) - expected).max() <= 1
+        assert np.ptp(own) > 200, "the map is not flat"
+
+
+def test_weights_that_dpt_never_uses_may_be_missing_and_others_may_not(weights, tmp_path):
+    for file in weights["depth_path"].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(tmp_path / "model.safetensors")
+    used = {name: tensor for name, tensor in tensors.items() if not name.startswith(depth.UNUSED)}
+    assert len(used) < len(tensors)
+    save_file(used, tmp_path / "model.safetensors", {"format": "pt"})
+    assert Depth(tmp_path, device="cpu")
+    used.pop("head.head.0.weight")
+    save_file(used, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        RewardError, match="lacks weights of a DPT.*head.head.0.weight.*hf download Intel/dpt-hybrid-midas"
+    ):
+        Depth(tmp_path, device="cpu")
+
+
+# ----- CLIP
+
+
+def test_clip_score_is_the_raw_cosine_of_features(weights):
+    clip = ClipScore(weights["clip_path"], device="cpu", batch_size=2)
+    rows = [
+        (picture(i, 64, 48 + 9 * i), text) for i, text in enumerate(["a dog", "the man is reading a photo", "a dog"])
+    ]
+    for (image, text), cosine in zip(rows, clip.cosines(rows), strict=True):
+        read = clip.tokenizer([text], return_tensors="pt")
+        with torch.inference_mode():
+            out = clip.model(
+                input_ids=read.input_ids,
+                attention_mask=read.attention_mask,
+                pixel_values=clip.processor(image, return_tensors="pt")["pixel_values"],
+            )
+        assert cosine == pytest.approx((out.image_embeds @ out.text_embeds.T).item(), abs=1e-5)
+        assert cosine == pytest.approx(clip.cosines([(image, text)])[0], abs=1e-5)
+    assert clip.cosines([]) == []
+
+
+# ----- the benchmark
+
+
+@pytest.fixture
+def bench(folder, weights) -> CompBench:
+    return CompBench(folder / "parses.json", detection_threshold=0.3, batch_size=8, **weights)
+
+
+def test_every_category_is_judged_by_its_models_and_a_batch_is_one_by_one(folder, bench):
+    items = bench.load(folder)
+    images = [picture(i, 64 + 8 * (i % 3), 64) for i in range(len(items))]
+    verdicts = bench.judge(items, images)
+    assert [list(verdict.parts) for verdict in verdicts] == [[item.category] for item in items]
+    assert json.loads(json.dumps([verdict.detail for verdict in verdicts]))
+    assert set(bench.categories) == {item.category for item in items}
+    for item, image, verdict in zip(items, images, verdicts, strict=True):
+        (score,) = verdict.parts[item.category]
+        if item.id == "numeracy_00002":
+            assert score is None and "counts nothing" in verdict.detail["reason"]
+            continue
+        (alone,) = bench.judge([item], [image])[0].parts[item.category]
+        assert score == pytest.approx(alone, abs=2e-4), item.id  # answers are rounded to 4 decimals
+    by_id = dict(zip((item.id for item in items), verdicts, strict=True))
+    question, p = by_id["color_00001"].detail["answers"][0]
+    assert question == "a red car?" and p == pytest.approx(bench.blip.ask([(images[0], [question])])[0][0], abs=1e-5)
+    parts = by_id["complex_00003"].detail
+    assert parts["spatial"]["score"] == 0 and set(parts) == {"attribute", "spatial", "action"}
+    three = (parts["attribute"]["score"] + parts["action"]["score"]) / 3
+    assert by_id["complex_00003"].parts[ROWS["complex"]] == [pytest.approx(three)]
+
+
+def test_both_numbers_stand_in_a_spatial_verdict_and_the_option_chooses(folder, weights):
+    found = [at(200, 100, "cat"), at(200, 300, "dog")]
+    meta = {"kind": "spatial", "objects": ["cat", "dog"], "relation": "on top of"}
+    for bugs, expected in [(False, 0.9), (True, 0.0)]:
+        bench = CompBench(None, categories=["spatial"], official_bugs=bugs, detector_path=weights["detector_path"])
+        judged = bench._judged(meta, None, found, None, None)
+        assert judged.score == pytest.approx(expected)
+        assert judged.detail["score_bugs_mended"] == pytest.approx(0.9) and judged.detail["score_bugs_kept"] == 0
+        assert bench.settings["official_bugs"] == bugs and bench.title.endswith("kept" if bugs else "mended")
+
+
+def test_what_cannot_be_judged_is_none_with_its_reason(folder, bench):
+    def judged(meta: dict, answers=None, found=None, nearness=None, cosine=None):
+        return bench._judged(meta, answers, found, nearness, cosine)
+
+    place = {"objects": ["cat", "dog"], "relation": "near"}
+    flat = np.zeros((9, 9), np.uint8)
+    for one, reason in [
+        (judged({"kind": "color", "questions": []}), "no noun chunk"),
+        (judged({"kind": "color", "questions": ["a?"]}, answers=[float("nan")]), "BLIP's answer is not finite"),
+        (judged({"kind": "spatial", **place}), "detector's output is not finite"),
+        (judged({"kind": "spatial", "objects": [], "relation": "near"}, found=[]), "names no thing"),
+        (judged({"kind": "3d_spatial", **place}, found=[]), "depth model's output is not finite"),
+        (judged({"kind": "3d_spatial", **place}, nearness=flat), "detector's output is not finite"),
+        (judged({"kind": "numeracy", "counts": [("dog", 1)]}), "detector's output is not finite"),
+        (judged({"kind": "non_spatial"}, cosine=float("nan")), "CLIP's cosine is not finite"),
+    ]:
+        assert one.score is None and reason in one.detail["reason"]
+    whole = judged({"kind": "complex", "questions": ["a?"], **place}, answers=[0.5])
+    assert whole.score is None and "not finite" in whole.detail["spatial"]["reason"]
+
+
+def test_a_prompt_without_chunks_scores_one_with_the_official_bugs_only(weights):
+    bench = CompBench("grammar", categories=["color"], official_bugs=True, blip_path=weights["blip_path"])
+    assert bench._judged({"kind": "color", "questions": []}, None, None, None, None).score == 1
+
+
+def test_only_the_models_of_the_categories_are_loaded_and_named(weights):
+    bench = CompBench(None, categories=["non_spatial"], clip_path=weights["clip_path"])
+    assert bench.settings["weights"] == {"clip": str(weights["clip_path"])}
+    assert bench.blip is bench.detector is bench.depth is None and bench.categories == ("non_spatial",)
+
+
+def test_the_overall_is_the_plain_mean_of_the_categories_there(weights):
+    bench = CompBench(None, categories=["non_spatial"], clip_path=weights["clip_path"])
+    assert bench.overall({"color": 0.8, "shape": 0.5, "non_spatial": 0.3}, {"color": 3000}) == pytest.approx(1.6 / 3)
+    assert "itself has no overall" in bench.settings["overall"]
+
+
+@pytest.mark.parametrize(
+    "module, judge", [(blip_vqa, BlipVQA), (boxes, Owlv2), (depth, Depth), (clip_score, ClipScore)]
+)  # fmt: skip
+def test_a_missing_checkpoint_names_the_command_size_and_licence(module, judge, tmp_path):
+    published = module.PUBLISHED
+    with pytest.raises(RewardError) as raised:
+        judge(device="cpu")
+    for part in (published.repo, published.size, published.licence, f"hf download {published.repo}"):
+        assert part in str(raised.value)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(RewardError, match=f"{tmp_path.name}"):
+        judge(tmp_path, device="cpu")
+
+
+def test_an_unknown_category_is_refused():
+    with pytest.raises(ValueError, match="colour"):
+        CompBench("grammar", categories=["colour"])
