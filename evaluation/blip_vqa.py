@@ -29,14 +29,10 @@ from transformers import AutoTokenizer, BlipConfig, BlipForQuestionAnswering
 
 from prompting import well_formed
 from rewards import RewardError, one_line
-from rewards.frozen import Published, batches, folder_of, freeze, known_token
+from rewards.frozen import batches, folder_of, freeze, known_token
+from training.weights import locked
 
-PUBLISHED = Published(
-    "Salesforce/blip-vqa-capfilt-large",
-    "1.5 GB",
-    "BSD-3-Clause",
-    ("*.json", "*.txt", "*.safetensors", "pytorch_model*.bin"),
-)
+PUBLISHED = locked("Salesforce/blip-vqa-capfilt-large")
 NEEDS = ("config.json", "tokenizer_config.json")
 SIDE = 480  # pixels
 MOST_WORDS, MOST_TOKENS = 50, 35

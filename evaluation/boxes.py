@@ -25,14 +25,10 @@ from transformers.models.owlv2.image_processing_pil_owlv2 import Owlv2ImageProce
 
 from prompting import well_formed
 from rewards import RewardError, one_line
-from rewards.frozen import Published, batches, folder_of, freeze
+from rewards.frozen import batches, folder_of, freeze
+from training.weights import locked
 
-PUBLISHED = Published(
-    "google/owlv2-base-patch16-ensemble",
-    "0.6 GB",
-    "Apache-2.0",
-    ("*.json", "*.txt", "*.safetensors", "pytorch_model*.bin"),
-)
+PUBLISHED = locked("google/owlv2-base-patch16-ensemble")
 NEEDS = ("config.json", "preprocessor_config.json", "tokenizer_config.json")
 QUERY = "a photo of a {}"
 THRESHOLD = 0.2  # our choice; UniDet's 0.5 is of another scale

@@ -20,14 +20,10 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from prompting import well_formed
 from rewards import RewardError, one_line
-from rewards.frozen import Published, batches, folder_of, freeze
+from rewards.frozen import batches, folder_of, freeze
+from training.weights import locked
 
-PUBLISHED = Published(
-    "openai/clip-vit-base-patch32",
-    "0.6 GB",
-    "code MIT, the model card names no licence",
-    ("*.json", "*.txt", "*.safetensors", "pytorch_model*.bin"),
-)
+PUBLISHED = locked("openai/clip-vit-base-patch32")
 NEEDS = ("config.json", "preprocessor_config.json", "tokenizer_config.json")
 
 

@@ -22,11 +22,10 @@ from transformers import DPTForDepthEstimation
 
 from evaluation.boxes import frame_size
 from rewards import RewardError, one_line
-from rewards.frozen import Published, batches, folder_of, freeze
+from rewards.frozen import batches, folder_of, freeze
+from training.weights import locked
 
-PUBLISHED = Published(
-    "Intel/dpt-hybrid-midas", "0.5 GB", "Apache-2.0", ("*.json", "*.safetensors", "pytorch_model*.bin")
-)
+PUBLISHED = locked("Intel/dpt-hybrid-midas")
 SIDE = 480
 UNUSED = "neck.fusion_stage.layers.0.residual_layer1."  # the first fusion has no residual; published files lack these
 _READ = Compose([Resize((SIDE, SIDE)), ToTensor(), Normalize(0.5, 0.5)])
