@@ -26,14 +26,10 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from evaluation.geneval import CLIP, COLORS, Detection, Question
 from rewards import RewardError, one_line
-from rewards.frozen import Published, arithmetic, autocast, batches, folder_of, freeze
+from rewards.frozen import arithmetic, autocast, batches, folder_of, freeze
+from training.weights import locked
 
-PUBLISHED = Published(
-    CLIP,
-    "1.7 GB",
-    "code MIT, the model card names no licence",
-    ("config.json", "model.safetensors", "tokenizer*.json", "vocab.json", "merges.txt", "special_tokens_map.json"),
-)
+PUBLISHED = locked(CLIP)
 FILES = ("config.json", "model.safetensors", "tokenizer_config.json")
 BACKGROUND = "#999"
 TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")

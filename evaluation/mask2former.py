@@ -38,11 +38,10 @@ from transformers import Mask2FormerForUniversalSegmentation
 
 from evaluation.geneval import CLASS_NAMES, DETECTOR, Box, Detection
 from rewards import RewardError, one_line
-from rewards.frozen import Published, arithmetic, batches, folder_of, freeze
+from rewards.frozen import arithmetic, batches, folder_of, freeze
+from training.weights import locked
 
-PUBLISHED = Published(
-    DETECTOR, "0.3 GB", "code MIT, the model card says 'other'", ("config.json", "model.safetensors")
-)
+PUBLISHED = locked(DETECTOR)
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of RGB levels 0 ... 255
 DIVISOR = 32
 MOST = 100  # (query, class) pairs per picture
@@ -173,7 +172,7 @@ class Mask2Former:
         arithmetic("float32", batch_size)
         self.device, self.batch_size, self.threshold = torch.device(device), batch_size, threshold
         self.short_side, self.long_side = short_side, long_side
-        folder = folder_of(path, PUBLISHED, PUBLISHED.files)
+        folder = folder_of(path, PUBLISHED, PUBLISHED.include)
         self.model = freeze(_load(folder), self.device, folder)
         self.settings = {
             "model": str(path),

@@ -1,0 +1,110 @@
+"""The one dict from a benchmark's name to its constructor, and the options that a user may choose about judges.
+
+Each imports its own module, so a judge's packages are loaded only when it is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from evaluation.benchmark import Benchmark
+from rewards import RewardOptions
+from rewards.vlm import VLMClient
+
+
+def option(default: object, help: str, **more: object):
+    """A field of `BenchmarkOptions`, which the command line shows with this help."""
+    return field(default=default, metadata={"help": help, **more})
+
+
+@dataclass
+class BenchmarkOptions:
+    """What a user may choose about a benchmark's judge; the judge's API is that of the rewards (`--judge_url`)."""
+
+    detector_path: str | None = option(None, "Detector: Mask2Former (geneval), OWLv2 (compbench); unset: published.")
+    clip_path: str | None = option(None, "CLIP of geneval's colours or compbench's score; unset: the published one.")
+    blip_path: str | None = option(None, "BLIP-VQA of compbench; unset: the published one.")
+    depth_path: str | None = option(None, "DPT of compbench; unset: the published one.")
+    vlm_path: str | None = option(None, "geneval2: a Qwen-VL on this machine in place of the judge's API.")
+    parses: str | None = option(None, "compbench: frozen parses (.json), spacy, or grammar.")
+    categories: list[str] = field(
+        default_factory=list, metadata={"help": "compbench: which files of the folder are judged; unset: all."}
+    )
+    official_bugs: bool = option(False, "compbench, dpg: keep the bugs that published numbers have.")
+    wise_version: str = option("verified", "wise: which protocol.", choices=["verified", "legacy"])
+    judge_revision: str = option("", "Revision of judge and server, for the record.")
+    judge_batch_size: int = option(8, "Pictures per forward pass of a judge on this machine.")
+
+
+def _geneval(options: BenchmarkOptions, reward: RewardOptions, device: str) -> Benchmark:
+    from evaluation.geneval import CLIP, DETECTOR, GenEval
+
+    paths = {"detector": options.detector_path or DETECTOR, "clip": options.clip_path or CLIP}
+    return GenEval.from_models(**paths, device=device, batch_size=options.judge_batch_size)
+
+
+def _compbench(options: BenchmarkOptions, reward: RewardOptions, device: str) -> Benchmark:
+    from evaluation.compbench import ROWS, CompBench
+
+    paths = {f"{name}_path": path for name in ("detector", "clip", "blip", "depth")
+             if (path := vars(options)[f"{name}_path"])}  # fmt: skip
+    return CompBench(
+        options.parses,
+        categories=options.categories or tuple(ROWS),
+        official_bugs=options.official_bugs,
+        device=device,
+        batch_size=options.judge_batch_size,
+        **paths,
+    )
+
+
+def _unigenbench(options: BenchmarkOptions, reward: RewardOptions, device: str) -> Benchmark:
+    from evaluation.unigenbench import UniGenBench
+
+    return UniGenBench(_client(reward), revision=options.judge_revision)
+
+
+def _wise(options: BenchmarkOptions, reward: RewardOptions, device: str) -> Benchmark:
+    from evaluation.wise import WISE
+
+    return WISE(_client(reward), version=options.wise_version, revision=options.judge_revision)
+
+
+def _dpg(options: BenchmarkOptions, reward: RewardOptions, device: str) -> Benchmark:
+    from evaluation.dpg import DPG
+
+    return DPG(_client(reward), official_bugs=options.official_bugs, revision=options.judge_revision)
+
+
+def _geneval2(options: BenchmarkOptions, reward: RewardOptions, device: str) -> Benchmark:
+    from evaluation.geneval2 import GenEval2, LocalVLM, ServedVLM
+
+    if options.vlm_path:
+        return GenEval2(LocalVLM(options.vlm_path, device=device, batch_size=options.judge_batch_size))
+    return GenEval2(ServedVLM(_client(reward), revision=options.judge_revision))
+
+
+def _client(reward: RewardOptions) -> VLMClient:
+    """The judge's client, once the judge has answered."""
+    client = VLMClient(
+        reward.judge_url,
+        reward.judge_model,
+        concurrency=reward.judge_concurrency,
+        call_timeout=reward.judge_timeout,
+        batch_timeout=reward.judge_batch_timeout,
+        cache=reward.judge_cache,
+    )
+    client.check()
+    return client
+
+
+Constructor = Callable[[BenchmarkOptions, RewardOptions, str], Benchmark]
+BENCHMARKS: dict[str, Constructor] = {
+    "geneval": _geneval,
+    "compbench": _compbench,
+    "unigenbench": _unigenbench,
+    "wise": _wise,
+    "geneval2": _geneval2,
+    "dpg": _dpg,
+}
