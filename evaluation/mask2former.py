@@ -106,7 +106,7 @@ def detections_of(
             scores = best * quality[row]
             kept = (queries == query) & (scores > threshold)
             if kept.any():
-                mask = np.array(inside[row].cpu())  # a copy: a view would keep the other masks in memory
+                mask = inside[row].cpu().numpy().copy()  # a view would keep the other masks in memory
                 box = box_of(mask)
                 found += [
                     Detection(number, score, box, mask)
