@@ -105,7 +105,7 @@ def detections_of(
             scores = best * quality[row]
             kept = (queries == query) & (scores > threshold)
             if kept.any():
-                mask = inside[row].cpu().numpy()
+                mask = inside[row].cpu().numpy().copy()  # a view would keep the other masks in memory
                 box = box_of(mask)
                 found += [
                     Detection(number, score, box, mask)

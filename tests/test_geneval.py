@@ -579,6 +579,14 @@ def test_padding_is_cut_off_before_a_mask_is_enlarged():
     assert not detections_of(confident(16), masks, (32, 12), (64, 24), 0.1)
 
 
+def test_a_kept_mask_does_not_keep_the_others_in_memory():
+    logits = torch.full((2, 81), -20.0)
+    logits[0, 5] = logits[1, 7] = 20.0
+    masks = torch.stack([torch.full((8, 8), 4.0), torch.full((8, 8), -4.0)])  # the second is empty and goes
+    (one,) = detections_of(logits, masks, (32, 32), (8, 8), 0.3)
+    assert one.mask.base is None and one.mask.flags.owndata
+
+
 def test_an_empty_mask_has_an_empty_box():
     assert box_of(np.zeros((4, 5), bool)) == (0.0, 0.0, 0.0, 0.0)
 
