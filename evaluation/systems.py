@@ -94,29 +94,42 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Chooser:
-    """A reward that says which of several pictures keeps the original prompt best."""
+    """A reward that says how well pictures keep their original prompts."""
 
     reward: Reward
 
-    def __call__(self, prompt: Prompt, images: Sequence[Image.Image | None]) -> list[float]:
+    def __call__(self, rows: Sequence[tuple[Prompt, Image.Image | None]]) -> list[float]:
         """A score per picture; the reward's lowest for one that could not be drawn or judged: it is not chosen."""
-        there = [image for image in images if image is not None]
-        scores = iter(self.reward([Sample(prompt, "", "", (image,)) for image in there]) if there else ())
-        found = [None if image is None else next(scores) for image in images]
+        there = [Sample(prompt, "", "", (image,)) for prompt, image in rows if image is not None]
+        scores = iter(self.reward(there) if there else ())
+        found = [None if image is None else next(scores) for _, image in rows]
         return [self.reward.range[0] if score is None else score for score in found]
 
-    def missing(self, prompt: Prompt, image: Image.Image) -> list[str]:
-        """Of the things that the prompt names those that the reward does not find in the picture, in words."""
-        wanted = [(name, thing) for name, thing in zip(prompt.attr_nouns or prompt.nouns, prompt.nouns, strict=False)]
-        asked = [Prompt(f"a photo of {article(n)} {n}", "single_object", (t,), (n,) * (n != t)) for n, t in wanted]
-        scores = self.reward([Sample(one, "", "", (image,)) for one in asked]) if asked else []
-        low = [not self.is_content(score) for score in scores]
-        return [f"{article(name)} {name}" for (name, _), gone in zip(wanted, low, strict=True) if gone]
+    def missing(self, rows: Sequence[tuple[Prompt, Image.Image | None]]) -> list[list[str]]:
+        """Of the things that each prompt names those that the reward does not find in its picture, in words."""
+        asked = [(i, name, thing) for i, (prompt, _) in enumerate(rows) for name, thing in _things(prompt)]
+        scores = self([(_alone(name, thing), rows[i][1]) for i, name, thing in asked])
+        lacking: list[list[str]] = [[] for _ in rows]
+        for (i, name, _), score in zip(asked, scores, strict=True):
+            if not self.is_content(score):
+                lacking[i].append(f"{article(name)} {name}")
+        return lacking
 
-    def is_content(self, score: float | None) -> bool:
-        """Whether a score lies in the upper part of the reward's range; None does not."""
+    def is_content(self, score: float) -> bool:
+        """Whether a score lies in the upper part of the reward's range."""
         low, high = self.reward.range
-        return score is not None and score >= low + SATISFIED * (high - low)
+        return score >= low + SATISFIED * (high - low)
+
+
+def _things(prompt: Prompt) -> list[tuple[str, str]]:
+    """(name with its attribute, name) of each thing that the prompt names."""
+    names = prompt.attr_nouns if len(prompt.attr_nouns) == len(prompt.nouns) else prompt.nouns
+    return list(zip(names, prompt.nouns, strict=True))
+
+
+def _alone(name: str, thing: str) -> Prompt:
+    """The prompt that asks for that one thing."""
+    return Prompt(f"a photo of {article(name)} {name}", "single_object", (thing,), (name,) if name != thing else ())
 
 
 @dataclass(frozen=True)
@@ -131,17 +144,30 @@ class BestOf:
     temperature: float = 1.0
 
     def __call__(self, items: Sequence[Item], samples: Sequence[int], seed: Callable) -> list[Drawn]:
-        return [drawn for item in items for drawn in self._one(item, samples, seed)]
-
-    def _one(self, item: Item, samples: Sequence[int], seed: Callable) -> list[Drawn]:
-        started, text = time.perf_counter(), item.prompt.text
-        answers = self.sampler(text, messages(text, self.reasoning), self.n, self.temperature)
-        rows = [(answer, k) for k in samples for answer in answers]
-        images = self.renderer([answer.rewrite for answer, _ in rows], [seed(item, k) for _, k in rows])
-        scores = self.choose(item.prompt, images)
+        started = time.perf_counter()
+        answers = {item.id: self._ask(item.prompt.text) for item in items}
+        rows = [(item, k, answer) for item in items for k in samples for answer in answers[item.id]]
+        images = self.renderer([answer.rewrite for *_, answer in rows], [seed(item, k) for item, k, _ in rows])
+        scores = self.choose([(item.prompt, image) for (item, *_), image in zip(rows, images, strict=True)])
         best = [max(range(i, i + self.n), key=scores.__getitem__) for i in range(0, len(rows), self.n)]
-        each = (time.perf_counter() - started) / len(samples)
-        return [Drawn(rows[i][0].rewrite, rows[i][0].readable, images[i], self.n, each) for i in best]
+        each = (time.perf_counter() - started) / len(best)
+        return [Drawn(rows[i][2].rewrite, rows[i][2].readable, images[i], self.n, each) for i in best]
+
+    def _ask(self, text: str) -> Sequence[Answer]:
+        return self.sampler(text, messages(text, self.reasoning), self.n, self.temperature)
+
+
+@dataclass
+class _Try:
+    """One (prompt, sample) on its way: the answer to be drawn next, and the best so far."""
+
+    prompt: Prompt
+    seed: int
+    answer: Answer
+    score: float = float("-inf")
+    best: Answer | None = None
+    image: Image.Image | None = None
+    pictures: int = 0
 
 
 @dataclass(frozen=True)
@@ -157,21 +183,31 @@ class Revise:
     temperature: float = 1.0
 
     def __call__(self, items: Sequence[Item], samples: Sequence[int], seed: Callable) -> list[Drawn]:
-        return [self._one(item, seed(item, k)) for item in items for k in samples]
-
-    def _one(self, item: Item, seed: int) -> Drawn:
-        started, prompt, answer = time.perf_counter(), item.prompt, self.first[item.id]
-        tried: list[tuple[float, Answer, Image.Image | None]] = []
-        while True:
-            (image,) = self.renderer([answer.rewrite], [seed])
-            (score,) = self.choose(prompt, [image])
-            tried.append((score, answer, image))
-            missing = self.choose.missing(prompt, image) if image is not None else []
-            if len(tried) > self.rounds or (self.choose.is_content(score) and not missing):
+        started = time.perf_counter()
+        tries = [_Try(item.prompt, seed(item, k), self.first[item.id]) for item in items for k in samples]
+        open_ = list(tries)
+        for turn in range(1 + self.rounds):
+            missing = self._draw_and_look(open_)
+            open_ = [one for one in open_ if missing[id(one)] is not None]
+            if not open_ or turn == self.rounds:
                 break
-            answer = self._again(prompt.text, answer, missing, len(tried))
-        score, answer, image = max(tried, key=lambda row: row[0])
-        return Drawn(answer.rewrite, answer.readable, image, len(tried), time.perf_counter() - started)
+            for one in open_:
+                one.answer = self._again(one.prompt.text, one.answer, missing[id(one)], turn + 1)
+        each = (time.perf_counter() - started) / len(tries)
+        return [Drawn(one.best.rewrite, one.best.readable, one.image, one.pictures, each) for one in tries]
+
+    def _draw_and_look(self, tries: Sequence[_Try]) -> dict[int, list[str] | None]:
+        """Draws each try's answer and keeps the best; what its picture lacks, None where it lacks nothing."""
+        images = self.renderer([one.answer.rewrite for one in tries], [one.seed for one in tries])
+        rows = [(one.prompt, image) for one, image in zip(tries, images, strict=True)]
+        found = {}
+        for one, image, score, lacks in zip(tries, images, self.choose(rows), self.choose.missing(rows), strict=True):
+            one.pictures += 1
+            if one.best is None or score > one.score:
+                one.score, one.best, one.image = score, one.answer, image
+            content = image is not None and self.choose.is_content(score) and not lacks
+            found[id(one)] = None if content else lacks
+        return found
 
     def _again(self, text: str, answer: Answer, missing: Sequence[str], turn: int) -> Answer:
         """The next answer; where the policy cannot follow a second turn, a fresh one to the request itself."""

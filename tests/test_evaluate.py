@@ -1,0 +1,383 @@
+"""Claims about evaluation as a whole: rewrite, draw, judge, interval, table; interrupted, shared, and on bad input.
+
+The miniature's own policy, renderer and rewards; its oracle judges. pytest tests/test_evaluate.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.prompts import load_prompts
+from evaluation.benchmark import Item, Verdict
+from evaluation.geneval import GenEval
+from evaluation.layouts import There, quarters
+from evaluation.leak import leaks
+from evaluation.pipeline import Evaluation, Share
+from evaluation.statistics import OVERALL, measure
+from evaluation.systems import BestOf, Chooser, Fixed, Revise
+from evaluation.table import difference, text_table
+from interfaces import Prompt, Reward
+from miniature import evaluate as mini
+from miniature import world
+from miniature.fit import WEIGHTS
+from scripts import evaluate
+from tests.processes import ENVIRONMENT, ROOT, kill_when
+
+MINI = [sys.executable, "-m", "miniature.evaluate", "--benchmark", "miniature", "--gpt_path", str(WEIGHTS / "policy")]
+SMALL = ["--limit", "2", "--unit", "3", "--samples", "2", "--render_batch_size", "6"]
+
+
+def run(*options: object, launcher: tuple = ()) -> subprocess.CompletedProcess:
+    line = [*MINI, *SMALL, *map(str, options)]
+    if launcher:
+        line = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "-m", *line[2:]]
+    return subprocess.run(line, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+
+
+def rows(out: Path) -> list[dict]:
+    found = [json.loads(line) for path in out.glob("rows_*.jsonl") for line in path.read_text().splitlines()]
+    return sorted(found, key=lambda row: (row["system"], row["id"], row["sample"]))
+
+
+def facts(out: Path) -> list[dict]:
+    """Rows without what may differ between two runs of the same: the clock."""
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows(out)]
+
+
+def results(out: Path) -> dict:
+    return json.loads((out / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """An evaluation of raw prompts, rewrites, best of two and one revision, undisturbed."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    done = run("--out", out, "--n", 2, "--revise", 1, "--select", "git")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
+def test_every_system_is_drawn_from_the_same_noise_and_judged_by_the_original_prompt(whole):
+    found = rows(whole)
+    assert {row["system"] for row in found} == {"raw", "rewrite", "best_of_2", "revise_1"}
+    assert len(found) == 4 * 12 * 2
+    for row in found:
+        same = [other for other in found if (other["id"], other["sample"]) == (row["id"], row["sample"])]
+        assert len({other["seed"] for other in same}) == 1 and len({other["prompt"] for other in same}) == 1
+        picture = Image.open(whole / row["image"])
+        prompt = next(p for p in world.splits()[1] if p.text == row["prompt"])
+        assert row["parts"] == {prompt.task: [float(world.holds(prompt, world.see(picture)))]}
+        assert re.fullmatch(r"images/\w+/\d{5}_\d\.png", row["image"])
+    assert all(row["final_prompt"] == row["prompt"] for row in found if row["system"] == "raw")
+    assert {row["pictures"] for row in found if row["system"] == "best_of_2"} == {2}
+    assert {row["pictures"] for row in found if row["system"] == "revise_1"} <= {1, 2}
+
+
+def test_the_table_is_that_of_the_rows_and_says_all_that_it_depends_on(whole):
+    told = results(whole)
+    for system in ("raw", "rewrite", "best_of_2", "revise_1"):
+        for category in told["points"]:
+            scores = [s for r in rows(whole) if r["system"] == system for s in r["parts"].get(category, [])]
+            assert told["scores"][system][category]["value"] == pytest.approx(np.mean(scores))
+        of_tags = [told["scores"][system][category]["value"] for category in told["points"]]
+        assert told["scores"][system]["overall"]["value"] == pytest.approx(np.mean(of_tags))
+    assert told["scores"]["rewrite"]["overall"]["value"] > told["scores"]["raw"]["overall"]["value"]
+    for name in ("seed", "render_steps", "resolution", "samples", "select", "temperature", "benchmark_settings"):
+        assert name in told["settings"]
+    assert told["leak"] is None and "commit" in told and told["not_judged"]["raw"] == []
+    shown = (whole / "results.txt").read_text()
+    assert "cost per prompt" in shown and "rewrite minus raw" in shown
+
+
+@pytest.mark.parametrize("when", [3, 9])
+def test_an_evaluation_killed_and_run_again_has_the_same_rows_and_table(whole, tmp_path, when):
+    out = tmp_path / "out"
+    options = ["--out", str(out), "--n", "2", "--revise", "1", "--select", "git"]
+    kill_when(lambda: out.exists() and len(list((out / "images").glob("*/*.png"))) >= when, [*MINI, *SMALL, *options])
+    with open(next(out.glob("rewrites_0.jsonl")), "a") as file:
+        file.write('{"prompt": "a torn li')
+    done = run(*options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert facts(out) == facts(whole) and results(out)["scores"] == results(whole)["scores"]
+
+
+def test_two_processes_give_the_rows_and_table_of_one(whole, tmp_path):
+    out = tmp_path / "out"
+    options = ["--out", out, "--n", 2, "--revise", 1, "--select", "git"]
+    done = run(*options, launcher=("--cpu", "--num_processes", "2"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(list(out.glob("rows_*.jsonl"))) == 2
+    assert facts(out) == facts(whole) and results(out)["scores"] == results(whole)["scores"]
+    assert results(out)["differences"] == results(whole)["differences"]
+
+
+def test_pictures_that_are_there_are_judged_as_the_run_that_drew_them(whole, tmp_path):
+    out = tmp_path / "again"
+    line = ["--benchmark", "miniature", "--out", str(out), "--limit", "2", "--samples", "2"]
+    folders = [str(whole / "images" / name) for name in ("raw", "rewrite")]
+    assert mini.run([*line, "--images", *folders]) == 0
+    for system in ("raw", "rewrite"):
+        assert results(out)["scores"][system] == results(whole)["scores"][system]
+
+
+def test_the_oracle_and_the_rules_of_geneval_agree_on_its_pictures(whole, tmp_path):
+    """They differ where a thing comes twice: GenEval looks at the colour of one, the oracle at both."""
+    pictures = rows(whole)
+    metadata = mini.prompts(tmp_path / "out")
+    judge = mini.MINIATURE["miniature-geneval"](None, None, "cpu")
+    items = {item.id: item for item in judge.load(metadata)}
+    verdicts = judge.judge([items[r["id"]] for r in pictures], [Image.open(whole / r["image"]) for r in pictures])
+    differing = [
+        row
+        for row, verdict in zip(pictures, verdicts, strict=True)
+        if verdict.parts != {k: v for k, v in row["parts"].items()}
+    ]
+    assert len(differing) <= 0.03 * len(pictures), [row["detail"] for row in differing]
+
+
+def test_every_held_out_prompt_of_the_world_survives_genevals_format(tmp_path):
+    loaded = load_prompts(mini.prompts(tmp_path / "out"))
+    asked = world.splits()[1]
+    assert [p.text for p in loaded] == [p.text for p in asked]
+    rng = np.random.default_rng(0)
+    scene = [
+        world.Seen(c, s, p, (8 * p, 0, 8 * p + 6, 6))
+        for p, (c, s) in enumerate([("red", "circle"), ("blue", "cross")])
+    ]
+    for ours, theirs in zip(asked, loaded, strict=True):
+        assert ours.task == theirs.task and set(ours.nouns) == set(theirs.nouns)
+        assert world.holds(ours, scene) == world.holds(theirs, scene), (ours, theirs, rng)
+
+
+# The parts ---------------------------------------------------------------------------------------------------------
+
+
+def items(*categories: str) -> list[Item]:
+    return [Item(f"{i:05d}", Prompt(f"prompt {i}"), category) for i, category in enumerate(categories)]
+
+
+def verdicts(of: list[Item], scores: list[list[float | None]]) -> dict[str, list[Verdict]]:
+    return {i.id: [Verdict({i.category: [s]}) for s in row] for i, row in zip(of, scores, strict=True)}
+
+
+def mean(means, points):
+    return sum(means.values()) / len(means)
+
+
+def test_means_and_overall_are_those_worked_by_hand_and_not_judged_counts_as_failure():
+    of = items("a", "a", "b")
+    table = measure(of, {"raw": verdicts(of, [[1, 0], [1, 1], [None, 1]])}, ["a", "b", "unused"], mean)
+    assert table.points == {"a": 4, "b": 2}
+    assert table.scores["raw"]["a"].value == 0.75 and table.scores["raw"]["b"].value == 0.5
+    assert table.scores["raw"][OVERALL].value == 0.625
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    rng, hits = np.random.default_rng(1), 0
+    of = items(*["a"] * 60)
+    for _ in range(60):
+        drawn = rng.random((60, 1)) < 0.4
+        found = measure(of, {"raw": verdicts(of, drawn.astype(float).tolist())}, ["a"], mean, seed=3)
+        estimate = found.scores["raw"][OVERALL]
+        hits += estimate.low <= 0.4 <= estimate.high
+    assert 51 <= hits <= 60  # 57 expected
+
+
+def test_a_difference_is_paired_so_it_is_seen_where_the_scores_overlap():
+    of = items(*["a"] * 40)
+    easy = [[float(i % 2)] for i in range(40)]
+    better = [[min(1.0, row[0] + (1.0 if i % 10 == 0 else 0.0))] for i, row in enumerate(easy)]
+    table = measure(of, {"raw": verdicts(of, easy), "new": verdicts(of, better)}, ["a"], mean)
+    raw, new = table.scores["raw"]["a"], table.scores["new"]["a"]
+    assert new.low < raw.high, "their own intervals overlap"
+    assert not table.differences["new"]["a"].is_zero and "no difference" not in difference(
+        table.differences["new"]["a"]
+    )
+
+
+def test_a_difference_whose_interval_contains_zero_is_said_not_to_be_seen():
+    of = items(*["a"] * 20)
+    scores = [[float(i % 2)] for i in range(20)]
+    table = measure(of, {"raw": verdicts(of, scores), "new": verdicts(of, scores[::-1])}, ["a"], mean)
+    shown = text_table("T", table)
+    assert (
+        "no difference seen" in shown and len({len(line) for line in shown.splitlines() if line.startswith("-")}) == 1
+    )
+
+
+def test_a_leak_is_found_in_other_words_and_in_another_case():
+    of = [
+        Item("00000", p, "x")
+        for p in (Prompt("a photo of a dog left of a cat", "position", ("dog", "cat"), (), ("dog", "left of", "cat")),)
+    ]
+    of += [
+        Item("00001", Prompt("A  Photo of a zebra", "single_object", ("zebra",)), "x"),
+        Item("00002", Prompt("a kiwi"), "x"),
+    ]
+    training = [
+        Prompt("an image of a cat to the right of a dog", "position", ("cat", "dog"), (), ("cat", "right of", "dog")),
+        Prompt("a photo of a zebra"),
+    ]
+    found = leaks(of, training)
+    assert found.exact == ("00001",) and found.same_request == ("00000",) and found.training_prompts == 2
+
+
+def test_the_leak_check_reads_what_a_run_was_trained_on(whole, tmp_path):
+    (tmp_path / "policy").mkdir()
+    data = tmp_path / "data.txt"
+    data.write_text(world.splits()[1][0].text + "\n")
+    (tmp_path / "policy" / "run.json").write_text(json.dumps({"config": {"data": str(data)}}))
+    assert evaluate._trained_on(str(tmp_path / "policy")) == [data]
+    assert evaluate._trained_on(str(tmp_path)) == [] and evaluate._trained_on(None) == []
+
+
+class Shade(Reward):
+    """How light the picture is."""
+
+    name, range, needs_images = "shade", (0.0, 1.0), True
+
+    def __call__(self, samples):
+        return [s.images[0].getpixel((0, 0))[0] / 255 for s in samples]
+
+
+class Grey:
+    """Draws the number in a text; "none" cannot be drawn."""
+
+    max_tokens = 9
+
+    def __init__(self):
+        self.drawn = 0
+
+    def __call__(self, texts, seeds):
+        self.drawn += len(texts)
+        return [None if t == "none" else Image.new("RGB", (1, 1), (int(t),) * 3) for t in texts]
+
+    def count_tokens(self, text):
+        return 1
+
+
+class Said:
+    def __init__(self, rewrite, readable=True):
+        self.rewrite, self.readable, self.completion = rewrite, readable, f"<{rewrite}>"
+
+
+def no_seed(item, sample):
+    return 0
+
+
+def test_best_of_n_keeps_the_picture_that_the_reward_likes_best():
+    asked = lambda text, conversation, count, temperature: [Said(w) for w in ("10", "none", "200", "30")][:count]
+    system = BestOf(Grey(), asked, Chooser(Shade()), 4)
+    drawn = system(items("a", "a"), [0, 1], no_seed)
+    assert [one.text for one in drawn] == ["200"] * 4 and all(one.pictures == 4 for one in drawn)
+
+
+def test_revising_stops_once_the_picture_is_right_and_keeps_the_best_of_the_way():
+    conversations = []
+
+    def asked(text, conversation, count, temperature):
+        conversations.append([turn["content"] for turn in conversation])
+        return [Said({"<10>": "90", "<90>": "220"}[conversation[-2]["content"]])]
+
+    renderer = Grey()
+    of = [Item("0", Prompt("a cup", "single_object", ("cup",)), "a"), Item("1", Prompt("a hat", "", ("hat",)), "a")]
+    system = Revise(renderer, asked, Chooser(Shade()), 3, {"0": Said("10"), "1": Said("255")})
+    first, second = system(of, [0], no_seed)
+    assert (first.text, first.pictures) == ("220", 3) and (second.text, second.pictures) == ("255", 1)
+    assert renderer.drawn == 4 and "does not show a cup" in conversations[0][-1]
+
+
+def test_revising_keeps_the_first_picture_if_none_is_better():
+    system = Revise(Grey(), lambda *_: [Said("5")], Chooser(Shade()), 2, {"00000": Said("60")})
+    (drawn,) = system(items("a"), [0], no_seed)
+    assert (drawn.text, drawn.pictures) == ("60", 3)
+
+
+class Constant(GenEval):
+    def judge(self, of, images):
+        return [Verdict({item.category: [1.0]}) for item in of]
+
+
+def test_a_picture_that_could_not_be_drawn_is_a_failure_that_is_listed(tmp_path):
+    of = items("single_object", "single_object")
+    run = Evaluation(tmp_path / "out", {"a": 1}, of, 1, 0, 8, Share())
+    run.open({"a": 1})
+    judge = Constant(None, None, title="t", settings={})
+    run.run("raw", Fixed(Grey(), {"00000": ("7", True), "00001": ("none", True)}, {}), judge)
+    (drawn, lost) = run.rows("raw")
+    assert drawn["parts"] == {"single_object": [1.0]} and lost["parts"] == {"single_object": [None]}
+    assert lost["image"] is None and lost["detail"]["reason"] == "could not be drawn"
+    assert (
+        measure(of, {"raw": run.verdicts("raw")}, judge.categories, judge.overall).scores["raw"][OVERALL].value == 0.5
+    )
+
+
+def test_each_benchmarks_own_folder_is_read_and_too_few_pictures_are_named(tmp_path):
+    item = Item("00003", Prompt("a cat / a dog"), "x")
+    for name in ("00003/samples/0000.png", "00003/samples/0001.png", "00003_0.png", "00003_10.png", "00003_2.png"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4), (len(name), 0, 0)).save(path)
+    assert len(There(tmp_path, "geneval")([item], range(2), no_seed)) == 2
+    assert len(There(tmp_path, "unigenbench")([item], range(3), no_seed)) == 3
+    with pytest.raises(evaluate.BenchmarkError, match=r"has 2 pictures of prompt 00003 .* 4 are wanted"):
+        There(tmp_path, "geneval")([item], range(4), no_seed)
+    grid = Image.new("RGB", (4, 4))
+    grid.putpixel((3, 3), (9, 9, 9))
+    assert [part.getpixel((1, 1)) for part in quarters(grid)] == [(0, 0, 0)] * 3 + [(9, 9, 9)]
+
+
+BAD = {
+    "unknown benchmark": (["--benchmark", "genevil"], "unknown benchmark 'genevil'"),
+    "no metadata": (["--metadata", "nowhere.jsonl"], "nowhere.jsonl"),
+    "no reward to choose": (["--n", "4"], "name --select"),
+    "reward without pictures": (["--n", "4", "--select", "format"], "does not look at pictures"),
+    "unknown reward": (["--n", "4", "--select", "hsp"], "did you mean 'hps'"),
+    "no such policy": (["--gpt_path", "/nowhere/policy"], "/nowhere/policy"),
+    "no such renderer": (["--sdmodel_name", "/nowhere/flux"], "/nowhere/flux"),
+    "no rewrites": (["--rewrites", "nowhere.jsonl"], "nowhere.jsonl"),
+    "unit": (["--unit", "0"], "--unit is 0"),
+    "unknown flag": (["--benchmrk", "x"], "did you mean '--benchmark'"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_input_is_one_line_with_the_value_and_code_2(tmp_path, capfd, bad):
+    options, named = BAD[bad]
+    line = [
+        "--benchmark",
+        "miniature",
+        "--gpt_path",
+        str(WEIGHTS / "policy"),
+        "--out",
+        str(tmp_path / "out"),
+        "--limit",
+        "1",
+    ]
+    assert mini.run([*line, *options]) == 2
+    said = [line for line in capfd.readouterr().err.splitlines() if "evaluate: error:" in line]
+    assert len(said) == 1 and named in said[0]
+
+
+def test_a_folder_of_another_evaluation_is_refused_with_what_differs(whole, capfd):
+    line = [
+        "--benchmark",
+        "miniature",
+        "--gpt_path",
+        str(WEIGHTS / "policy"),
+        "--out",
+        str(whole),
+        *SMALL,
+        "--seed",
+        "7",
+    ]
+    assert mini.run(line) == 2
+    assert "seed 42 -> 7" in capfd.readouterr().err
