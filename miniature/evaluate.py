@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +106,7 @@ MINIATURE = {
 
 def defaults(given: Sequence[str]) -> list[str]:
     """The miniature's own options, but for those in `given`."""
-    config: Mapping[str, Any] = yaml.safe_load(
-        (ROOT.parent / "configs" / "miniature.yaml").read_text(encoding="utf-8")
-    )
+    config = yaml.safe_load((ROOT.parent / "configs" / "miniature.yaml").read_text(encoding="utf-8"))
     names = [*RENDERER, *REWARDS, "max_completion_length"]
     flags = {f"--{'max_new_tokens' if n == 'max_completion_length' else n}": config[n] for n in names}
     absent = {flag: value for flag, value in flags.items() if flag not in given}

@@ -135,11 +135,7 @@ def test_the_oracle_and_the_rules_of_geneval_agree_on_its_pictures(whole, tmp_pa
     judge = mini.MINIATURE["miniature-geneval"](None, None, "cpu")
     items = {item.id: item for item in judge.load(metadata)}
     verdicts = judge.judge([items[r["id"]] for r in pictures], [Image.open(whole / r["image"]) for r in pictures])
-    differing = [
-        row
-        for row, verdict in zip(pictures, verdicts, strict=True)
-        if verdict.parts != {k: v for k, v in row["parts"].items()}
-    ]
+    differing = [row for row, verdict in zip(pictures, verdicts, strict=True) if verdict.parts != row["parts"]]
     assert len(differing) <= 0.03 * len(pictures), [row["detail"] for row in differing]
 
 
@@ -274,7 +270,9 @@ def no_seed(item, sample):
 
 
 def test_best_of_n_keeps_the_picture_that_the_reward_likes_best():
-    asked = lambda text, conversation, count, temperature: [Said(w) for w in ("10", "none", "200", "30")][:count]
+    def asked(text, conversation, count, temperature):
+        return [Said(words) for words in ("10", "none", "200", "30")][:count]
+
     system = BestOf(Grey(), asked, Chooser(Shade()), 4)
     drawn = system(items("a", "a"), [0, 1], no_seed)
     assert [one.text for one in drawn] == ["200"] * 4 and all(one.pictures == 4 for one in drawn)
