@@ -10,7 +10,7 @@
     accelerate launch --num_processes 8 scripts/evaluate.py ...                    the same, shared; the same table
 
 Run it again to continue where it stopped. OUT/results.json has every number with all that it depends on, results.txt
-what was printed, rows_R.jsonl a row per picture. Exit code 2 and one line on stderr for whatever is wrong.
+what was printed, examples.png a prompt of each category, rows_R.jsonl a row per picture. Exit code 2 and one line on stderr for whatever is wrong.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from evaluation import leak
 from evaluation.benchmark import Benchmark, BenchmarkError, Item
 from evaluation.layouts import There
 from evaluation.pipeline import Evaluation, Share, unjudged, whole_lines
+from evaluation.sheet import draw_sheet
 from evaluation.statistics import Table, measure
 from evaluation.systems import BestOf, Chooser, Fixed, Revise, System
 from evaluation.table import cost_table, text_table
@@ -298,7 +299,8 @@ def _report(
     }
     write_whole(run.out / "results.json", json.dumps(results, indent=1).encode())
     write_whole(run.out / "results.txt", f"{text}\n".encode())
-    print(f"\n{text}\n\nrows, pictures and results.json: {run.out}", flush=True)
+    sheet = draw_sheet(rows, run.out)
+    print(f"\n{text}\n\nexamples: {sheet}\nrows, pictures and results.json: {run.out}", flush=True)
 
 
 def _numbers(table: Table) -> dict[str, Any]:
