@@ -10,7 +10,8 @@
     accelerate launch --num_processes 8 scripts/evaluate.py ...                    the same, shared; the same table
 
 Run it again to continue where it stopped. OUT/results.json has every number with all that it depends on, results.txt
-what was printed, examples.png a prompt of each category, rows_R.jsonl a row per picture. Exit code 2 and one line on stderr for whatever is wrong.
+what was printed, examples.png a prompt of each category, rows_R.jsonl a row per picture. Exit code 2 and one line on
+stderr for whatever is wrong.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from accelerate import PartialState
-from evaluation.benchmarks import BENCHMARKS, BenchmarkOptions
 
 from data.prompts import DataError
 from evaluation import leak
 from evaluation.benchmark import Benchmark, BenchmarkError, Item
+from evaluation.benchmarks import BENCHMARKS, BenchmarkOptions
 from evaluation.layouts import There
 from evaluation.pipeline import Evaluation, Share, unjudged, whole_lines
 from evaluation.sheet import draw_sheet
