@@ -90,7 +90,7 @@ def run(folder: Path, command: Sequence[str]) -> str | None:
     if done.exists() and folder.exists():
         made = done.read_text(encoding="utf-8")
         return None if made == wanted else f"is there, made by other options: {made}; delete it, or another OUTDIR"
-    command = [*command, "--outdir", str(folder), "--resume"]
+    command = [*command, "--resume", "--outdir", str(folder)]
     with open(log_file, "a", encoding="utf-8") as log:
         log.write(f"$ {shlex.join(command)}\n")
         log.flush()
