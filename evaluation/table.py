@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from evaluation.pipeline import Row
+from evaluation.pipeline import Row, unjudged
 from evaluation.statistics import OVERALL, Estimate, Table
 
 NOTHING = "no difference seen"
@@ -31,23 +31,26 @@ def difference(estimate: Estimate) -> str:
     return f"{shown}  {NOTHING}" if estimate.is_zero else shown
 
 
-def cost_table(rows: Mapping[str, Sequence[Row]]) -> str:
-    """What each system spent on a prompt: pictures drawn and seconds, and how often its answers could not be read."""
+def cost(rows: Sequence[Row]) -> dict[str, float]:
+    """What a system spent on a prompt, and how many of its rows came to nothing."""
+    prompts = len({row["id"] for row in rows})
+    undrawn = sum(row["image"] is None for row in rows)
+    return {
+        "pictures": sum(row["pictures"] for row in rows) / prompts,
+        "seconds": sum(row["seconds"] for row in rows) / prompts,
+        "rows": len(rows),
+        "unreadable": sum(not row["readable"] for row in rows),
+        "undrawn": undrawn,
+        "not_judged": len(unjudged(rows)) - undrawn,
+    }
+
+
+def cost_table(costs: Mapping[str, Mapping[str, float]]) -> str:
+    """System -> `cost`, as aligned columns."""
     lines = [["cost per prompt", "pictures", "seconds", "unreadable answers", "could not be drawn", "not judged"]]
-    for system, of in rows.items():
-        prompts = len({row["id"] for row in of})
-        lost = [row for row in of if any(score is None for scores in row["parts"].values() for score in scores)]
-        undrawn = sum(row["image"] is None for row in of)
-        lines.append(
-            [
-                system,
-                f"{sum(row['pictures'] for row in of) / prompts:.2f}",
-                f"{sum(row['seconds'] for row in of) / prompts:.3f}",
-                f"{sum(not row['readable'] for row in of)} of {len(of)}",
-                str(undrawn),
-                str(len(lost) - undrawn),
-            ]
-        )
+    for system, of in costs.items():
+        spent = [f"{of['pictures']:.2f}", f"{of['seconds']:.3f}", f"{of['unreadable']} of {of['rows']}"]
+        lines.append([system, *spent, str(of["undrawn"]), str(of["not_judged"])])
     return "\n".join(_aligned(lines, ruled=(0,)))
 
 

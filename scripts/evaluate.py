@@ -40,7 +40,7 @@ from evaluation.pipeline import Evaluation, Share, unjudged, whole_lines
 from evaluation.sheet import draw_sheet
 from evaluation.statistics import Table, measure
 from evaluation.systems import BestOf, Chooser, Fixed, Revise, System
-from evaluation.table import cost_table, text_table
+from evaluation.table import cost, cost_table, text_table
 from interfaces import Prompt, Renderer
 from prompting import well_formed
 from rendering import CheckpointError, RenderOptions
@@ -285,7 +285,8 @@ def _report(
 ) -> None:
     table = measure(run.items, {n: run.verdicts(n) for n in names}, benchmark.categories, benchmark.overall)
     rows = {name: run.rows(name) for name in names}
-    text = "\n\n".join([text_table(benchmark.title, table), cost_table(rows)])
+    costs = {name: cost(of) for name, of in rows.items()}
+    text = "\n\n".join([text_table(benchmark.title, table), cost_table(costs)])
     results = {
         "title": benchmark.title,
         "settings": settings,
@@ -293,6 +294,7 @@ def _report(
         "versions": {name: version(name) for name in PACKAGES},
         "leak": None if found is None else asdict(found),
         **_numbers(table),
+        "cost": costs,
         "not_judged": {
             n: [{"id": r["id"], "sample": r["sample"], "detail": r["detail"]} for r in unjudged(of)]
             for n, of in rows.items()

@@ -93,6 +93,7 @@ def test_the_table_is_that_of_the_rows_and_says_all_that_it_depends_on(whole):
     for name in ("seed", "render_steps", "resolution", "samples", "select", "temperature", "benchmark_settings"):
         assert name in told["settings"]
     assert told["leak"] is None and "commit" in told and told["not_judged"]["raw"] == []
+    assert told["cost"]["best_of_2"]["pictures"] == 4 and told["cost"]["raw"]["unreadable"] == 0
     shown = (whole / "results.txt").read_text()
     assert "cost per prompt" in shown and "rewrite minus raw" in shown
 
