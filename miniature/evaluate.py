@@ -53,9 +53,11 @@ class Oracle(GenEval):
 
 
 def detections(images: Sequence[Image.Image]) -> list[list[Detection]]:
-    """What the oracle sees, as a detector would tell it: certain, with its box; the colour is kept aside in the mask's
-    picture itself."""
-    return [[_detection(thing, image.size) for thing in world.see(image)] for image in images]
+    """What the oracle sees, as a detector would tell it: certain, with its box; what has no known shape is not told."""
+    return [
+        [_detection(thing, image.size) for thing in world.see(image) if thing.shape in world.SHAPES]
+        for image in images
+    ]
 
 
 def _detection(thing: world.Seen, size: tuple[int, int]) -> Detection:

@@ -29,6 +29,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import torch
 from accelerate import PartialState
 
 from data.prompts import DataError
@@ -214,7 +215,8 @@ def _chooser(options: Options, device: str, renderer: Renderer, items: Sequence[
 
 def evaluate(options: Options, known: Constructors) -> None:
     """One evaluation, from options to table."""
-    args, state = options.evaluate, PartialState(timeout=timedelta(days=1))  # processes finish hours apart
+    args = options.evaluate
+    state = PartialState(not torch.cuda.is_available(), timeout=timedelta(days=1))  # processes finish hours apart
     share = Share(state.process_index, state.num_processes)
     benchmark = known[args.benchmark](options.benchmark, options.reward, str(state.device))
     items = _limited(benchmark.load(Path(args.metadata)), args.limit)

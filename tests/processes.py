@@ -34,13 +34,14 @@ def kill_when(ready: Callable[[], bool], command: Sequence[str]) -> None:
         process.wait()
 
 
-def launcher(program: Path, *options: object, config: Path = ZERO_2) -> list[str]:
-    """The command line of `accelerate launch` for `program` as `config` says, on a free port."""
+def launcher(program: Path | str, *options: object, config: Path = ZERO_2, module: bool = False) -> list[str]:
+    """The command line of `accelerate launch` for `program`, a file or a module, as `config` says, on a free port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(port)]
-    return [*command, "--config_file", str(config), str(program), *map(str, options)]
+    kind = ["-m"] if module else []
+    return [*command, "--config_file", str(config), *kind, str(program), *map(str, options)]
 
 
 def launch(program: Path, *options: object, config: Path = ZERO_2) -> subprocess.CompletedProcess:

@@ -29,16 +29,16 @@ from miniature import evaluate as mini
 from miniature import world
 from miniature.fit import WEIGHTS
 from scripts import evaluate
-from tests.processes import ENVIRONMENT, ROOT, kill_when
+from tests.processes import ENVIRONMENT, ROOT, kill_when, launcher
 
 MINI = [sys.executable, "-m", "miniature.evaluate", "--benchmark", "miniature", "--gpt_path", str(WEIGHTS / "policy")]
 SMALL = ["--limit", "2", "--unit", "3", "--samples", "2", "--render_batch_size", "6"]
 
 
-def run(*options: object, launcher: tuple = ()) -> subprocess.CompletedProcess:
+def run(*options: object, processes: int = 1) -> subprocess.CompletedProcess:
     line = [*MINI, *SMALL, *map(str, options)]
-    if launcher:
-        line = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "-m", *line[2:]]
+    if processes > 1:
+        line = launcher("miniature.evaluate", *line[3:], module=True)
     return subprocess.run(line, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
 
 
@@ -113,7 +113,7 @@ def test_an_evaluation_killed_and_run_again_has_the_same_rows_and_table(whole, t
 def test_two_processes_give_the_rows_and_table_of_one(whole, tmp_path):
     out = tmp_path / "out"
     options = ["--out", out, "--n", 2, "--revise", 1, "--select", "git"]
-    done = run(*options, launcher=("--cpu", "--num_processes", "2"))
+    done = run(*options, processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(list(out.glob("rows_*.jsonl"))) == 2
     assert facts(out) == facts(whole) and results(out)["scores"] == results(whole)["scores"]
