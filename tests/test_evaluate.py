@@ -66,14 +66,14 @@ def whole(tmp_path_factory) -> Path:
 
 
 def test_every_system_is_drawn_from_the_same_noise_and_judged_by_the_original_prompt(whole):
-    found = rows(whole)
+    found, asked = rows(whole), {prompt.text: prompt for prompt in world.splits()[1]}
     assert {row["system"] for row in found} == {"raw", "rewrite", "best_of_2", "revise_1"}
     assert len(found) == 4 * 12 * 2
     for row in found:
         same = [other for other in found if (other["id"], other["sample"]) == (row["id"], row["sample"])]
         assert len({other["seed"] for other in same}) == 1 and len({other["prompt"] for other in same}) == 1
         picture = Image.open(whole / row["image"])
-        prompt = next(p for p in world.splits()[1] if p.text == row["prompt"])
+        prompt = asked[row["prompt"]]
         assert row["parts"] == {prompt.task: [float(world.holds(prompt, world.see(picture)))]}
         assert re.fullmatch(r"images/\w+/\d{5}_\d\.png", row["image"])
     assert all(row["final_prompt"] == row["prompt"] for row in found if row["system"] == "raw")

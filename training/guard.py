@@ -67,6 +67,7 @@ class GuardedTrainer(Trainer):
         if step == 0 or step % self.cycle or self._good(target):
             return
         _set_random_state(self.random_state)
+        self.state.num_input_tokens_seen = self.tokens_seen
         self._save_checkpoint(self.model, trial=None)
 
     def save_policy(self) -> None:
@@ -179,7 +180,11 @@ class _Guard(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.watch.enter("train", state.global_step + 1)
-        self.trainer.random_state = _random_state()
+        self._remember(state)
+
+    def _remember(self, state) -> None:
+        """What a generation changes and a checkpoint holds, as it is before the next generation."""
+        self.trainer.random_state, self.trainer.tokens_seen = _random_state(), state.num_input_tokens_seen
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         """Gradients are the same on all processes by now, so all see it; DeepSpeed has looked for itself."""
@@ -210,7 +215,7 @@ class _Guard(TrainerCallback):
         self.save_asked |= any(save for _, save in told)
         if state.global_step % self.trainer.cycle:
             return
-        self.trainer.random_state = _random_state()
+        self._remember(state)
         if self.save_asked or self.trainer.told_to_leave:
             control.should_save, self.save_asked = True, False
         if self.trainer.told_to_leave:
