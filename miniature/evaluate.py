@@ -53,7 +53,7 @@ class Oracle(GenEval):
 
 
 def detections(images: Sequence[Image.Image]) -> list[list[Detection]]:
-    """What the oracle sees, as a detector would tell it: certain, with its box; what has no known shape is not told."""
+    """What the oracle sees, as a detector would tell it: certain, with its box; nothing that has no known shape."""
     return [
         [_detection(thing, image.size) for thing in world.see(image) if thing.shape in world.SHAPES]
         for image in images
