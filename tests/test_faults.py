@@ -157,9 +157,10 @@ def test_a_launcher_told_to_leave_leaves_a_checkpoint(toy, tmp_path):
     outdir = tmp_path / "run"
     line = command(TRAIN, toy, outdir, "--max_steps", 2000, "--save_steps", 2000, processes=2)
     with subprocess.Popen(line, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as it:
-        until = time.monotonic() + 120
+        until = time.monotonic() + 400
         while not (outdir / "rollouts" / "step_000002.jsonl").exists() and time.monotonic() < until:
             time.sleep(0.05)
+        assert (outdir / "rollouts" / "step_000002.jsonl").exists(), "it did not start"
         it.send_signal(signal.SIGTERM)
         it.wait(60)
     assert whole(outdir)[0] >= 1
