@@ -21,7 +21,8 @@ def text_table(title: str, table: Table) -> str:
     lines = _aligned([header, *rows], ruled=(0, len(rows) - 1))
     for system, differences in table.differences.items():
         lines += ["", f"{system} minus {systems[0]}, on the same prompts and noise"]
-        lines += _aligned([[f"  {name}", difference(differences[name])] for name in categories])
+        width = max(map(len, categories))
+        lines += [f"  {name.ljust(width)}  {difference(differences[name])}" for name in categories]
     return "\n".join(lines)
 
 
