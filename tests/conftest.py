@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+
+from tests.processes import ENVIRONMENT
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -26,6 +29,13 @@ class ToyStack:
     flux: Path
     hps: Path
     config: Path
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A build of DeepSpeed's helper that was killed leaves a lock, for which every later run would wait in vain."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        for lock in Path(ENVIRONMENT["TORCH_EXTENSIONS_DIR"]).glob("*/lock"):
+            lock.unlink()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
