@@ -96,7 +96,9 @@ class ScriptArguments:
     )
     max_absent_share: float = field(
         default=0.5,
-        metadata={"help": "Share of samples without score, 0 to 1, above which three batches in a row stop the run."},
+        metadata={
+            "help": "Share of readable samples without score, 0 to 1; above it three batches in a row stop the run."
+        },
     )
     save_images_every: int = field(
         default=10, metadata={"help": "Optimiser steps between steps whose pictures are kept; first and last always."}

@@ -119,8 +119,8 @@ def parse_options(argv: Sequence[str], known: Constructors) -> Options:
     if args.images and (args.gpt_path or args.rewrites):
         raise UsageError("--images are judged as they are: leave --gpt_path and --rewrites out")
     for name in ("unit", "n", "rewrite_batch_size", "max_new_tokens"):
-        if getattr(args, name) < 1:
-            raise UsageError(f"--{name} is {getattr(args, name)}: give 1 or more")
+        if (given := vars(args)[name]) < 1:
+            raise UsageError(f"--{name} is {given}: give 1 or more")
     return options
 
 

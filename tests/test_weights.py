@@ -223,6 +223,9 @@ def test_another_commit_of_a_locked_repository_is_not_compared_with_the_lock(cac
     cached.parent.rename(other)
     (other / "w.pt").resolve().write_bytes(b"something else")
     verify(other)
+    other.rename(cached.parent)
+    with pytest.raises(WeightsError):  # while the locked one is
+        verify(cached.parent)
 
 
 def test_a_file_is_hashed_once_until_it_changes(cached, cache, monkeypatch):

@@ -25,13 +25,23 @@ def diagnose(rows: Sequence[Row], group: int, max_tokens: int) -> dict[str, floa
         max_tokens: what the renderer reads of a rewrite, in its own tokens.
     """
     return {
-        "samples/absent": float(np.mean([row["total"] is None for row in rows])),
+        "samples/absent": absent(rows),
         "rewrites/unreadable": float(np.mean([row["rewrite"] is None for row in rows])),
         **rewrites([row for row in rows if row["rewrite"] is not None], max_tokens),
         **equal_groups(rows, group),
         **rewards(rows, group),
         **held_out(rows, group),
     }
+
+
+def absent(rows: Sequence[Row]) -> float:
+    """Share without a score of the rollouts that could be read, of all where none could.
+
+    What could not be read has its low score without asking anybody: counted in, a policy that often fails to answer
+    would hide a judge that always does.
+    """
+    asked = [row for row in rows if row["rewrite"] is not None] or rows
+    return float(np.mean([row["total"] is None for row in asked]))
 
 
 def rewrites(readable: Sequence[Row], max_tokens: int) -> dict[str, float]:

@@ -228,27 +228,27 @@ class _Shielded(TrainerCallback):
     def __init__(self, inner: TrainerCallback):
         self.inner, self.failed = inner, False
 
-    def _pass_on(self, event: str, args, state, control, **kwargs) -> None:
+    def _pass_on(self, event: Callable, args, state, control, **kwargs) -> None:
         if self.failed:
             return
         try:
-            getattr(self.inner, event)(args, state, control, **kwargs)
+            event(args, state, control, **kwargs)
         except Exception as error:  # whatever a logger of somebody else's raises: its outage must not end a training
             self.failed = True
             name = type(self.inner).__name__
             logger.warning("%s failed (%s: %s) and is not asked again", name, type(error).__name__, error)
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._pass_on("on_train_begin", args, state, control, **kwargs)
+        self._pass_on(self.inner.on_train_begin, args, state, control, **kwargs)
 
     def on_log(self, args, state, control, **kwargs):
-        self._pass_on("on_log", args, state, control, **kwargs)
+        self._pass_on(self.inner.on_log, args, state, control, **kwargs)
 
     def on_save(self, args, state, control, **kwargs):
-        self._pass_on("on_save", args, state, control, **kwargs)
+        self._pass_on(self.inner.on_save, args, state, control, **kwargs)
 
     def on_train_end(self, args, state, control, **kwargs):
-        self._pass_on("on_train_end", args, state, control, **kwargs)
+        self._pass_on(self.inner.on_train_end, args, state, control, **kwargs)
 
 
 def _random_state() -> dict[str, Any]:

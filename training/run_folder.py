@@ -64,6 +64,9 @@ NOT_IDENTITY = {
 }
 
 
+FOLLOWING = {"generation_batch_size"}  # what another number of processes changes by itself
+
+
 class RunFolderError(RuntimeError):
     """The output folder cannot be used for this run; the message says why and what to do."""
 
@@ -176,7 +179,7 @@ class RunFolder:
         theirs = stored.get("config") or {}
         names = sorted((theirs.keys() | self.config.keys()) - NOT_IDENTITY)
         differing = [name for name in names if _json(theirs.get(name)) != _json(self.config.get(name))]
-        if differing == ["num_processes"]:
+        if "num_processes" in differing and not set(differing) - {"num_processes", *FOLLOWING}:
             raise RunFolderError(
                 f"--outdir {self.path} holds this run on {theirs['num_processes']} processes, these are "
                 f"{self.config['num_processes']}: launch as many, or choose another folder"
