@@ -29,7 +29,7 @@ from transformers import AutoTokenizer, BlipConfig, BlipForQuestionAnswering
 
 from prompting import well_formed
 from rewards import RewardError, one_line
-from rewards.frozen import batches, folder_of, freeze, known_token
+from rewards.frozen import batches, check_whole, folder_of, freeze, known_token
 from training.weights import locked
 
 PUBLISHED = locked("Salesforce/blip-vqa-capfilt-large")
@@ -149,11 +149,7 @@ def _load(folder: Path):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, EOFError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise RewardError(f"cannot read {folder} as a BLIP-VQA checkpoint ({one_line(error)})") from error
-    if report["missing_keys"]:
-        raise RewardError(
-            f"{folder} lacks weights of a BlipForQuestionAnswering: "
-            f"{', '.join(sorted(report['missing_keys'])[:5])}; fetch it again, run `{PUBLISHED.command}`"
-        )
+    check_whole(report["missing_keys"], folder, "BlipForQuestionAnswering", PUBLISHED)
     text = config.text_config
     if text.hidden_size == 768 and text.num_attention_heads != 12:
         raise RewardError(

@@ -25,7 +25,7 @@ from transformers.models.owlv2.image_processing_pil_owlv2 import Owlv2ImageProce
 
 from prompting import well_formed
 from rewards import RewardError, one_line
-from rewards.frozen import batches, folder_of, freeze
+from rewards.frozen import batches, check_whole, folder_of, freeze
 from training.weights import locked
 
 PUBLISHED = locked("google/owlv2-base-patch16-ensemble")
@@ -163,11 +163,7 @@ def _load(folder: Path):
         processor = Owlv2ImageProcessorPil.from_pretrained(folder, local_files_only=True)
     except (OSError, EOFError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise RewardError(f"cannot read {folder} as an OWLv2 checkpoint ({one_line(error)})") from error
-    if report["missing_keys"]:
-        raise RewardError(
-            f"{folder} lacks weights of an Owlv2ForObjectDetection: "
-            f"{', '.join(sorted(report['missing_keys'])[:5])}; fetch it again, run `{PUBLISHED.command}`"
-        )
+    check_whole(report["missing_keys"], folder, "Owlv2ForObjectDetection", PUBLISHED)
     side, asked = model.config.vision_config.image_size, processor.size
     if (asked["height"], asked["width"]) != (side, side):
         raise RewardError(

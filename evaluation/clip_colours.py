@@ -26,7 +26,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from evaluation.geneval import CLIP, COLORS, Detection, Question
 from rewards import RewardError, one_line
-from rewards.frozen import arithmetic, autocast, batches, folder_of, freeze
+from rewards.frozen import arithmetic, autocast, batches, check_whole, folder_of, freeze
 from training.weights import locked
 
 PUBLISHED = locked(CLIP)
@@ -133,12 +133,7 @@ def _load(folder: Path) -> tuple[CLIPModel, PreTrainedTokenizerBase]:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise RewardError(f"cannot read {folder} as a CLIP checkpoint ({one_line(error)})") from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise RewardError(
-            f"{folder} lacks {len(missing)} weights ({missing[0]} ...) of a CLIPModel: fetch it again, "
-            f"`{PUBLISHED.command}`, or name another folder"
-        )
+    check_whole(info["missing_keys"], folder, "CLIPModel", PUBLISHED)
     for part, config in (("text", model.config.text_config), ("vision", model.config.vision_config)):
         if config.hidden_act != "quick_gelu":
             raise RewardError(

@@ -20,7 +20,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from prompting import well_formed
 from rewards import RewardError, one_line
-from rewards.frozen import batches, folder_of, freeze
+from rewards.frozen import batches, check_whole, folder_of, freeze
 from training.weights import locked
 
 PUBLISHED = locked("openai/clip-vit-base-patch32")
@@ -86,9 +86,5 @@ def _load(folder: Path):
         processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
     except (OSError, EOFError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise RewardError(f"cannot read {folder} as a CLIP checkpoint ({one_line(error)})") from error
-    if report["missing_keys"]:
-        raise RewardError(
-            f"{folder} lacks weights of a CLIPModel: {', '.join(sorted(report['missing_keys'])[:5])}; "
-            f"fetch it again, run `{PUBLISHED.command}`"
-        )
+    check_whole(report["missing_keys"], folder, "CLIPModel", PUBLISHED)
     return model, tokenizer, processor

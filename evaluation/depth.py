@@ -22,7 +22,7 @@ from transformers import DPTForDepthEstimation
 
 from evaluation.boxes import frame_size
 from rewards import RewardError, one_line
-from rewards.frozen import batches, folder_of, freeze
+from rewards.frozen import batches, check_whole, folder_of, freeze
 from training.weights import locked
 
 PUBLISHED = locked("Intel/dpt-hybrid-midas")
@@ -84,10 +84,6 @@ def _load(folder: Path) -> DPTForDepthEstimation:
         )
     except (OSError, EOFError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise RewardError(f"cannot read {folder} as a DPT checkpoint ({one_line(error)})") from error
-    missing = sorted(name for name in report["missing_keys"] if not name.startswith(UNUSED))
-    if missing:
-        raise RewardError(
-            f"{folder} lacks weights of a DPTForDepthEstimation: {', '.join(missing[:5])}; fetch it again, run "
-            f"`{PUBLISHED.command}`"
-        )
+    missing = [name for name in report["missing_keys"] if not name.startswith(UNUSED)]
+    check_whole(missing, folder, "DPTForDepthEstimation", PUBLISHED)
     return model

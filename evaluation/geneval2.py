@@ -37,7 +37,7 @@ from evaluation.benchmark import Benchmark, BenchmarkError, Item, Verdict
 from evaluation.judged import Faults, ask, json_lines, one_word, settings_of, told
 from interfaces import Prompt
 from rewards import RewardError, one_line
-from rewards.frozen import arithmetic, batches, folder_of, freeze
+from rewards.frozen import arithmetic, batches, check_whole, folder_of, freeze
 from rewards.vlm import TOP_TOKENS, Question, Template, VLMClient
 from training.weights import locked
 
@@ -333,7 +333,5 @@ def _load(folder: Path, dtype: torch.dtype):
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise RewardError(f"cannot read {folder} as a VLM of transformers ({one_line(error)})") from error
-    if report["missing_keys"]:
-        names = ", ".join(sorted(report["missing_keys"])[:5])
-        raise RewardError(f"{folder} lacks weights: {names}; fetch it again, run `{PUBLISHED.command}`")
+    check_whole(report["missing_keys"], folder, "VLM", PUBLISHED)
     return model, processor

@@ -38,7 +38,7 @@ from transformers import Mask2FormerForUniversalSegmentation
 
 from evaluation.geneval import CLASS_NAMES, DETECTOR, Box, Detection
 from rewards import RewardError, one_line
-from rewards.frozen import arithmetic, batches, folder_of, freeze
+from rewards.frozen import arithmetic, batches, check_whole, folder_of, freeze
 from training.weights import locked
 
 PUBLISHED = locked(DETECTOR)
@@ -220,12 +220,8 @@ def _load(folder: Path) -> Mask2FormerForUniversalSegmentation:
         )
     except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise RewardError(f"cannot read {folder} as a Mask2Former checkpoint ({one_line(error)})") from error
-    missing = sorted(name for name in info["missing_keys"] if not name.startswith("criterion."))  # of the loss only
-    if missing:
-        raise RewardError(
-            f"{folder} lacks {len(missing)} weights ({missing[0]} ...) of a Mask2Former: fetch it again, "
-            f"`{PUBLISHED.command}`, or name another folder"
-        )
+    missing = [name for name in info["missing_keys"] if not name.startswith("criterion.")]  # of the loss only
+    check_whole(missing, folder, "Mask2Former", PUBLISHED)
     _check_classes(model.config.id2label, folder)
     return model
 

@@ -13,7 +13,6 @@ and writes a file of its own.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from tqdm import tqdm
 
 from evaluation.benchmark import Benchmark, BenchmarkError, Item, Verdict
 from evaluation.systems import Drawn, System
-from training.run_folder import save_png, write_whole
+from training.run_folder import differences, save_png, whole_lines, write_whole
 from training.seeds import render_seed
 
 Row = dict[str, Any]
@@ -158,19 +157,8 @@ def _check_settings(out: Path, settings: Mapping[str, Any]) -> None:
         old = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise BenchmarkError(f"{path} is not JSON ({error}): name another --out") from error
-    new = json.loads(json.dumps(settings))
-    changed = [f"{k} {old.get(k)!r} -> {new.get(k)!r}" for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
-    if changed:
-        raise BenchmarkError(f"--out {out} holds another evaluation ({'; '.join(changed)[:300]}): name another folder")
-
-
-def whole_lines(path: Path, cut: bool) -> list[bytes]:
-    """The lines of a file but for a last one that a kill tore; `cut` takes it off the file, for who appends to it."""
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if cut and whole < len(content):
-        os.truncate(path, whole)
-    return content[:whole].splitlines()
+    if changed := differences(old, json.loads(json.dumps(settings))):
+        raise BenchmarkError(f"--out {out} holds another evaluation ({changed}): name another folder")
 
 
 def open_picture(path: Path) -> Image.Image:

@@ -12,22 +12,14 @@ from typing import TYPE_CHECKING
 from huggingface_hub import try_to_load_from_cache
 
 from preflight.report import OK, PROBLEM, Check, readable
-from rewards import RewardOptions
+from rewards import CHECKPOINTS, RewardOptions
 from training import shapes
 from training.weights import WeightsError, locked, verify
 
 if TYPE_CHECKING:
     from r1_prompter import Options
 
-HPS, HPS_FILE = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
-SCORERS = {  # reward -> its published checkpoint
-    "hps": HPS,
-    "git": "microsoft/git-large-vqav2",
-    "gdino": "IDEA-Research/grounding-dino-tiny",
-    "orm": "CaraJ/ORM-T2I-R1",
-    "imagereward": "THUDM/ImageReward",
-    "pickscore": "yuvalkirstain/PickScore_v1",
-}
+HPS = CHECKPOINTS["hps"][0]
 
 
 @dataclass(frozen=True)
@@ -78,7 +70,7 @@ def names_of(options: Options) -> list[str]:
 
 def reward_path(name: str, options: RewardOptions) -> str:
     """The checkpoint of a reward with weights: its option, or else its published name."""
-    return asdict(options)[f"{name}_path"] or SCORERS[name]
+    return asdict(options)[f"{name}_path"] or CHECKPOINTS[name][0]
 
 
 def _reward(name: str, options: RewardOptions) -> Model:
@@ -87,7 +79,7 @@ def _reward(name: str, options: RewardOptions) -> Model:
     if Path(path).is_file():
         return replace(model, place=Path(path))
     if path == HPS:  # a file by itself in a repository of several
-        cached = try_to_load_from_cache(HPS, HPS_FILE, revision=locked(HPS).revision)
+        cached = try_to_load_from_cache(HPS, locked(HPS).include[0], revision=locked(HPS).revision)
         return replace(model, place=Path(cached) if isinstance(cached, str) else None)
     return model
 

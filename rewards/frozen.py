@@ -6,7 +6,7 @@ Nothing is ever fetched here: gigabytes by eight processes are a person's call, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -125,6 +125,15 @@ def tensors_of(path: Path, under: str | None = None) -> dict[str, torch.Tensor]:
         return read_weights(path, under)
     except WeightsError as error:
         raise RewardError(str(error)) from error
+
+
+def check_whole(missing: Iterable[str], folder: Path, kind: str, published: Checkpoint) -> None:
+    """Raise RewardError if any weight of a `kind` is `missing` from `folder`: transformers would make it up."""
+    if names := sorted(missing):
+        raise RewardError(
+            f"{folder} lacks {len(names)} weights of a {kind} ({', '.join(names[:5])}): fetch it again, run "
+            f"`{published.command}`, or name another folder"
+        )
 
 
 def freeze(model: torch.nn.Module, device: torch.device, source: str | Path) -> torch.nn.Module:

@@ -40,7 +40,7 @@ from data.grammar import RELATIONS
 from interfaces import Prompt, Reward, Sample
 from prompting import well_formed
 from rewards import RewardError, one_line
-from rewards.frozen import arithmetic, autocast, batches, check_pictures, folder_of, freeze
+from rewards.frozen import arithmetic, autocast, batches, check_pictures, check_whole, folder_of, freeze
 from training.weights import locked
 
 log = logging.getLogger(__name__)
@@ -500,11 +500,7 @@ def _load(
     except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise RewardError(f"cannot read {folder} as a GroundingDINO checkpoint ({one_line(error)})") from error
     missing = sorted(info["missing_keys"]) or [name for name in (BOX_HEAD,) if name not in names]
-    if missing:
-        raise RewardError(
-            f"{folder} lacks {len(missing)} weights ({missing[0]} ...) of a GroundingDINO: fetch it again, or name "
-            "another folder"
-        )
+    check_whole(missing, folder, "GroundingDINO", PUBLISHED)
     if not tokenizer.is_fast:
         raise RewardError(f"the tokenizer of {folder} has no offsets: save its fast form there (tokenizer.json)")
     ids = [tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.convert_tokens_to_ids(".")]

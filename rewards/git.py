@@ -36,6 +36,7 @@ from rewards.frozen import (
     autocast,
     batches,
     check_pictures,
+    check_whole,
     distinct_pictures,
     folder_of,
     freeze,
@@ -199,11 +200,7 @@ def _load(folder: Path):
         processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
     except (OSError, EOFError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise RewardError(f"cannot read {folder} as a GIT checkpoint ({one_line(error)})") from error
-    if report["missing_keys"]:
-        raise RewardError(
-            f"{folder} lacks weights of a GitForCausalLM: {', '.join(sorted(report['missing_keys'])[:5])}; "
-            f"fetch it again, run `{PUBLISHED.command}`"
-        )
+    check_whole(report["missing_keys"], folder, "GitForCausalLM", PUBLISHED)
     if tokenizer.cls_token_id is None:
         raise RewardError(f"the tokenizer in {folder} has no [CLS], with which GIT's questions begin: set cls_token")
     return model, tokenizer, processor

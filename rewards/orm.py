@@ -41,6 +41,7 @@ from rewards.frozen import (
     arithmetic,
     batches,
     check_pictures,
+    check_whole,
     distinct_pictures,
     folder_of,
     freeze,
@@ -193,11 +194,7 @@ def _load(folder: Path, dtype: torch.dtype, device: torch.device):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise RewardError(f"cannot read {folder} as a LLaVA-OneVision checkpoint ({one_line(error)})") from error
-    if report["missing_keys"]:
-        raise RewardError(
-            f"{folder} lacks weights of a LlavaOnevisionForConditionalGeneration: {_some(report['missing_keys'])}; "
-            f"fetch it again, run `{PUBLISHED.command}`"
-        )
+    check_whole(report["missing_keys"], folder, "LlavaOnevisionForConditionalGeneration", PUBLISHED)
     config = model.config
     if config.vision_feature_select_strategy != "full" or not isinstance(config.vision_feature_layer, int):
         raise RewardError(

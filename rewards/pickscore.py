@@ -29,6 +29,7 @@ from rewards.frozen import (
     autocast,
     batches,
     check_pictures,
+    check_whole,
     folder_of,
     freeze,
     mean_cosines,
@@ -125,11 +126,7 @@ def _load(folder: Path):
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise RewardError(f"cannot read {folder} as a CLIP checkpoint ({one_line(error)})") from error
-    if report["missing_keys"]:
-        raise RewardError(
-            f"{folder} lacks weights of a CLIPModel: {', '.join(sorted(report['missing_keys'])[:5])}; "
-            f"fetch it again, run `{PUBLISHED.command}`"
-        )
+    check_whole(report["missing_keys"], folder, "CLIPModel", PUBLISHED)
     reader = folder
     if not all((folder / name).is_file() for name in PROCESSOR_FILES):
         reader = folder_of(PROCESSOR.repo, PROCESSOR, PROCESSOR_FILES)

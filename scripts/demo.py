@@ -15,17 +15,16 @@ import json
 import random
 import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from evaluation.sheet import Cell, contact_sheet
 from interfaces import Prompt, Renderer
 from miniature import build, world
 from scripts.reprompt import Reprompter, Rewrite
@@ -179,21 +178,18 @@ def _draw_before_after(outdir: Path) -> None:
     """One prompt of each category (its first, whatever came of it): pictures of the prompt and of both rewrites."""
     rows = [json.loads(line) for line in (outdir / "gallery.jsonl").read_text(encoding="utf-8").splitlines()]
     shown = list({row["task"]: row for row in reversed(rows)}.values())[::-1]
-    figure = Figure(figsize=(2.1 * len(shown), 7), layout="constrained")
-    axes = figure.subplots(len(BEFORE_AFTER), len(shown))
-    for cell, label in zip(axes[:, 0], BEFORE_AFTER.values(), strict=True):
-        cell.set_ylabel(label, fontsize=10)
-    for column, row in zip(axes.T, shown, strict=True):
-        column[0].set_title(row["task"].replace("_", " "), fontsize=10, fontweight="bold")
-        for cell, system in zip(column, BEFORE_AFTER, strict=True):
-            answer, said = row[system], row["prompt"] if system == "raw" else row[system]["rewrite"] or "(unreadable)"
-            if answer["image"] is not None:
-                cell.imshow(Image.open(outdir / answer["image"]), interpolation="lanczos")
-            cell.set(xticks=[], yticks=[])
-            cell.set_xlabel(textwrap.fill(said, 26), fontsize=8)
-            for side in cell.spines.values():
-                side.set(color="#2e9e48" if answer["correct"] else "#d62828", linewidth=2.5)
-    figure.savefig(outdir / "before_after.png", dpi=110)
+    lines = {
+        label: [
+            Cell(
+                outdir / row[system]["image"] if row[system]["image"] else None,
+                row["prompt"] if system == "raw" else row[system]["rewrite"] or "(unreadable)",
+                row[system]["correct"],
+            )
+            for row in shown
+        ]
+        for system, label in BEFORE_AFTER.items()
+    }
+    contact_sheet(outdir / "before_after.png", [row["task"] for row in shown], lines)
 
 
 def _show(outdir: Path) -> None:

@@ -37,8 +37,8 @@ from evaluation import leak
 from evaluation.benchmark import Benchmark, BenchmarkError, Item
 from evaluation.benchmarks import BENCHMARKS, BenchmarkOptions
 from evaluation.layouts import There
-from evaluation.pipeline import Evaluation, Share, unjudged, whole_lines
-from evaluation.sheet import draw_sheet
+from evaluation.pipeline import Evaluation, Share, unjudged
+from evaluation.sheet import draw_examples
 from evaluation.statistics import Table, measure
 from evaluation.systems import BestOf, Chooser, Fixed, Revise, System
 from evaluation.table import cost, cost_table, text_table
@@ -49,7 +49,7 @@ from rewards import REWARDS, RewardError, RewardOptions, Setting, build
 from scripts.reprompt import Reprompter, Rewrite
 from training.options import UsageError, parse
 from training.policy import PolicyError
-from training.run_folder import PACKAGES, git_commit, write_whole
+from training.run_folder import PACKAGES, git_commit, whole_lines, write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_RESULTS = ("out", "training_prompts", "judge_url", "judge_concurrency", "judge_timeout", "judge_batch_timeout",
@@ -304,7 +304,7 @@ def _report(
     }
     write_whole(run.out / "results.json", json.dumps(results, indent=1).encode())
     write_whole(run.out / "results.txt", f"{text}\n".encode())
-    sheet = draw_sheet(rows, run.out)
+    sheet = draw_examples(rows, run.out)
     print(f"\n{text}\n\nexamples: {sheet}\nrows, pictures and results.json: {run.out}", flush=True)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from interfaces import Prompt
 from rewards import one_line
+from training.run_folder import differences
 
 START = b'{"settings": '  # of every journal
 
@@ -61,8 +62,7 @@ class Journal:
         old = self._load()
         self._begun = old is not None
         if old not in (None, settings):
-            names = sorted(name for name in {*old, *settings} if old.get(name) != settings.get(name))
-            changed = "; ".join(f"{name} was {old.get(name)!r}, is {settings.get(name)!r}" for name in names)
+            changed = differences(old, settings)
             raise JournalError(f"{out} was begun with other settings ({changed}): use those, or name another --out")
 
     def _load(self) -> dict | None:

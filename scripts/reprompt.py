@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,7 +33,7 @@ from interfaces import Prompt, Renderer
 from prompting import messages, parse, well_formed
 from rendering import CheckpointError, RenderOptions
 from training.policy import DTYPES, PolicyError, load_policy, load_tokenizer, pick_device, pick_dtype
-from training.run_folder import save_png, write_whole
+from training.run_folder import differences, save_png, whole_lines, write_whole
 from training.seeds import render_seed
 
 NOT_RESULTS = ("prompts", "out", "device")  # arguments that may differ when a run is continued
@@ -208,21 +207,17 @@ def _check_settings(path: Path, new: dict) -> None:
     except json.JSONDecodeError as error:
         raise RepromptError(f"{path} is not JSON ({error}); name another --out") from error
     added = PICTURE_SETTINGS if old.get("sdmodel_name") is None else ()
-    changed = [f"{k} was {old.get(k)!r}, is {new[k]!r}" for k in new if k not in added and old.get(k) != new[k]]
+    changed = differences({k: old.get(k) for k in new}, {**new, **{k: old.get(k) for k in added}})
     if changed:
-        raise RepromptError(f"{path.parent} was made with other settings ({'; '.join(changed)}); name another --out")
+        raise RepromptError(f"{path.parent} was made with other settings ({changed}); name another --out")
 
 
 def _read_rows(path: Path) -> dict[str, dict]:
     """Rows by prompt id; a last line torn by a kill is cut off the file."""
     if not path.exists():
         return {}
-    text = path.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    if len(whole) < len(text):
-        os.truncate(path, len(whole))
     try:
-        rows = [json.loads(line) for line in whole.split(b"\n")[:-1]]
+        rows = [json.loads(line) for line in whole_lines(path, cut=True)]
     except ValueError as error:
         raise RepromptError(f"{path} has a line that is not JSON ({error}); name another --out") from error
     return {row["id"]: row for row in rows}

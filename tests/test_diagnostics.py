@@ -39,9 +39,12 @@ def test_distinct_n_falls_when_the_policy_repeats_itself():
 def test_rewrites_are_measured_among_the_readable_ones_only():
     rows = [row("A  RED cat", {"x": 1.0}), row(None, {"x": 0.0}), row("one two three four", {"x": 0.5}, tokens=9)]
     found = diagnose([*rows, row(None, {"x": None})], 2, max_tokens=4)
+    assert found["samples/absent"] == 0  # what could not be read was not asked about
     assert found["rewrites/copied"] == 0.5 and found["rewrites/overflow"] == 0.5 and found["rewrites/tokens"] == 6
     assert found["rewrites/edit_distance"] == 0.5 and found["rewrites/unreadable"] == 0.5
-    assert found["samples/absent"] == 0.25
+    dead = [row("a", {"x": None}), row(None, {"x": 0.0})]
+    assert diagnose(dead, 2, max_tokens=4)["samples/absent"] == 1  # nor does it hide a reward that is dead
+    assert diagnose([row(None, {"x": None}), row(None, {"x": 0.0})], 2, max_tokens=4)["samples/absent"] == 0.5
 
 
 def test_spread_is_within_groups_and_an_absent_score_is_left_out_not_zero():

@@ -340,7 +340,8 @@ class Mortal(JudgeServer):
 
 
 @pytest.mark.parametrize(
-    "fate", [(500, {}), (200, {"choices": []}), (200, {"choices": [{"message": {"content": "<score>great</score>"}}]})],
+    "fate",
+    [(500, {}), (200, {"choices": []}), (200, {"choices": [{"message": {"content": "<score>great</score>"}}]})],
     ids=["an error", "no answer", "a grade that is no number"],
 )  # fmt: skip
 def test_a_judge_that_stops_judging_stops_the_run_with_its_share(toy, tmp_path, fate):

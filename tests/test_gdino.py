@@ -641,7 +641,7 @@ def test_a_folder_that_is_not_whole_is_refused(tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     lost = weights.pop("model.text_projection.weight")
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(RewardError, match="lacks 1 weights .model.text_projection.weight"):
+    with pytest.raises(RewardError, match="lacks 1 weights of a GroundingDINO .model.text_projection.weight"):
         GroundingDino(tmp_path, device="cpu")
     save_file({**weights, "model.text_projection.weight": lost[:5]}, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(RewardError, match="cannot read"):
@@ -660,7 +660,7 @@ def test_a_box_head_under_its_tied_name_is_refused_for_it_would_stay_random(tmp_
     weights = load_file(tmp_path / "model.safetensors")
     renamed = {(name.replace(head, tied) if name.startswith(head) else name): w for name, w in weights.items()}
     save_file(renamed, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(RewardError, match="lacks 1 weights .bbox_embed.0"):
+    with pytest.raises(RewardError, match="lacks 1 weights of a GroundingDINO .bbox_embed.0"):
         GroundingDino(tmp_path, device="cpu")
 
 

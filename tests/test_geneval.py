@@ -730,7 +730,7 @@ def test_weights_that_are_missing_are_named(tmp_path):
     weights = load_file(write_mask2former(tmp_path) / "model.safetensors")
     del weights["class_predictor.weight"]
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(RewardError, match="lacks 1 weights .class_predictor.weight"):
+    with pytest.raises(RewardError, match="lacks 1 weights of a Mask2Former .class_predictor.weight"):
         Mask2Former(tmp_path, **SMALL)
 
 

@@ -182,7 +182,7 @@ def test_continuing_with_other_settings_is_refused_and_names_them(job, tmp_path,
     capsys.readouterr()
     assert main([*job, *out, "--seed", "7"]) == 2
     error = capsys.readouterr().err
-    assert "seed was 0, is 7" in error and error.count("\n") == 1
+    assert "seed 0 -> 7" in error and error.count("\n") == 1
 
 
 def test_another_prompt_file_is_refused(job, tmp_path):

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -138,14 +138,10 @@ def _damage(checkpoint: Path, files: Mapping[str, tuple[int, str]], contents: bo
             return f"{name} has {path.stat().st_size} bytes, not {size}"
     if contents:
         with ThreadPoolExecutor(THREADS) as pool:
-            for name, digest in zip(files, pool.map(file_hash, _in(checkpoint, files)), strict=True):
+            for name, digest in zip(files, pool.map(file_hash, [checkpoint / name for name in files]), strict=True):
                 if digest != files[name][1]:
                     return f"{name} is corrupt: SHA-256 {digest[:12]}..., not {files[name][1][:12]}..."
     return None
-
-
-def _in(folder: Path, names: Iterable[str]) -> list[Path]:
-    return [folder / name for name in names]
 
 
 def file_hash(path: Path) -> str:

@@ -270,6 +270,21 @@ class RunFolder:
         self._full = True
 
 
+def whole_lines(path: Path, cut: bool) -> list[bytes]:
+    """The lines of a file but for a last one that a kill tore; `cut` takes it off the file, for who appends to it."""
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if cut and whole < len(content):
+        os.truncate(path, whole)
+    return content[:whole].splitlines()
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """What differs between two settings, as 'seed 1 -> 2; ...', 300 characters at most; "" if nothing does."""
+    names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    return "; ".join(f"{name} {old.get(name)!r} -> {new.get(name)!r}" for name in names)[:300]
+
+
 def save_png(image: Image.Image, path: Path) -> None:
     """Write a picture as PNG, whole or not at all."""
     buffer = io.BytesIO()
