@@ -6,7 +6,7 @@ No torch here: images are PIL at every border, tensors stay inside the part that
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol
@@ -49,7 +49,7 @@ class Sample:
         completion: the policy's whole text.
         rewrite: the text given to the renderer, or None.
         images: one RGB picture per seed; None where the renderer failed (the sample is then absent, not bad).
-        anchors: pictures of the raw prompt from the same seeds, for rewards that need them; () if none does.
+        anchors: as many pictures of the raw prompt, the same all run long, for rewards that need them; else ().
     """
 
     prompt: Prompt
@@ -59,11 +59,19 @@ class Sample:
     anchors: tuple[Image.Image | None, ...] = ()
 
 
+Seen = Callable[[int, Image.Image | None], None]
+
+
 class Renderer(Protocol):
     """rewrite + seed -> image. Frozen. A row's picture does not depend on the rest of the batch."""
 
-    def __call__(self, texts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image | None]:
-        """Draw `texts[i]` from noise `seeds[i]`; None where a row could not be drawn. Same length as `texts`."""
+    def __call__(
+        self, texts: Sequence[str], seeds: Sequence[int], seen: Seen | None = None
+    ) -> list[Image.Image | None]:
+        """Draw `texts[i]` from noise `seeds[i]`; None where a row could not be drawn. Same length as `texts`.
+
+        `seen(i, picture)` is called once for each row, as soon as its picture is there and on the caller's thread.
+        """
         ...
 
     def count_tokens(self, text: str) -> int:
@@ -87,6 +95,7 @@ class Reward(Protocol):
         range: lowest and highest score.
         needs_images: whether it looks at pictures.
         needs_anchors: whether samples must come with pictures of the raw prompt.
+        begins: whether it asks another machine, and may be told to `begin`.
         metrics: what the last call has to say beside its scores: "<name>/<metric>" -> number.
     """
 
@@ -94,6 +103,10 @@ class Reward(Protocol):
     range: tuple[float, float]
     needs_images: bool = True
     needs_anchors: bool = False
+    begins: bool = False
     metrics: Mapping[str, float] = MappingProxyType({})
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | None]: ...
+
+    def begin(self, samples: Sequence[Sample]) -> None:
+        """Start on whole groups that the next call will contain, on another thread while the rest is being drawn."""

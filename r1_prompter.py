@@ -43,6 +43,7 @@ from prompting import messages
 from rendering import CheckpointError, RenderOptions
 from rewards import REWARDS, RewardError, RewardOptions, Setting, build, check
 from rewards.frozen import footprint
+from training.cache import PictureCache
 from training.checkpoints import file_hash
 from training.curves import progressing
 from training.diagnostics import diagnose, mean_of_processes
@@ -93,6 +94,18 @@ class ScriptArguments:
     images_per_rewrite: int = field(
         default=1,
         metadata={"help": "Pictures per rewrite, averaged; another prompt often teaches more at the same cost."},
+    )
+    fresh_seeds: bool = field(
+        default=True,
+        metadata={
+            "help": "New noise for a prompt at each step; false: its own for the whole run, rewrites are cached."
+        },
+    )
+    picture_cache: float = field(
+        default=4.0,
+        metadata={
+            "help": "GB on disk for pictures that may be wanted again: raw prompts', and without fresh seeds all."
+        },
     )
     max_absent_share: float = field(
         default=0.5,
@@ -322,6 +335,10 @@ def train(options: Options) -> None:
         run_seed=training.seed,
         max_absent_share=script.max_absent_share,
         held_out=held_out,
+        fresh_seeds=script.fresh_seeds,
+        cache=PictureCache(
+            folder.path / "cache", script.picture_cache * 1e9, training.process_index, training.world_size
+        ),
         enter=watch.enter,
     )
     trainer = RewriteTrainer(

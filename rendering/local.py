@@ -15,7 +15,7 @@ import logging
 import re
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import httpx
@@ -26,6 +26,7 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from PIL import Image
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from interfaces import Seen
 from rendering import CheckpointError
 from training.signals import leaving
 from training.weights import WeightsError, check_folder, locked
@@ -110,12 +111,15 @@ class LocalRenderer:
             self.pipe.encode_prompt = self._encode_each_text_once
 
     @torch.inference_mode()
-    def __call__(self, texts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image | None]:
+    def __call__(
+        self, texts: Sequence[str], seeds: Sequence[int], seen: Seen | None = None
+    ) -> list[Image.Image | None]:
         """Draw `texts[i]` from noise `seeds[i]`, once per distinct pair; equal rows share one picture object.
 
         Args:
             texts: B texts of any length.
             seeds: B seeds in [-2**63, 2**64).
+            seen: told each row's index and picture after its chunk.
 
         Returns:
             B RGB pictures; None where a row could not be drawn, with the reason counted in `failures`.
@@ -128,8 +132,16 @@ class LocalRenderer:
         rows = list(zip(texts, seeds, strict=True))
         distinct = [row for row in dict.fromkeys(rows) if row[0].strip()]
         self._count_truncated({text for text, _ in distinct})
+        places: dict[tuple[str, int], list[int]] = {}
+        for i, row in enumerate(rows):
+            places.setdefault(row, []).append(i)
+
+        def tell(row: tuple[str, int], outcome: Image.Image | str) -> None:
+            for i in places[row] if seen else ():
+                seen(i, None if isinstance(outcome, str) else outcome)
+
         try:
-            drawn = self._draw_all(distinct)
+            drawn = self._draw_all(distinct, tell)
         finally:
             self._encoded.clear()
         outcomes = [drawn.get(row, "told to leave" if row[0].strip() else "blank text") for row in rows]
@@ -163,16 +175,20 @@ class LocalRenderer:
             )
         self.truncated += cut
 
-    def _draw_all(self, rows: list[tuple[str, int]]) -> dict[tuple[str, int], Image.Image | str]:
+    def _draw_all(
+        self, rows: list[tuple[str, int]], tell: Callable[[tuple[str, int], Image.Image | str], None]
+    ) -> dict[tuple[str, int], Image.Image | str]:
         """Distinct (text, seed) -> picture, or why there is none; cut short between chunks when told to leave."""
         drawn: dict[tuple[str, int], Image.Image | str] = {}
         while len(drawn) < len(rows) and not leaving():
             chunk = rows[len(drawn) : len(drawn) + self.chunk_size]
             pictures = self._draw_chunk(chunk)
+            if pictures is None and self.chunk_size == 1:
+                pictures = ["out of memory"]
             if pictures is not None:
-                drawn.update(zip(chunk, pictures, strict=True))
-            elif self.chunk_size == 1:
-                drawn[chunk[0]] = "out of memory"
+                for row, picture in zip(chunk, pictures, strict=True):
+                    drawn[row] = picture
+                    tell(row, picture)
             else:
                 warnings.warn(
                     f"out of memory drawing {self.chunk_size} pictures at once: from now on {self.chunk_size // 2}. "

@@ -223,10 +223,12 @@ def check(names: Sequence[str], options: RewardOptions, ddp_timeout: float = mat
             )
     if len(set(names)) != len(names):
         raise RewardError(f"a reward is named twice in {list(names)}: name each once and weight it instead")
-    waiting = sum(name in ("judge", "preference") for name in names) * options.judge_batch_timeout
+    judges = sum(name in ("judge", "preference") for name in names)
+    waiting = (judges + 1) * options.judge_batch_timeout if judges else 0  # + 1: calls begun while the last were drawn
     if waiting and waiting >= ddp_timeout / 2:
         raise RewardError(
-            f"judges may take {waiting:g} s of a batch (judge_batch_timeout {options.judge_batch_timeout:g} s each), "
+            f"judges may take {waiting:g} s of a batch (judge_batch_timeout {options.judge_batch_timeout:g} s each, "
+            "and once for what was begun during drawing), "
             f"not below half of ddp_timeout {ddp_timeout:g} s: lower the first or raise the second"
         )
 

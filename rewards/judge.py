@@ -57,6 +57,7 @@ class Judge(Reward):
 
     name = "judge"
     range = (-1.0, 1.0)
+    begins = True
 
     def __init__(self, client: VLMClient):
         self.client = client
@@ -68,11 +69,17 @@ class Judge(Reward):
         Raises:
             ValueError: a sample without pictures, or with one that failed; the caller leaves such samples out.
         """
-        check_pictures(samples, self.name)
-        questions = [Question(TEMPLATE, sample.prompt.text, (image,)) for sample in samples for image in sample.images]
-        grades = iter(self.client.ask(questions))
+        grades = iter(self.client.ask(self._questions(samples)))
         self.metrics = {f"{self.name}/{key}": value for key, value in self.client.metrics.items()}
         return [_score([next(grades) for _ in sample.images]) for sample in samples]
+
+    def begin(self, samples: Sequence[Sample]) -> None:
+        """Ask about these already; the next call finds the grades there."""
+        self.client.begin(self._questions(samples))
+
+    def _questions(self, samples: Sequence[Sample]) -> list[Question]:
+        check_pictures(samples, self.name)
+        return [Question(TEMPLATE, sample.prompt.text, (image,)) for sample in samples for image in sample.images]
 
 
 def _score(grades: Sequence[Verdict | None]) -> float | None:

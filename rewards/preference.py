@@ -68,7 +68,7 @@ class _Pair:
     Attributes:
         prompt: that both were drawn for.
         rows: the samples that the pictures belong to; one row if the second picture is an anchor.
-        pictures: from the same seed; the second is None if the anchor could not be drawn.
+        pictures: the second is an anchor, None if that could not be drawn, or another's from the same seed.
     """
 
     prompt: Prompt
@@ -79,8 +79,9 @@ class _Pair:
 class Preference(Reward):
     """Share of comparisons, within the group of one prompt, that a sample's pictures win.
 
-    Pictures are compared with those of the same seed (index j with index j). A pair with equal pixels is a tie and not
-    asked. Which picture is shown first is a pure function of seed, prompt and pixels.
+    Picture j is compared with picture j: of a group's member one from the same seed, of the raw prompt the same one
+    all run long. A pair with equal pixels is a tie and not asked. Which picture is shown first is a pure function of
+    seed, prompt and pixels.
 
     Args:
         client: of the server that compares; `client.check()` says whether it can be reached.
@@ -100,6 +101,7 @@ class Preference(Reward):
 
     name = "preference"
     range = (0.0, 1.0)
+    begins = True
 
     def __init__(self, client: VLMClient, *, pairs: str = "all", both_orders: bool = False, seed: int = 0):
         if pairs not in ("all", "anchor") and not (pairs.isdecimal() and int(pairs) >= 1):
@@ -117,6 +119,22 @@ class Preference(Reward):
             ValueError: a sample without pictures or with one that failed; samples of a group, or a sample and its
                 anchors, that differ in number of pictures.
         """
+        pairs, orders, questions = self._questions(samples)
+        verdicts = self.client.ask(questions)
+        answers = iter(verdicts)
+        points = [
+            _points(pair, [_vote(next(answers), order) for order in some])
+            for pair, some in zip(pairs, orders, strict=True)
+        ]
+        self.metrics = self._metrics(points, verdicts)
+        return _win_rates(len(samples), pairs, points)
+
+    def begin(self, samples: Sequence[Sample]) -> None:
+        """Ask about these whole groups already; the next call finds the verdicts there."""
+        self.client.begin(self._questions(samples)[-1])
+
+    def _questions(self, samples: Sequence[Sample]) -> tuple[list[_Pair], list[list[tuple[int, int]]], list[Question]]:
+        """All comparisons, in which orders each is shown, and the questions that come of that, in their order."""
         check_pictures(samples, self.name)
         pictures = {id(image): image for sample in samples for image in (*sample.images, *sample.anchors)}
         hashes = {key: picture_hash(image) for key, image in pictures.items() if image is not None}
@@ -127,14 +145,7 @@ class Preference(Reward):
             for pair, some in zip(pairs, orders, strict=True)
             for order in some
         ]
-        verdicts = self.client.ask(questions)
-        answers = iter(verdicts)
-        points = [
-            _points(pair, [_vote(next(answers), order) for order in some])
-            for pair, some in zip(pairs, orders, strict=True)
-        ]
-        self.metrics = self._metrics(points, verdicts)
-        return _win_rates(len(samples), pairs, points)
+        return pairs, orders, questions
 
     def _pairs(self, samples: Sequence[Sample], hashes: Mapping[int, str]) -> Iterator[_Pair]:
         groups: dict[str, list[int]] = {}
@@ -151,7 +162,7 @@ class Preference(Reward):
                 if len(left) != len(right):
                     raise ValueError(
                         f"prompt {prompt.id} ({prompt.text!r}): {len(left)} pictures cannot be compared with "
-                        f"{len(right)}: draw all of a group, and anchors if pairs='anchor', from the same seeds"
+                        f"{len(right)}: draw all of a group, and as many anchors if pairs='anchor'"
                     )
                 yield from (_Pair(prompt, rows, both) for both in zip(left, right, strict=True))
 

@@ -117,11 +117,12 @@ class Question:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What came of one call: a verdict, or why the call failed, or an answer that could not be read."""
+    """What came of a question: a verdict (`cached`: of an earlier call), or why there is none: failed, or unread."""
 
     verdict: Verdict | None = None
     failure: str = ""
     unread: str = ""
+    cached: bool = False
 
     @property
     def reason(self) -> str:
@@ -180,7 +181,16 @@ class VLMClient:
         self.cache = _Cache(cache) if cache is not None else None
         self.metrics: dict[str, float] = {}
         self.reasons: list[str] = []
+        self._early: dict[str, _Outcome] = {}
         self._circuit = _Circuit(max(TRIP, 2 * concurrency))
+
+    def begin(self, questions: Sequence[Question]) -> None:
+        """Ask already what a later `ask` will; what came of it, failures too, waits for the next `ask`.
+
+        May run beside anything but `ask`; what is unfinished after `batch_timeout` has failed.
+        """
+        distinct = dict(zip(self._keys(questions), questions, strict=True))
+        self._early |= self._outcomes({key: q for key, q in distinct.items() if key not in self._early})
 
     def ask(self, questions: Sequence[Question]) -> list[Verdict | None]:
         """One verdict per question, in order; None where the call failed or the answer could not be read.
@@ -188,19 +198,25 @@ class VLMClient:
         Equal questions (same template, prompt and pixels) are asked once. Only verdicts are cached, never failures.
         Runs its own event loop, so it cannot be called from inside one.
         """
-        deadline = time.monotonic() + self.batch_timeout
         keys = self._keys(questions)
         distinct = dict(zip(keys, questions, strict=True))
-        known = self.cache.get(distinct) if self.cache else {}
-        to_ask = {key: question for key, question in distinct.items() if key not in known}
-        outcomes = asyncio.run(self._ask_all(to_ask, deadline)) if to_ask else {}
-        new = {key: outcome.verdict for key, outcome in outcomes.items() if outcome.verdict is not None}
+        early = {key: self._early[key] for key in distinct if key in self._early}
+        self._early = {}
+        outcomes = early | self._outcomes({key: question for key, question in distinct.items() if key not in early})
+        self._report(outcomes)
+        self.reasons = [outcomes[key].reason for key in keys]
+        return [outcomes[key].verdict for key in keys]
+
+    def _outcomes(self, questions: Mapping[str, Question]) -> dict[str, _Outcome]:
+        """What came of each question: a verdict that is cached, or that of a call."""
+        deadline = time.monotonic() + self.batch_timeout
+        known = self.cache.get(questions) if self.cache and questions else {}
+        to_ask = {key: question for key, question in questions.items() if key not in known}
+        asked = asyncio.run(self._ask_all(to_ask, deadline)) if to_ask else {}
+        new = {key: outcome.verdict for key, outcome in asked.items() if outcome.verdict is not None}
         if self.cache and new:
             self.cache.put(new)
-        self._report(outcomes, cached=len(known))
-        self.reasons = [outcomes[key].reason if key in outcomes else "" for key in keys]
-        verdicts = known | new
-        return [verdicts.get(key) for key in keys]
+        return {key: _Outcome(verdict, cached=True) for key, verdict in known.items()} | asked
 
     def check(self) -> None:
         """Ask the server once which models it has (GET /models).
@@ -324,17 +340,17 @@ class VLMClient:
         key = os.environ.get("JUDGE_API_KEY", "").strip()
         return open_api(self.url, key, self.call_timeout, proxies=not self.loopback)
 
-    def _report(self, outcomes: Mapping[str, _Outcome], cached: int) -> None:
+    def _report(self, outcomes: Mapping[str, _Outcome]) -> None:
         failures = [outcome.failure for outcome in outcomes.values() if outcome.failure]
         unread = [outcome.unread for outcome in outcomes.values() if outcome.unread]
-        counts = {"asked": len(outcomes), "cached": cached, "failed": len(failures), "unparsable": len(unread)}
+        cached = sum(outcome.cached for outcome in outcomes.values())
+        asked = len(outcomes) - cached
+        counts = {"asked": asked, "cached": cached, "failed": len(failures), "unparsable": len(unread)}
         self.metrics = {name: float(count) for name, count in counts.items()}
         if failures:
-            logger.warning("%d of %d judge calls failed, one: %s", len(failures), len(outcomes), failures[0])
+            logger.warning("%d of %d judge calls failed, one: %s", len(failures), asked, failures[0])
         if unread:
-            logger.warning(
-                "%d of %d judge answers have no verdict, one: %.200r", len(unread), len(outcomes), unread[0]
-            )
+            logger.warning("%d of %d judge answers have no verdict, one: %.200r", len(unread), asked, unread[0])
 
 
 # ----- what is sent, what comes back

@@ -13,6 +13,7 @@ from PIL import Image
 
 from interfaces import Prompt, Reward
 from prompting import completion
+from training.cache import PictureCache
 from training.scoring import PATIENCE, Scorer, ScoringError
 from training.seeds import render_seed
 
@@ -156,14 +157,20 @@ class AgainstRaw(Grey):
         return [float(s.images[0].getpixel((0, 0)) > s.anchors[0].getpixel((0, 0))) for s in samples]
 
 
-def test_the_raw_prompt_is_drawn_once_a_group_from_the_same_seeds_where_a_reward_needs_it():
+def test_the_raw_prompt_is_drawn_once_in_a_run_where_a_reward_needs_it(tmp_path):
     renderer = Painter()
-    it = scorer(AgainstRaw(), renderer=renderer, group=3)
+    it = scorer(AgainstRaw(), renderer=renderer, group=3, cache=PictureCache(tmp_path / "cache", 1e6))
     rows = score(it, [(CAT, "a"), (CAT, "a big cat"), (CAT, CAT.text)])
     assert [row.parts["grey"] for row in rows] == [0.0, 1.0, 0.0]
-    seed = render_seed(7, CAT.id, 1, 0)
-    assert sorted(renderer.calls) == sorted([("a", seed), ("a big cat", seed), (CAT.text, seed)])
-    assert it.metrics["grey/asked"] == 3
+    seed, own = render_seed(7, CAT.id, 1, 0), render_seed(7, CAT.id, 0, 0)
+    assert sorted(renderer.calls) == sorted([("a", seed), ("a big cat", seed), (CAT.text, seed), (CAT.text, own)])
+    assert it.metrics["grey/asked"] == 3 and it.metrics["images/cached"] == 0
+    renderer.calls.clear()
+    again = scorer(AgainstRaw(), renderer=renderer, group=3, cache=PictureCache(tmp_path / "cache", 1e6))
+    rows = score(again, [(CAT, "a"), (CAT, "a big cat"), (CAT, "a")])  # a continued run, the same step
+    assert [row.parts["grey"] for row in rows] == [0.0, 1.0, 0.0]
+    assert sorted(renderer.calls) == sorted([("a", seed), ("a big cat", seed)])
+    assert again.metrics["images/cached"] == 1 / 3
     score(scorer(Grey(), renderer=(plain := Painter())), [(CAT, "a"), (CAT, "b")])
     assert CAT.text not in dict(plain.calls)
 

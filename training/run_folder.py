@@ -61,6 +61,7 @@ NOT_IDENTITY = {
     "dataloader_num_workers",
     "max_absent_share",
     "phase_budget",
+    "picture_cache",
 }
 
 
@@ -244,7 +245,7 @@ class RunFolder:
 
     def make_room(self) -> bool:
         """Delete all pictures, keep no more of them, and say so; False if there was nothing to delete."""
-        pictures = list((self.path / "images").glob("*.png"))
+        pictures = [path for kept in ("images", "cache") for path in (self.path / kept).glob("*.png")]
         freed = sum(path.stat().st_size for path in pictures)
         for path in pictures:
             path.unlink(missing_ok=True)

@@ -23,12 +23,15 @@ from PIL import Image
 
 from interfaces import Prompt, Renderer, Reward, Sample
 from prompting import parse
+from training.ahead import Ahead
+from training.cache import PictureCache
 from training.seeds import render_seed
 from training.signals import Leave, leaving
 
 logger = logging.getLogger(__name__)
 
 PATIENCE = 3  # generation batches in a row: with too many absent samples the run stops, with equal rewards it warns
+Row = tuple[str, int]  # a text to draw, and the seed of its noise
 FAILURES = (OSError, RuntimeError, ValueError)  # of a renderer or reward; anything else is a bug and ends at once
 
 
@@ -61,6 +64,30 @@ class Scored:
         return any(value is None for value in self.parts.values())
 
 
+@dataclass(frozen=True)
+class _Rollout:
+    """What is to be drawn for one sample; `anchor` is the raw prompt where its pictures are wanted too."""
+
+    prompt: Prompt
+    completion: str
+    rewrite: str | None
+    seeds: tuple[int, ...]
+    anchor: str | None
+    anchor_seeds: tuple[int, ...]
+
+    @property
+    def rows(self) -> list[Row]:
+        """Each (text, seed) of which it needs the picture."""
+        texts = ((self.rewrite, self.seeds), (self.anchor, self.anchor_seeds))
+        return [(text, seed) for text, seeds in texts if text is not None for seed in seeds]
+
+    def sample(self, drawn: Mapping[Row, Image.Image | None]) -> Sample:
+        """The sample with its pictures."""
+        images = () if self.rewrite is None else tuple(drawn[self.rewrite, seed] for seed in self.seeds)
+        anchors = () if self.anchor is None else tuple(drawn[self.anchor, seed] for seed in self.anchor_seeds)
+        return Sample(self.prompt, self.completion, self.rewrite, images, anchors)
+
+
 class Scorer:
     """Draws and scores generation batches; deliberately not an `nn.Module`, which TRL would run as a classifier.
 
@@ -75,6 +102,9 @@ class Scorer:
         run_seed: the run's `--seed`.
         max_absent_share: above this share of absent samples a batch counts against PATIENCE, in [0, 1].
         held_out: scorers that are asked and logged but feed no advantage.
+        fresh_seeds: whether a prompt's rewrites get new noise each step; its anchors never do.
+        cache: of pictures that may be wanted again at a later step; None keeps none.
+        ahead: whether all scorers, not judges alone, look at a group's pictures while others are being drawn.
         enter: told the phase that begins ("render", "score hps", "train") and the optimiser step that it serves.
     """
 
@@ -91,12 +121,16 @@ class Scorer:
         run_seed: int = 0,
         max_absent_share: float = 0.5,
         held_out: Sequence[Reward] = (),
+        fresh_seeds: bool = True,
+        cache: PictureCache | None = None,
+        ahead: bool = False,
         enter: Callable[[str, int], None] = lambda phase, step: None,
     ):
         self.renderer, self.rewards, self.prompts = renderer, list(rewards), prompts
         self.held_out, self.num_generations = list(held_out), num_generations
         self.run_seed, self.max_absent_share = run_seed, max_absent_share
         self.reasoning, self.common_seeds, self.enter = reasoning, common_seeds, enter
+        self.fresh_seeds, self.cache, self.ahead = fresh_seeds, cache, ahead
         scorers = [*self.rewards, *self.held_out]
         self._pictures = images_per_rewrite if any(scorer.needs_images for scorer in scorers) else 0
         self._anchors = any(scorer.needs_anchors for scorer in scorers)
@@ -159,18 +193,18 @@ class Scorer:
             self._seeds(id, step, i % self.num_generations) if answer else ()
             for i, (id, answer) in enumerate(zip(prompt_ids, answers, strict=True))
         ]
-        rewrites = [answer.rewrite if answer else None for answer in answers]
-        texts = [self.prompts[id].text for id in prompt_ids] if self._anchors else [None] * len(prompt_ids)
-
+        rollouts = [
+            self._rollout(self.prompts[id], completion, answer.rewrite if answer else None, row)
+            for id, completion, answer, row in zip(prompt_ids, completions, answers, seeds, strict=True)
+        ]
+        scorers = [*self.rewards, *self.held_out]
         started = time.perf_counter()
         self.enter("render", step)
-        drawn = self._draw(list(zip(rewrites, seeds, strict=True)) + list(zip(texts, seeds, strict=True)))
-        rendered = time.perf_counter()
-        samples = [
-            Sample(self.prompts[id], completion, rewrite, _of(drawn, rewrite, row), _of(drawn, text, row))
-            for id, completion, rewrite, text, row in zip(prompt_ids, completions, rewrites, texts, seeds, strict=True)
-        ]
-        columns = {scorer.name: self._ask(scorer, samples, step) for scorer in (*self.rewards, *self.held_out)}
+        with Ahead(scorers, _column, locally=self.ahead) as ahead:
+            drawn, counts = self._draw(rollouts, ahead)
+            rendered = time.perf_counter()
+        samples = [rollout.sample(drawn) for rollout in rollouts]
+        columns = {scorer.name: self._ask(scorer, samples, step, ahead.early[scorer.name]) for scorer in scorers}
         missing = self._missing(samples, columns)
         parts, held_out = self._parts(samples, columns), _rows(self.held_out, columns, len(samples))
         scored = [
@@ -184,12 +218,10 @@ class Scorer:
             )
             for i, (sample, answer) in enumerate(zip(samples, answers, strict=True))
         ]
-        wanted = sum(map(len, seeds))
         self.metrics = {
             "seconds/render": rendered - started,
             "seconds/score": time.perf_counter() - rendered,
-            "images/drawn": float(len(drawn)),
-            **({"images/distinct": len(drawn) / wanted} if wanted else {}),
+            **counts,
             **missing,
         }
         for scorer in (*self.rewards, *self.held_out):
@@ -231,25 +263,61 @@ class Scorer:
 
     def _seeds(self, id: str, step: int, member: int) -> tuple[int, ...]:
         """One seed a picture; a group's member has its own pictures' indices only where seeds are not common."""
+        step = step if self.fresh_seeds else 0
         first = 0 if self.common_seeds else member * self._pictures
         return tuple(render_seed(self.run_seed, id, step, k) for k in range(first, first + self._pictures))
 
-    def _draw(self, rows: Sequence[tuple[str | None, tuple[int, ...]]]) -> dict[tuple[str, int], Image.Image | None]:
-        """(text, seed) -> picture, of rows of a text and its seeds: every distinct one is drawn once."""
-        keys = list(dict.fromkeys((text, seed) for text, seeds in rows for seed in seeds if text is not None))
-        pictures = self.renderer([text for text, _ in keys], [seed for _, seed in keys]) if keys else []
-        if len(pictures) != len(keys):
-            raise ScoringError(f"the renderer returned {len(pictures)} images for {len(keys)} rewrites")
-        return dict(zip(keys, pictures, strict=True))
+    def _rollout(self, prompt: Prompt, completion: str, rewrite: str | None, seeds: tuple[int, ...]) -> _Rollout:
+        if not self._anchors or not seeds:
+            return _Rollout(prompt, completion, rewrite, seeds, None, ())
+        anchor_seeds = tuple(render_seed(self.run_seed, prompt.id, 0, k) for k in range(self._pictures))
+        return _Rollout(prompt, completion, rewrite, seeds, prompt.text, anchor_seeds)
 
-    def _ask(self, scorer: Reward, samples: Sequence[Sample], step: int) -> list[float | None]:
+    def _draw(
+        self, rollouts: Sequence[_Rollout], ahead: Ahead
+    ) -> tuple[dict[Row, Image.Image | None], dict[str, float]]:
+        """Every distinct picture once, from the cache or drawn, and the counts; whole groups are told to `ahead`."""
+        groups = _Groups(rollouts, self.num_generations, ahead)
+        kept = self._kept(rollouts) if self.cache else set()
+        for row in sorted(kept):
+            if (picture := self.cache.get(*row)) is not None:
+                groups.seen(row, picture)
+        cached = len(groups.drawn)
+        wanted = dict.fromkeys(row for rollout in rollouts for row in rollout.rows)
+        rows = [row for row in wanted if row not in groups.drawn]
+        told = {"seen": lambda i, picture: groups.seen(rows[i], picture)} if ahead.scorers else {}
+        pictures = self.renderer([text for text, _ in rows], [seed for _, seed in rows], **told) if rows else []
+        if len(pictures) != len(rows):
+            raise ScoringError(f"the renderer returned {len(pictures)} images for {len(rows)} rewrites")
+        for row, picture in zip(rows, pictures, strict=True):
+            if row not in groups.drawn:
+                groups.seen(row, picture)
+            if row in kept and picture is not None:
+                self.cache.put(*row, picture)
+        counts = {"images/drawn": float(len(rows))}
+        rewrites = [(rollout.rewrite, seed) for rollout in rollouts for seed in rollout.seeds]
+        if rewrites:
+            counts["images/distinct"] = len(set(rewrites)) / len(rewrites)
+        if kept:
+            counts["images/cached"] = cached / len(groups.drawn)
+        return groups.drawn, counts
+
+    def _kept(self, rollouts: Sequence[_Rollout]) -> set[Row]:
+        """The pictures that may be wanted again at a later step."""
+        anchors = {(r.anchor, seed) for r in rollouts if r.anchor is not None for seed in r.anchor_seeds}
+        return anchors if self.fresh_seeds else anchors | {row for rollout in rollouts for row in rollout.rows}
+
+    def _ask(
+        self, scorer: Reward, samples: Sequence[Sample], step: int, early: Mapping[int, float | None]
+    ) -> list[float | None]:
         self.enter(f"score {scorer.name}", step)
         if code := leaving():
             raise Leave(code)
-        column = _column(scorer, samples)
+        rest = [i for i in range(len(samples)) if i not in early]  # whole groups
+        late = dict(zip(rest, _column(scorer, [samples[i] for i in rest]), strict=True)) if rest else {}
         if code := leaving():  # its answers may have been cut short
             raise Leave(code)
-        return column
+        return [(early if i in early else late)[i] for i in range(len(samples))]
 
     def _missing(self, samples: Sequence[Sample], columns: Mapping[str, Sequence[float | None]]) -> dict[str, float]:
         """Share of the readable samples without a picture, and of those a reward could score without its score."""
@@ -297,11 +365,22 @@ def _rows(
     return [{scorer.name: columns[scorer.name][i] for scorer in scorers} for i in range(count)]
 
 
-def _of(
-    drawn: Mapping[tuple[str, int], Image.Image | None], text: str | None, seeds: tuple[int, ...]
-) -> tuple[Image.Image | None, ...]:
-    """The pictures of one text from its seeds; () if there is no text."""
-    return () if text is None else tuple(drawn[text, seed] for seed in seeds)
+class _Groups:
+    """Which groups have all their pictures, as pictures come in."""
+
+    def __init__(self, rollouts: Sequence[_Rollout], size: int, ahead: Ahead):
+        self.drawn: dict[Row, Image.Image | None] = {}
+        self._ahead = ahead
+        self._groups = {first: rollouts[first : first + size] for first in range(0, len(rollouts), size)}
+        self._lacks = {first: {row for r in group for row in r.rows} for first, group in self._groups.items()}
+
+    def seen(self, row: Row, picture: Image.Image | None) -> None:
+        self.drawn[row] = picture
+        for first, rows in self._lacks.items():
+            if row in rows:
+                rows.remove(row)
+                if not rows:
+                    self._ahead.ready(first, [rollout.sample(self.drawn) for rollout in self._groups[first]])
 
 
 def _column(reward: Reward, samples: Sequence[Sample]) -> list[float | None]:

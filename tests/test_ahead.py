@@ -1,0 +1,219 @@
+"""Claims about scoring ahead and about pictures that are kept: both save time, neither changes a score.
+
+pytest tests/test_ahead.py
+"""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from PIL import Image
+
+from interfaces import Sample
+from rewards.judge import Judge
+from rewards.vlm import VLMClient
+from tests.test_judges import MODEL, JudgeServer, grades, group, questions
+from tests.test_judges import score as brightness
+from tests.test_scoring import CAT, DOG, Grey, Painter, score, scorer
+from training.ahead import Ahead
+from training.cache import PictureCache
+from training.seeds import render_seed
+
+TWO_GROUPS = [(CAT, "one cat"), (CAT, "a big cat"), (DOG, "one dog"), (DOG, None)]
+
+
+class InTurn(Painter):
+    """Draws one picture after another and tells of each; waits before the picture of `gate` until it is open."""
+
+    def __init__(self, gate: str = "", **options):
+        super().__init__(**options)
+        self.gate, self.open, self.waited = gate, threading.Event(), True
+
+    def __call__(self, texts, seeds, seen=None):
+        pictures = []
+        for i, (text, seed) in enumerate(zip(texts, seeds, strict=True)):
+            if text == self.gate:
+                self.waited = self.open.wait(10)
+            pictures += super().__call__([text], [seed])
+            if seen:
+                seen(i, pictures[-1])
+        return pictures
+
+
+class Asking(Grey):
+    """A judge that can begin; `heard` is what it was told, in order."""
+
+    begins = True
+
+    def __init__(self, name="asking", opens: threading.Event | None = None):
+        super().__init__(name)
+        self.heard, self.opens = [], opens
+
+    def begin(self, samples):
+        self.heard.append([sample.rewrite for sample in samples])
+        if self.opens:
+            self.opens.set()
+
+
+def test_a_judge_is_asked_about_a_group_while_the_next_is_being_drawn():
+    renderer = InTurn(gate="one dog")
+    asking = Asking(opens=renderer.open)
+    rows = score(scorer(asking, renderer=renderer), TWO_GROUPS)
+    assert renderer.waited, "the drawing of the second group waited for the judge to hear of the first"
+    assert asking.heard[0] == ["one cat", "a big cat"]
+    assert [row.parts["asking"] for row in rows] == [7 / 255, 9 / 255, 7 / 255, 7 / 255]
+
+
+def test_a_model_is_scored_ahead_group_by_group_only_where_that_is_wanted():
+    calls: dict[bool, list[list[str]]] = {True: [], False: []}
+    scores = {}
+    for ahead, heard in calls.items():
+
+        class Model(Grey):
+            def __call__(self, samples, heard=heard):
+                heard.append([sample.rewrite for sample in samples])
+                return super().__call__(samples)
+
+        scores[ahead] = [row.parts for row in score(scorer(Model(), renderer=InTurn(), ahead=ahead), TWO_GROUPS)]
+    assert calls == {True: [["one cat", "a big cat"], ["one dog"]], False: [["one cat", "a big cat", "one dog"]]}
+    assert scores[True] == scores[False]
+
+
+def test_a_failed_picture_makes_its_sample_absent_ahead_as_well():
+    rows = score(scorer(Grey(), renderer=InTurn(broken="one cat"), ahead=True), TWO_GROUPS)
+    assert [row.absent for row in rows] == [True, False, False, False]
+
+
+def test_an_error_beside_the_drawing_is_raised_and_one_of_the_drawing_comes_first():
+    def fail(scorer, samples):
+        raise RuntimeError("no memory for the model")
+
+    with pytest.raises(RuntimeError, match="no memory for the model"), Ahead([Grey()], fail, locally=True) as ahead:
+        ahead.ready(0, [])
+    with pytest.raises(ValueError, match="the renderer"), Ahead([Grey()], fail, locally=True) as ahead:
+        ahead.ready(0, [])
+        raise ValueError("the renderer")
+
+
+# ----- a judge that was begun
+
+
+def test_what_was_begun_is_not_asked_again_and_counted_once():
+    server = JudgeServer(brightness)
+    with server as url:
+        client = VLMClient(url, MODEL)
+        client.begin(questions(0, 51))
+        assert server.requests == 2
+        client.begin(questions(51, 102))
+        assert server.requests == 3
+        assert client.ask(questions(0, 51, 102, 153)) == grades(0, 51, 102, 153)
+        assert server.requests == 4
+        assert client.metrics == {"asked": 4, "cached": 0, "failed": 0, "unparsable": 0}
+        assert client.ask(questions(0)) == grades(0)
+        assert server.requests == 5, "without a cache a later batch asks anew"
+
+
+def test_a_call_that_failed_when_begun_is_absent_and_not_tried_twice():
+    server = JudgeServer(brightness, fail_share=1, fail_status=400)
+    with server as url:
+        client = VLMClient(url, MODEL)
+        client.begin(questions(51))
+        assert client.ask(questions(51)) == [None]
+        assert server.requests == 1 and client.metrics["failed"] == 1 and client.reasons[0]
+
+
+def test_a_verdict_from_the_cache_is_counted_as_such_whether_begun_or_not(tmp_path):
+    with JudgeServer(brightness) as url:
+        VLMClient(url, MODEL, cache=tmp_path / "v.sqlite").ask(questions(0, 51))
+        client = VLMClient(url, MODEL, cache=tmp_path / "v.sqlite")
+        client.begin(questions(0))
+        assert client.ask(questions(0, 51, 102)) == grades(0, 51, 102)
+        assert client.metrics == {"asked": 1, "cached": 2, "failed": 0, "unparsable": 0}
+
+
+def test_a_judge_begun_by_the_scorer_gives_the_scores_and_counts_of_one_that_was_not():
+    def graded(samples: list[Sample], begin: bool):
+        server = JudgeServer(brightness)
+        with server as url:
+            it = Judge(VLMClient(url, MODEL))
+            if begin:
+                it.begin(samples[:2])
+            return it(samples), it.metrics, server.requests
+
+    samples = group("a cat", 10, 20, 30)
+    assert graded(samples, begin=True) == graded(samples, begin=False)
+
+
+# ----- pictures that are kept
+
+
+def test_without_fresh_noise_a_rewrite_is_drawn_once_in_a_run(tmp_path):
+    renderer = Painter()
+    it = scorer(Grey(), renderer=renderer, fresh_seeds=False, cache=PictureCache(tmp_path, 1e6))
+    score(it, [(CAT, "one cat"), (CAT, "a cat")], step=1)
+    rows = score(it, [(CAT, "one cat"), (CAT, "two cats")], step=2)
+    seed = render_seed(7, CAT.id, 0, 0)
+    assert renderer.calls == [("one cat", seed), ("a cat", seed), ("two cats", seed)]
+    assert it.metrics["images/cached"] == 0.5 and it.metrics["images/drawn"] == 1
+    assert [row.parts["grey"] for row in rows] == [7 / 255, 8 / 255]
+
+
+def test_with_fresh_noise_no_rewrite_is_kept(tmp_path):
+    it = scorer(Grey(), cache=PictureCache(tmp_path / "cache", 1e6))
+    score(it, [(CAT, "one cat"), (CAT, "a cat")])
+    assert not (tmp_path / "cache").exists() and "images/cached" not in it.metrics
+
+
+def noise(seed: int) -> Image.Image:
+    return Image.effect_noise((32, 32), 90 + seed).convert("RGB")
+
+
+def test_a_kept_picture_is_the_one_that_was_drawn_and_no_name_comes_from_a_text(tmp_path):
+    cache, picture = PictureCache(tmp_path, 1e6), noise(0)
+    for text in ("../../etc/passwd", "🦊\ud83d", "a" * 100_000):
+        cache.put(text, 1, picture)
+        assert cache.get(text, 1).tobytes() == picture.tobytes()
+        assert cache.get(text, 2) is None
+    assert all(len(path.name) == 68 for path in tmp_path.rglob("*")) and len(list(tmp_path.iterdir())) == 3
+
+
+def test_the_longest_unused_picture_goes_first_and_the_limit_holds(tmp_path):
+    size = PictureCache(tmp_path / "one", 1e6)
+    size.put("x", 0, noise(0))
+    one = next((tmp_path / "one").iterdir()).stat().st_size
+    cache = PictureCache(tmp_path / "cache", 3.5 * one)
+    for seed in range(3):
+        cache.put("x", seed, noise(0))
+    assert cache.get("x", 0) is not None  # used: the next to go is 1
+    cache.put("x", 3, noise(0))
+    assert [cache.get("x", seed) is not None for seed in range(4)] == [True, False, True, True]
+    again = PictureCache(tmp_path / "cache", 3.5 * one)  # a continued run keeps to the limit too
+    again.put("x", 4, noise(0))
+    assert len(list((tmp_path / "cache").iterdir())) == 3
+
+
+def test_processes_read_each_others_pictures_and_throw_away_their_own_alone(tmp_path):
+    one, two = (PictureCache(tmp_path, 2, rank, 2) for rank in (0, 1))
+    one.limit = two.limit = 1e6
+    one.put("x", 1, noise(1))
+    assert two.get("x", 1).tobytes() == one.get("x", 1).tobytes()
+    two.limit = 1
+    two.put("x", 2, noise(2))
+    assert one.get("x", 1) is not None and one.get("x", 2) is None
+
+
+def test_a_damaged_picture_is_drawn_again(tmp_path, caplog):
+    cache = PictureCache(tmp_path, 1e6)
+    cache.put("x", 1, noise(1))
+    path = next(tmp_path.iterdir())
+    path.write_bytes(path.read_bytes()[:200])
+    assert cache.get("x", 1) is None and "drawn again" in caplog.text and not path.exists()
+
+
+def test_a_folder_that_cannot_be_written_costs_the_cache_and_not_the_run(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    cache = PictureCache(tmp_path / "file" / "cache", 1e6)
+    cache.put("x", 1, noise(1))
+    cache.put("x", 2, noise(2))
+    assert caplog.text.count("no more pictures are kept") == 1 and cache.get("x", 1) is None

@@ -1,0 +1,65 @@
+"""Scoring ahead: a group's pictures go to the scorers as soon as all of them are there, while others are being drawn.
+
+Judges, which wait for another machine, are always asked ahead (`Reward.begin`). Models of this process only where the
+drawing happens elsewhere: on one device two at once would take turns. Each scorer has a thread of its own, so it never
+meets two calls at once; what a model is given at once is one group, never what happened to be ready.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from interfaces import Reward, Sample
+
+Column = Callable[[Reward, Sequence[Sample]], list[float | None]]
+
+
+class Ahead:
+    """Scores groups beside the drawing; a context manager around it, at whose end all that was begun is done.
+
+    Args:
+        scorers: in any order; those that neither `begins` nor are scored `locally` are left alone.
+        column: scores of whole groups.
+        locally: whether scorers that do not `begins` are asked too.
+
+    Attributes:
+        early: scorer's name -> row of the batch -> its score, of the groups that a local scorer has done.
+    """
+
+    def __init__(self, scorers: Sequence[Reward], column: Column, *, locally: bool):
+        self.column = column
+        self.scorers = [scorer for scorer in scorers if scorer.begins or (locally and scorer.needs_images)]
+        self.early: dict[str, dict[int, float | None]] = {scorer.name: {} for scorer in scorers}
+        self._pools: dict[str, ThreadPoolExecutor] = {}
+        self._ready: dict[str, list[tuple[int, list[Sample]]]] = {scorer.name: [] for scorer in self.scorers}
+        self._jobs: list[Future[None]] = []
+
+    def ready(self, first: int, group: list[Sample]) -> None:
+        """All pictures of `group` are there; its first sample is row `first` of the batch."""
+        for scorer in self.scorers:
+            self._ready[scorer.name].append((first, group))
+            self._jobs.append(self._pools[scorer.name].submit(self._take, scorer))
+
+    def _take(self, scorer: Reward) -> None:
+        """Do all that is ready: a judge gets it at once, so that many calls are in flight, a model group by group."""
+        ready, self._ready[scorer.name] = self._ready[scorer.name], []
+        if scorer.begins:
+            samples = [sample for _, group in ready for sample in group]
+            scorer.begin([sample for sample in samples if sample.images and None not in sample.images])
+            return
+        for first, group in ready:
+            self.early[scorer.name].update(enumerate(self.column(scorer, group), first))
+
+    def __enter__(self) -> Ahead:
+        self._pools = {scorer.name: ThreadPoolExecutor(1, f"score {scorer.name}") for scorer in self.scorers}
+        return self
+
+    def __exit__(self, failure: type[BaseException] | None, *_) -> None:
+        """Wait for what is under way; what is not begun is left to the scorers' own call. Raises what a job raised."""
+        for pool in self._pools.values():
+            pool.shutdown(wait=True, cancel_futures=True)
+        if failure is None:
+            for job in self._jobs:
+                if not job.cancelled():
+                    job.result()
