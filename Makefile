@@ -9,7 +9,7 @@ demo: $(VENV)/ready
 	$(RUN) scripts/demo.py
 
 test: $(VENV)/ready check
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
 
 check: $(VENV)/ready
 	$(VENV)/bin/ruff check .
@@ -28,5 +28,5 @@ lock: $(VENV)/ready
 $(VENV)/ready: requirements.lock
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet uv==0.13.8
-	$(VENV)/bin/uv pip install --quiet --python $(RUN) --require-hashes -r requirements.lock
+	$(VENV)/bin/uv pip install --quiet --python $(RUN) --require-hashes --compile-bytecode -r requirements.lock
 	touch $@

@@ -1,13 +1,15 @@
 """How fast is a rollout, against a plain loop in the manner of the published code? Both in one run, on the miniature.
 
     python scripts/bench.py --target cpu [--json PATH] [--prompts 16] [--group 8]
+    python scripts/bench.py --target groups [--json PATH]       cost of a rollout and memory as the group grows 4 -> 32
     python scripts/bench.py --target rewards [--json PATH]      each local reward in batches against one by one
 
-A rollout is: write a completion, draw it, score it. Both sides get the same completions, sampled in one batch as TRL
-does. The plain loop then takes them one by one, as RePrompt and T2I-R1 do: each image reward draws the rewrite again
-for itself, one picture a call with its text encoded anew, and scores that one picture. The trainer's `Scorer` draws
-each distinct (rewrite, seed) once, in batches, and gives every reward the same pictures.
-`ratio_to_plain_loop` compares drawing and scoring; `ratio_with_generation` adds the sampling, which both sides share.
+A rollout is: write a completion, draw it, score it with the rewards of configs/miniature.yaml. Both sides get the same
+completions, sampled in batches as TRL does. The plain loop then takes them one by one, as RePrompt and T2I-R1 do: each
+image reward draws the rewrite again for itself, one picture a call with its text encoded anew, and scores that one
+picture. The trainer's `Scorer` draws each distinct (rewrite, seed) once, in batches, and gives every reward the same
+pictures. `ratio_to_plain_loop` compares drawing and scoring; `ratio_with_generation` adds the sampling, which both
+sides share.
 """
 
 from __future__ import annotations
@@ -15,7 +17,10 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import resource
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,18 +41,26 @@ from training.scoring import Scorer
 from training.seeds import render_seed
 
 ROOT = Path(__file__).resolve().parent.parent
-REWARDS = ("hps", "format")
+GROUPS = (4, 8, 16, 32)
+SAMPLED = 128  # completions in one call of `generate`, the miniature's generation batch
 LOCAL = ("hps", "git", "gdino", "orm", "imagereward", "pickscore")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Seconds per rollout, batched against one by one, on the miniature.")
-    parser.add_argument("--target", choices=["cpu", "rewards"], required=True, help="a rollout, or rewards alone")
+    targets = ["cpu", "groups", "rewards"]
+    parser.add_argument("--target", choices=targets, required=True, help="a rollout, as groups grow, or rewards alone")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     parser.add_argument("--prompts", type=int, default=16, help="groups of a generation")
     parser.add_argument("--group", type=int, default=8, help="completions a prompt")
+    parser.add_argument("--no_plain_loop", action="store_true", help="leave out the side that is compared with")
     args = parser.parse_args()
-    result = bench_cpu(args.prompts, args.group) if args.target == "cpu" else bench_rewards(args.prompts * args.group)
+    if args.target == "cpu":
+        result = bench_cpu(args.prompts, args.group, plain_loop=not args.no_plain_loop)
+    elif args.target == "groups":
+        result = bench_groups(args.prompts)
+    else:
+        result = bench_rewards(args.prompts * args.group)
     for key, value in result.items():
         print(f"{key:28s} {value:.4f}" if isinstance(value, float) else f"{key:28s} {value}")
     if args.json is not None:
@@ -55,34 +68,74 @@ def main() -> int:
     return 0
 
 
-def bench_cpu(groups: int, group: int) -> dict:
-    """Seconds per rollout and phase of both sides, and their ratios."""
+def bench_cpu(groups: int, group: int, *, plain_loop: bool = True) -> dict:
+    """Seconds per rollout and phase of both sides, shares of each phase, their ratios, and the peak of memory."""
     options = yaml.safe_load((ROOT / "configs" / "miniature.yaml").read_text(encoding="utf-8"))
     prompts = random.Random(0).sample(load_prompts(ROOT / options["data"]), groups)
     asked = [prompt for prompt in prompts for _ in range(group)]
-    renderer, one_by_one = miniature.renderer(), miniature.renderer(render_batch_size=1)
-    rewards = build(REWARDS, RewardOptions(hps_path=str(ROOT / options["hps_path"])), Setting(renderer=renderer))
-    scorer = Scorer(renderer, rewards, {prompt.id: prompt for prompt in prompts}, num_generations=group)
+    renderer, phases = miniature.renderer(), _Phases()
+    paths = {f"{name}_path": str(ROOT / options[f"{name}_path"]) for name in LOCAL}
+    rewards = build(options["rewards"], RewardOptions(**paths), Setting(renderer=renderer, prompts=prompts))
+    by_id = {prompt.id: prompt for prompt in prompts}
+    scorer = Scorer(renderer, rewards, by_id, num_generations=group, enter=phases.enter)
 
     completions, generating = _sample(ROOT / options["gpt_path"], asked, options["max_completion_length"])
     ids = [prompt.id for prompt in asked]
-    scorer.score(completions[:group], ids[:group], 1)  # warm both up, off the clock
-    _plain_loop(one_by_one, rewards, asked[:1], completions[:1])
+    scorer.score(completions[:group], ids[:group], 1)  # warm up, off the clock
+    phases.seconds.clear()
     scorer.score(completions, ids, 1)
-    ours = scorer.metrics["seconds/render"] + scorer.metrics["seconds/score"]
-    plain = _plain_loop(one_by_one, rewards, asked, completions)
-    rollouts = len(asked)
-    return {
+    phases.enter("", 1)
+    seconds = {"generate": generating, **phases.seconds}
+    rollouts, whole = len(asked), sum(seconds.values())
+    result = {
         "rollouts": rollouts,
         "threads": torch.get_num_threads(),
         "distinct_pictures": int(scorer.metrics["images/drawn"]),
-        "generate_s_per_rollout": generating / rollouts,
-        "render_s_per_rollout": scorer.metrics["seconds/render"] / rollouts,
-        "score_s_per_rollout": scorer.metrics["seconds/score"] / rollouts,
-        "plain_loop_s_per_rollout": plain / rollouts,
-        "ratio_to_plain_loop": plain / ours,
-        "ratio_with_generation": (generating + plain) / (generating + ours),
+        **{f"{phase}_s_per_rollout": value / rollouts for phase, value in seconds.items()},
+        **{f"{phase}_share": value / whole for phase, value in seconds.items()},
+        "s_per_rollout": whole / rollouts,
+        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
+    if plain_loop:
+        one_by_one = miniature.renderer(render_batch_size=1)
+        _plain_loop(one_by_one, rewards, asked[:1], completions[:1])  # warm up, off the clock
+        plain, ours = _plain_loop(one_by_one, rewards, asked, completions), whole - generating
+        result["plain_loop_s_per_rollout"] = plain / rollouts
+        result["ratio_to_plain_loop"] = plain / ours
+        result["ratio_with_generation"] = (generating + plain) / whole
+    return result
+
+
+class _Phases:
+    """Seconds between one `Scorer.enter` and the next, by phase."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._phase, self._since = "", 0.0
+
+    def enter(self, phase: str, step: int) -> None:
+        now = time.perf_counter()
+        if self._phase:
+            self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + now - self._since
+        self._phase, self._since = phase.replace(" ", "_"), now
+
+
+def bench_groups(prompts: int) -> dict:
+    """Seconds per rollout and peak memory with `prompts` groups of 4, 8, 16 and 32, each in a process of its own."""
+    result: dict[str, float] = {"prompts": prompts}
+    with tempfile.TemporaryDirectory() as folder:
+        for size in tqdm(GROUPS, desc="groups", leave=False):
+            out = Path(folder) / f"{size}.json"
+            command = [sys.executable, __file__, "--target", "cpu", "--no_plain_loop", "--json", str(out)]
+            command += ["--prompts", str(prompts), "--group", str(size)]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            row = json.loads(out.read_text(encoding="utf-8"))
+            for name in ("s_per_rollout", "distinct_pictures", "peak_memory_mib"):
+                result[f"group_{size}_{name}"] = row[name]
+    costs = [result[f"group_{size}_s_per_rollout"] for size in GROUPS]
+    middle = sum(costs) / len(costs)
+    result["largest_departure_from_mean"] = max(abs(cost / middle - 1) for cost in costs)
+    return result
 
 
 def bench_rewards(pictures: int) -> dict:
@@ -112,19 +165,22 @@ def _median_of_3(work: Callable[[], object]) -> float:
 
 
 def _sample(policy: Path, asked: list[Prompt], length: int) -> tuple[list[str], float]:
-    """One sampled completion per prompt in `asked`, padded into one batch as TRL does, and the seconds it took."""
+    """One sampled completion per prompt in `asked`, padded into batches as TRL does, and the seconds it took."""
     reprompter = Reprompter(str(policy), max_new_tokens=length, temperature=1.0, dtype="float32")
-    batch = reprompter.tokenizer.apply_chat_template(
-        [messages(prompt.text) for prompt in asked], add_generation_prompt=True, padding=True, return_dict=True,
-        return_tensors="pt",
-    )  # fmt: skip
+    texts, seconds = [], 0.0
     torch.manual_seed(0)
-    started = time.perf_counter()
-    with torch.inference_mode():
-        out = reprompter.policy.generate(**batch)
-    seconds = time.perf_counter() - started
-    written = out[:, batch["input_ids"].shape[1] :]
-    return reprompter.tokenizer.batch_decode(written, skip_special_tokens=True), seconds
+    for first in range(0, len(asked), SAMPLED):
+        batch = reprompter.tokenizer.apply_chat_template(
+            [messages(prompt.text) for prompt in asked[first : first + SAMPLED]], add_generation_prompt=True,
+            padding=True, return_dict=True, return_tensors="pt",
+        )  # fmt: skip
+        started = time.perf_counter()
+        with torch.inference_mode():
+            out = reprompter.policy.generate(**batch)
+        seconds += time.perf_counter() - started
+        written = out[:, batch["input_ids"].shape[1] :]
+        texts += reprompter.tokenizer.batch_decode(written, skip_special_tokens=True)
+    return texts, seconds
 
 
 def _plain_loop(renderer: Renderer, rewards: list, asked: list[Prompt], completions: list[str]) -> float:
