@@ -21,7 +21,7 @@ from PIL import Image
 
 from data.intent import lost
 from data.prompts import load_prompts
-from interfaces import Prompt
+from interfaces import Prompt, Reward
 from miniature import world
 from prompting import MAX_PROMPT_CHARS, completion, messages, parse
 from rewards import vlm
@@ -568,10 +568,10 @@ class Canvas:
         return len(text.split())
 
 
-class Brightness:
+class Brightness(Reward):
     """A reward that has no score for pictures for which `blind` is true."""
 
-    name, range, needs_images, needs_anchors, metrics = "brightness", (0.0, 1.0), True, False, {}
+    name, range = "brightness", (0.0, 1.0)
 
     def __init__(self, blind):
         self.blind = blind

@@ -137,9 +137,9 @@ def test_all_missing_rewards_are_named_at_once_with_their_size_licence_and_comma
 
 def test_judges_that_may_hold_a_process_for_half_of_the_process_groups_timeout_are_refused():
     options = RewardOptions(judge_batch_timeout=900)
-    check(["hps", "judge", "preference"], options, ddp_timeout=3601)
-    with pytest.raises(RewardError, match="1800 s .* ddp_timeout 3600"):
-        check(["hps", "judge", "preference"], options, ddp_timeout=3600)
+    check(["hps", "judge", "preference"], options, ddp_timeout=5401)
+    with pytest.raises(RewardError, match="2700 s .* ddp_timeout 5400"):
+        check(["hps", "judge", "preference"], options, ddp_timeout=5400)
     check(["hps"], options, ddp_timeout=60)  # nobody is asked
 
 
