@@ -9,7 +9,7 @@ demo: $(VENV)/ready
 	$(RUN) scripts/demo.py
 
 test: $(VENV)/ready check
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadgroup
 
 check: $(VENV)/ready
 	$(VENV)/bin/ruff check .

@@ -154,7 +154,7 @@ class LocalRenderer:
 
     @property
     def settings(self) -> dict[str, int | float | None]:
-        """`steps`, `guidance`, `max_sequence_length` of every picture, given or default; None: it has no such thing."""
+        """`steps`, `guidance`, `max_sequence_length` of every picture, given or default; None if it has none."""
         parameters = inspect.signature(type(self.pipe).__call__).parameters
         chosen = {name: parameter.default for name, parameter in parameters.items()} | self._settings
         names = {

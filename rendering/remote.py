@@ -71,6 +71,7 @@ FOREIGN_SEED_BITS = 31
 MOST_PIXELS = 4096 * 4096  # of a picture whose size nobody said
 UNLIMITED = 10**6  # tokens: what transformers gives for a tokenizer without a limit is far above
 MOST_BYTES = 64 * 2**20  # of a reply about which nothing is known, and of a tokenizer
+GONE = {429, 502, 503, 504}  # statuses: nobody there, or nobody free
 REFUSED = ALIVE - RETRIED  # statuses: this text cannot be drawn, there or elsewhere
 UNREADABLE = (ValueError, KeyError, IndexError, TypeError, RecursionError)  # what reading foreign JSON may raise
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)  # what Pillow raises on a broken PNG
@@ -90,12 +91,22 @@ class _Failed(Exception):
         alive: whether the server is well all the same.
         final: whether no server could do better.
         here: whether this server could not do better.
+        gone: whether nobody looked at the row: it says nothing of it.
     """
 
-    def __init__(self, reason: str, *, status: int = 0, alive: bool = False, final: bool = False, here: bool = False):
+    def __init__(
+        self,
+        reason: str,
+        *,
+        status: int = 0,
+        alive: bool = False,
+        final: bool = False,
+        here: bool = False,
+        gone: bool = False,
+    ):
         super().__init__(reason)
         self.reason, self.status = reason, status
-        self.alive, self.final, self.here = alive, final, here
+        self.alive, self.final, self.here, self.gone = alive, final, here, gone
 
 
 @dataclass(frozen=True)
@@ -494,14 +505,14 @@ class _Batch:
         circuit.succeeded()
 
     def _note(self, error: _Failed, job: _Job, server: int) -> None:
-        """A row failed at a server. A failure that only shows that the server is still gone is not held against it."""
+        """A row failed at a server; that the server is still gone is not held against the row."""
         job.reason = error.reason
         if error.final:
             self.outcomes[job.row] = error.reason
             return
         if error.here:
             job.failures[server] = ATTEMPTS
-        elif not self.servers[server].circuit.is_open:
+        elif not (error.gone and self.servers[server].circuit.is_open):
             job.failures[server] += 1
         job.wait[server] = time.monotonic() + back_off(max(1, job.failures[server]))
         self.waiting.append(job)
@@ -552,12 +563,19 @@ async def _fetched(
     except TimeoutError as error:
         raise _Failed(f"no answer within {within:g} s") from error
     except httpx.HTTPError as error:
-        raise _Failed(one_line(error)) from error
+        raise _Failed(one_line(error), gone=True) from error
     status = reply.status_code
     if status != 200:
         again = status in RETRIED or status >= 500
         reason = _said(content) if status in REFUSED else f"HTTP {status}"
-        raise _Failed(reason, status=status, alive=status in ALIVE, final=status in REFUSED, here=not again)
+        raise _Failed(
+            reason,
+            status=status,
+            alive=status in ALIVE,
+            final=status in REFUSED,
+            here=not again,
+            gone=status in GONE,
+        )
     return content
 
 

@@ -6,7 +6,7 @@ then, on the machine that trains, with the same options: --sdmodel_name http://1
 
 It draws what the trainer would draw itself (rendering/local.py): same texts, seeds and settings, same pictures, on the
 same hardware. The settings are the server's; a request that asks for others is refused (409), since they are part of
-the reward. A replica that dies is started anew; what it was drawing is answered with an error, and the client asks again.
+the reward. A replica that dies is started anew; what it was drawing is answered with an error and asked for again.
 Needs the extra `serve`.
 
     POST /v1/images/generations   prompt, model, n = 1, size, seed, num_inference_steps, guidance_scale,
@@ -39,8 +39,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import ray
 import torch
@@ -58,10 +57,10 @@ from training.api import is_loopback, one_line
 from training.options import UsageError, parse
 from training.weights import locked
 
+ROOT = Path(__file__).resolve().parent.parent
 MOST_BYTES = 2**20  # of a request: a text of 100,000 characters, however escaped, fits
 SEED_BITS = 63
 WARM_UP = ("a photo of a red circle", 0)  # what is drawn before the first request: it warms up, and is the fingerprint
-STARTS = 600  # seconds that replicas may take to load
 
 
 @dataclass
