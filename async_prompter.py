@@ -1,17 +1,17 @@
 """Train the rewriter while pictures are drawn on other machines: TRL's AsyncGRPOTrainer in place of its GRPOTrainer.
 
-A vLLM server writes completions; a worker process has them drawn by render servers and scores them, one whole group at
-a time; this trainer takes what is ready and sends its weights to the vLLM server. Nobody waits for anybody, so a rollout
-may be older than the policy that it trains (`--max_staleness`); the ratio is to the log probabilities of the version
-that wrote it. When that pays, and what it lacks against r1_prompter.py: README, "Asynchronous training".
+A vLLM server writes completions; a worker process has them drawn by render servers and scores them, one whole group
+at a time; this trainer takes what is ready and sends its weights to the vLLM server. Nobody waits for anybody, so a
+rollout may be older than the policy that it trains (`--max_staleness`); the ratio is to the log probabilities of the
+version that wrote it. When that pays, and what it lacks: README, "Asynchronous training".
 
     accelerate launch --num_processes 2 async_prompter.py --data data/generation_prompts_1k_filterd.txt \\
         --sdmodel_name http://127.0.0.1:8001/v1 --vllm_server_base_url http://127.0.0.1:8000 --outdir runs/async
 
 `rollouts/step_N` has the N-th groups in the order of scoring; step N or a later one learns from them, unless too old.
 Guards (training/guard.py): checkpoints, signals, gradients, full disk and loggers as for the other trainers. Not exact
-resume, since rollouts under way are lost and arrival is never the same twice; not the heartbeat of drawing, where TRL's
-own (`--heartbeat_stale_after_s`) and the time limits of servers stand in.
+resume, since rollouts under way are lost and arrival is never the same twice; not the heartbeat of drawing, for which
+TRL's own (`--heartbeat_stale_after_s`) and the time limits of servers stand in.
 
 Options: configs/async.yaml < `--config` YAML < flags. Exit codes: those of r1_prompter.py.
 """
