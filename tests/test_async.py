@@ -104,11 +104,12 @@ def test_the_run_folder_tells_rewards_and_keeps_few_pictures(trained):
     scored, logged = rows(run / "scored.jsonl"), rows(run / "metrics.jsonl")
     first = rows(run / "rollouts" / "step_000001.jsonl")
     assert scored[0]["rewards/hps/mean"] == pytest.approx(np.mean([row["parts"]["hps"] for row in first]))
-    assert all(name in logged[-1] or name in logged[0] for name in ("rewards/hps/mean", "rewrites/unreadable"))
-    assert logged[0]["reward"] == pytest.approx(np.mean([row["total"] for row in first]))
+    assert logged[0].keys() >= {"rewards/hps/mean", "rewards/format/std", "rewrites/unreadable", "seconds/render"}
+    second = rows(run / "rollouts" / "step_000002.jsonl")  # TRL's loader is one batch ahead, in its metrics as well
+    assert logged[0]["reward"] == pytest.approx(np.mean([row["total"] for row in first + second]))
     kept = [image for row in first for image in row["images"] if image]
     assert len(kept) == 5 and all((run / image).exists() for image in kept)
-    assert not any(image for row in rows(run / "rollouts" / "step_000002.jsonl") for image in row["images"])
+    assert not any(image for row in second for image in row["images"])
 
 
 # ----- the numbers

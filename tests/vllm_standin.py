@@ -23,6 +23,9 @@ from transformers import AutoModelForCausalLM
 from trl.experimental.async_grpo import async_grpo_trainer, async_rollout_worker, packing
 
 CALLS = 32  # of the worker in flight
+async_rollout_worker._RETRYABLE_HTTP_ERRORS = (
+    OSError,
+)  # in the worker too, which imports this file; TRL has aiohttp's
 
 
 class PolicyServer(ThreadingHTTPServer):
@@ -134,4 +137,5 @@ def stand_in(monkeypatch, server: PolicyServer) -> None:
     monkeypatch.setattr(async_rollout_worker, "is_vllm_available", lambda: True)
     monkeypatch.setattr(async_rollout_worker, "is_aiohttp_available", lambda: True)
     monkeypatch.setattr(async_rollout_worker.AsyncRolloutWorker, "_loop_cls", Loop)
+    monkeypatch.setattr(async_grpo_trainer, "get_peak_flops_per_device", lambda *_: None)
     monkeypatch.setattr(packing, "_flash_attn", lambda: Attention)

@@ -160,7 +160,7 @@ class AsyncRewriteTrainer(GuardedTrainer, AsyncGRPOTrainer):
         except RuntimeError as error:
             reason = str(error.__cause__ or error).splitlines()[0]
             failure = ScoringError if alone else Stopped
-            raise failure(f"the rollout worker has failed ({reason}): repair that, then --resume") from error
+            raise failure(f"the rollout worker has failed: {reason}; once it is repaired, --resume goes on") from error
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Beside TRL's own: the means of what was scored since the last row, which later steps may learn from."""
