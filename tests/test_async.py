@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from accelerate import PartialState
 from safetensors.torch import load_file
 from trl.experimental.async_grpo.async_rollout_worker import RolloutGroup, TrainingSequence, _AsyncRolloutLoop
 
@@ -120,6 +121,7 @@ PARTS = [[0.31, 1.0], [0.29, 1.0], [None, None], [0.24, 0.0], [0.33, 1.0]]
 
 def trl_advantages(numbers: list[float | None]) -> list[float]:
     """What TRL's own `_score_group` gives a group for which the reward function returns these numbers."""
+    PartialState()  # TRL's logger wants one
 
     class Worker:
         reward_funcs, reward_func_names = [lambda **_: numbers], ["group"]
