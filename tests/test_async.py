@@ -44,7 +44,7 @@ def settings(folder: Path, renderer: str, policy: str) -> Path:
     servers = {"sdmodel_name": renderer, "vllm_server_base_url": policy}
     batch = {"num_generations": GROUP, "per_device_train_batch_size": 2 * GROUP, "gradient_accumulation_steps": 1}
     numbers = {"bf16": False, "gradient_checkpointing": False, "learning_rate": 1e-3, "warmup_steps": 0, "seed": SEED}
-    length = {"max_steps": STEPS, "save_steps": 2, "max_completion_length": 112}
+    length = {"max_steps": STEPS, "save_steps": 2, "max_completion_length": 112, "queue_maxsize": 2 * GROUP}
     record = {"rewards": ["hps", "format"], "reward_weights": WEIGHTS, "save_images_every": 2, "save_images_max": 5}
     options = {**{k: str(v) for k, v in paths.items()}, **servers, **DRAWING, **batch, **numbers, **length, **record}
     (folder / "async.yaml").write_text(yaml.safe_dump({**options, "outdir": str(folder / "run")}))
