@@ -22,8 +22,8 @@ size: $(VENV)/ready
 	@git ls-files '*.py' | xargs wc -l | sort -n
 
 lock: $(VENV)/ready
-	$(VENV)/bin/uv pip compile --quiet pyproject.toml --extra dev --generate-hashes --no-header --no-annotate \
-	  -o requirements.lock
+	$(VENV)/bin/uv pip compile --quiet pyproject.toml --extra dev --extra serve --generate-hashes --no-header \
+	  --no-annotate -o requirements.lock
 
 $(VENV)/ready: requirements.lock
 	$(PYTHON) -m venv $(VENV)

@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,8 +52,9 @@ from training.guard import GuardedTrainer, Stopped
 from training.options import RESUME, UsageError, parse, set_renamed
 from training.policy import PolicyError, load_tokenizer, name_base, trainee
 from training.progress import RunLog, begin, finish, rounded_away
+from training.rollouts import rollout_rows
 from training.run_folder import RunFolder, RunFolderError
-from training.scoring import Scored, Scorer, ScoringError
+from training.scoring import Scorer, ScoringError
 from training.watch import Watch
 from training.whole import whole_parameters
 
@@ -198,6 +199,23 @@ def plan(script: ScriptArguments, training: GRPOConfig, prompts: int) -> dict[st
 # The frozen ------------------------------------------------------------------------------------------------------
 
 
+def check_rewards(options: Options, weights: Sequence[float] | None) -> None:
+    """Refuse rewards and weights that cannot be meant.
+
+    Raises:
+        UsageError, RewardError: with the names or the numbers.
+    """
+    script = options.script
+    check([*script.rewards, *script.held_out], options.reward, options.training.ddp_timeout)
+    if weights is not None and len(weights) != len(script.rewards):
+        raise UsageError(f"reward_weights {weights} for rewards {script.rewards}: give one for each")
+
+
+def conversations(prompts: Iterable[Prompt], reasoning: bool) -> Dataset:
+    """What TRL is given of each prompt: the policy's instructions with it, and its id."""
+    return Dataset.from_list([{"prompt": messages(p.text, reasoning), "prompt_id": p.id} for p in prompts])
+
+
 def load_frozen(
     options: Options, prompts: Sequence[Prompt]
 ) -> tuple[PreTrainedTokenizerBase, Renderer, list[Reward], list[Reward]]:
@@ -228,6 +246,35 @@ def load_frozen(
     if missing:
         raise UsageError("; and ".join(missing))
     return tokenizer, renderer, rewards[: len(script.rewards)], rewards[len(script.rewards) :]
+
+
+def make_scorer(
+    options: Options,
+    prompts: Mapping[str, Prompt],
+    renderer: Renderer,
+    rewards: Sequence[Reward],
+    held_out: Sequence[Reward],
+    enter: Callable[[str, int], None] = lambda phase, step: None,
+) -> Scorer:
+    """What draws and scores this run's rollouts."""
+    script, training = options.script, options.training
+    return Scorer(
+        renderer,
+        rewards,
+        prompts,
+        num_generations=training.num_generations,
+        images_per_rewrite=script.images_per_rewrite,
+        reasoning=script.reasoning,
+        common_seeds=script.common_seeds,
+        run_seed=training.seed,
+        max_absent_share=script.max_absent_share,
+        held_out=held_out,
+        fresh_seeds=script.fresh_seeds,
+        cache=PictureCache(
+            Path(script.outdir) / "cache", script.picture_cache * 1e9, training.process_index, training.world_size
+        ),
+        enter=enter,
+    )
 
 
 # The method ------------------------------------------------------------------------------------------------------
@@ -262,36 +309,9 @@ class RewriteTrainer(GuardedTrainer, GRPOTrainer):
         return batch
 
     def _rows(self, advantages: list[float]) -> list[dict[str, Any]]:
-        """This process's rollouts as rows of `rollouts/step_NNNNNN.jsonl`; keeps pictures where it is their step."""
+        """This process's rollouts as rows; keeps pictures where it is their step."""
         room = self.script.save_images_max // self.accelerator.num_processes if self._keeps_images() else 0
-        rows = []
-        for scored, advantage in zip(self.scorer.last, advantages, strict=True):
-            kept = scored.sample.images if room >= len(scored.sample.images) else ()
-            room -= len(kept)
-            files = [None if image is None else self.folder.save_image(image) for image in kept]
-            rows.append(self._row(scored, advantage, files or [None] * len(scored.sample.images)))
-        return rows
-
-    def _row(self, scored: Scored, advantage: float, images: list[str | None]) -> dict[str, Any]:
-        prompt, weights = scored.sample.prompt, self.reward_weights.tolist()
-        total = None
-        if not scored.absent:
-            total = sum(weight * part for weight, part in zip(weights, scored.parts.values(), strict=True))
-        return {
-            "prompt_id": prompt.id,
-            "prompt": prompt.text,
-            "task": prompt.task,
-            "completion": scored.sample.completion,
-            "reasoning": scored.reasoning,
-            "rewrite": scored.sample.rewrite,
-            "seeds": list(scored.seeds),
-            "tokens": scored.tokens,
-            "parts": scored.parts,
-            "held_out": scored.held_out,
-            "total": total,
-            "advantage": advantage,
-            "images": images,
-        }
+        return rollout_rows(self.scorer.last, advantages, self.reward_weights.tolist(), self.folder, room)
 
     def _keeps_images(self) -> bool:
         step, cycle = self.state.global_step, self.cycle
@@ -300,7 +320,7 @@ class RewriteTrainer(GuardedTrainer, GRPOTrainer):
         )
 
 
-def _watched(row: Mapping[str, Any]) -> dict[str, float | None]:
+def watched(row: Mapping[str, Any]) -> dict[str, float | None]:
     """Of a step's metrics those that its progress line shows."""
     return {"reward": row.get("reward"), **{name: row[f"rewards/{name}/mean"] for name in progressing(row)}}
 
@@ -314,9 +334,7 @@ def train(options: Options) -> None:
         Leave: a signal told it to.
     """
     script, training, model = options.script, options.training, options.model
-    check([*script.rewards, *script.held_out], options.reward, training.ddp_timeout)
-    if training.reward_weights is not None and len(training.reward_weights) != len(script.rewards):
-        raise UsageError(f"reward_weights {training.reward_weights} for rewards {script.rewards}: give one for each")
+    check_rewards(options, training.reward_weights)
     prompts = {prompt.id: prompt for prompt in load_prompts(script.data)}
     numbers = plan(script, training, len(prompts))
     folder = RunFolder(script.outdir, resolved(options), resume=script.resume)
@@ -324,34 +342,16 @@ def train(options: Options) -> None:
     tokenizer, renderer, rewards, held_out = load_frozen(options, list(prompts.values()))
     begin(folder, numbers, _announce(options, numbers, folder, [*rewards, *held_out]))
     watch = Watch(folder.path, training.process_index, script.phase_budget)
-    scorer = Scorer(
-        renderer,
-        rewards,
-        prompts,
-        num_generations=training.num_generations,
-        images_per_rewrite=script.images_per_rewrite,
-        reasoning=script.reasoning,
-        common_seeds=script.common_seeds,
-        run_seed=training.seed,
-        max_absent_share=script.max_absent_share,
-        held_out=held_out,
-        fresh_seeds=script.fresh_seeds,
-        cache=PictureCache(
-            folder.path / "cache", script.picture_cache * 1e9, training.process_index, training.world_size
-        ),
-        enter=watch.enter,
-    )
+    scorer = make_scorer(options, prompts, renderer, rewards, held_out, watch.enter)
     trainer = RewriteTrainer(
         model=trainee(script.gpt_path, training, model.use_peft),
         reward_funcs=scorer.reward_functions(),
         args=training,
-        train_dataset=Dataset.from_list(
-            [{"prompt": messages(p.text, script.reasoning), "prompt_id": p.id} for p in prompts.values()]
-        ),
+        train_dataset=conversations(prompts.values(), script.reasoning),
         processing_class=tokenizer,
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
-        callbacks=[RunLog(folder, _watched)],
+        callbacks=[RunLog(folder, watched)],
         scorer=scorer,
         folder=folder,
         watch=watch,

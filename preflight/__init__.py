@@ -369,7 +369,7 @@ def _loading(options: Options, machine: Machine, launch: Launch) -> list[Check]:
     pipeline = shapes.pipeline(options.render.sdmodel_name)
     most = launch.processes * pipeline.parameters * ELEMENT[options.render.render_dtype]
     text = f"{launch.processes} process(es) load the renderer at once, {readable(most)} of main memory (derived)"
-    if not launch.gpu:
+    if not launch.gpu or options.render.remote:
         return []
     if machine.here and most > machine.ram:
         return [
@@ -380,6 +380,10 @@ def _loading(options: Options, machine: Machine, launch: Launch) -> list[Check]:
 
 def _hopeless(options: Options, machine: Machine, others: bool) -> Check:
     """Said plainly; `others`: whether another renderer fits."""
+    if options.render.remote:
+        return Check(
+            "memory", PROBLEM, "no flags that were tried make the run fit, though servers draw", "larger GPUs"
+        )
     name, pipeline = options.render.sdmodel_name, shapes.pipeline(options.render.sdmodel_name)
     weights = pipeline.parameters * ELEMENT[options.render.render_dtype]
     alone = f"its weights alone are {readable(weights)} in {options.render.render_dtype}"

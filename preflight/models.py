@@ -56,12 +56,13 @@ class Model:
 
 def named_models(options: Options) -> list[Model]:
     """Every model with weights that the options name, in the order in which a run loads them."""
-    path, renderer = options.script.gpt_path, options.render.sdmodel_name
+    path, render = options.script.gpt_path, options.render
     names = list(dict.fromkeys(name for name in names_of(options) if name in shapes.SCORERS))
     policies = [_model("policy", path)]
     if base := shapes.base_of(path):
         policies.append(_model("base model", base))
-    return [*policies, _model("renderer", renderer), *[_reward(name, options.reward) for name in names]]
+    renderers = [] if render.remote else [_model("renderer", render.sdmodel_name)]
+    return [*policies, *renderers, *[_reward(name, options.reward) for name in names]]
 
 
 def names_of(options: Options) -> list[str]:

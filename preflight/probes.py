@@ -1,6 +1,7 @@
 """Each model of a run loaded and used once: answers of the policy, a chunk of pictures, a score of each reward.
 
-A judge, which has no weights here, is asked one real question. Nothing is written into the run's folder.
+A judge, which has no weights here, is asked one real question, servers that draw for a picture. Nothing is written
+into the run's folder.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ JUDGES = ("judge", "preference")
 def probe_all(options: Options, numbers: dict[str, int], prompts: Sequence[Prompt], wanted: bool) -> list[Check]:
     """Each model loaded and used once: answers of the policy, one chunk of pictures, a score of each reward.
 
-    Judges, which have no weights here, are asked one real question each in any case.
+    Judges and servers that draw, which have no weights here, are asked one real question each in any case.
     """
     prompt = next((one for one in prompts if one.nouns), prompts[0])
     judges = [name for name in dict.fromkeys(names_of(options)) if name in JUDGES]
@@ -40,6 +41,7 @@ def probe_all(options: Options, numbers: dict[str, int], prompts: Sequence[Promp
     with whole_parameters():
         if wanted:
             checks += probe_policy(options, prompt)
+        if wanted or options.render.remote:
             seen, renderer, drawn = probe_renderer(options, numbers, prompt)
             checks += seen
             pictures = drawn or pictures
@@ -85,13 +87,17 @@ def probe_policy(options: Options, prompt: Prompt) -> list[Check]:
 def probe_renderer(
     options: Options, numbers: dict[str, int], prompt: Prompt
 ) -> tuple[list[Check], Renderer | None, list[Image.Image]]:
-    """Two pictures of one prompt in one chunk, twice if that is quick; from the last time, that of a generation."""
+    """Two pictures of one prompt in one chunk, twice if that is quick; from the last time, that of a generation.
+
+    The second time they must be the same: a seed means a picture, or members of a group differ by more than words.
+    """
     training, seeds = options.training, [render_seed(options.training.seed, prompt.id, 1, index) for index in (0, 1)]
     chunk = options.render.render_batch_size
     drawn = 2 if chunk > 1 else 1
     try:
         renderer = options.render.load(str(training.device))
         pictures, seconds = _timed(lambda: renderer([prompt.text] * drawn, seeds[:drawn]))
+        before = pictures
         if seconds < 20:  # the first call also warms up
             pictures, seconds = _timed(lambda: renderer([prompt.text] * drawn, seeds[:drawn]))
     except (CheckpointError, ValueError, torch.OutOfMemoryError) as error:
@@ -100,8 +106,12 @@ def probe_renderer(
         why = ", ".join(f"{reason} ({count})" for reason, count in renderer.failures.items())
         return [Check("picture", PROBLEM, f"could not be drawn: {why}", "see README, --render_dtype")], renderer, []
     width, height = pictures[0].size
-    text = f"{width} x {height} px in {seconds:.2f} s a chunk of {chunk}"
-    if not numbers:
+    where = f"from {options.render.sdmodel_name}" if options.render.remote else f"a chunk of {chunk}"
+    text = f"{width} x {height} px in {seconds:.2f} s {where}"
+    if None not in before and [one.tobytes() for one in before] != [one.tobytes() for one in pictures]:
+        text += "; the same text and seed gave another picture the second time"
+        return [Check("picture", WARNING, text, "groups will differ by more than words")], renderer, pictures
+    if not numbers or options.render.remote:  # how many a server draws at once is not known here
         return [Check("picture", OK, text)], renderer, pictures
     local = numbers["images_per_generation"] // numbers["processes"]
     drawing = -(-local // chunk) * seconds

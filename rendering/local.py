@@ -15,7 +15,7 @@ import logging
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import httpx
@@ -163,6 +163,23 @@ class LocalRenderer:
         if "max_sequence_length" not in parameters:
             return limit
         return min(self._settings.get("max_sequence_length", parameters["max_sequence_length"].default), limit)
+
+    @property
+    def settings(self) -> dict[str, int | float | None]:
+        """`steps`, `guidance`, `max_sequence_length` of every picture, given or default; None if it has none."""
+        parameters = inspect.signature(type(self.pipe).__call__).parameters
+        chosen = {name: parameter.default for name, parameter in parameters.items()} | self._settings
+        names = {
+            "steps": "num_inference_steps",
+            "guidance": _guidance_name(parameters),
+            "max_sequence_length": "max_sequence_length",
+        }
+        return {ours: chosen.get(theirs) for ours, theirs in names.items()}
+
+    @property
+    def tokenizer_json(self) -> str | None:
+        """The tokenizer of `count_tokens` as a tokenizer.json; None if it has no such form."""
+        return self._tokenizer.backend_tokenizer.to_str() if self._tokenizer.is_fast else None
 
     def _count_truncated(self, texts: set[str]) -> None:
         lengths = [self.count_tokens(text) for text in texts]
@@ -317,19 +334,23 @@ def _to_picture(pixels: np.ndarray) -> Image.Image | str:
 def _call_settings(pipe: DiffusionPipeline, *, guidance: float | None, **wanted: int | None) -> dict:
     """The keyword arguments of every call of `pipe`: what was asked for under this pipeline's own names."""
     parameters = inspect.signature(type(pipe).__call__).parameters
-    true_cfg = parameters.get("true_cfg_scale")
-    # Qwen-Image: true_cfg_scale=4.0 and an unused guidance_scale=None; FLUX.1: 1.0 and a live guidance_scale=3.5.
-    guided_by_true_cfg = true_cfg is not None and true_cfg.default > 1
-    wanted["true_cfg_scale" if guided_by_true_cfg else "guidance_scale"] = guidance
+    guided_by = _guidance_name(parameters)
+    wanted[guided_by] = guidance
     settings = {name: value for name, value in wanted.items() if value is not None}
     for name, value in settings.items():
         if name not in parameters:
             raise ValueError(f"{type(pipe).__name__} takes no {name} (given: {value}): leave it out")
-    if guided_by_true_cfg:
+    if guided_by == "true_cfg_scale":
         settings["negative_prompt"] = " "  # without one Qwen-Image silently draws unguided; " " is its model card's
     if "use_resolution_binning" in parameters and settings.keys() & {"height", "width"}:
         settings["use_resolution_binning"] = False
     return settings
+
+
+def _guidance_name(parameters: Mapping[str, inspect.Parameter]) -> str:
+    """Qwen-Image: true_cfg_scale=4.0 and an unused guidance_scale=None; FLUX.1: 1.0 and a live guidance_scale=3.5."""
+    true_cfg = parameters.get("true_cfg_scale")
+    return "true_cfg_scale" if true_cfg is not None and true_cfg.default > 1 else "guidance_scale"
 
 
 def _longest_tokenizer(pipe: DiffusionPipeline) -> PreTrainedTokenizerBase:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from interfaces import Prompt, Renderer, Reward
+from training.api import one_line as one_line
 
 if TYPE_CHECKING:
     from rewards.judge import Judge
@@ -23,11 +24,6 @@ if TYPE_CHECKING:
 
 class RewardError(RuntimeError):
     """A reward cannot be built or its checkpoint cannot be read; the message says what to do next."""
-
-
-def one_line(error: BaseException, most: int = 200) -> str:
-    """The text of an error on one line, or its class where it has none."""
-    return " ".join(str(error).split())[:most] or type(error).__name__
 
 
 def option(default: object, help: str, **more: object):

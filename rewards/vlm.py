@@ -19,13 +19,11 @@ import asyncio
 import base64
 import hashlib
 import io
-import ipaddress
 import itertools
 import json
 import logging
 import math
 import os
-import random
 import re
 import sqlite3
 import time
@@ -33,13 +31,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from openai import APIConnectionError, APIStatusError, AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
 from PIL import Image
 
 from prompting import MAX_PROMPT_CHARS, well_formed
-from rewards import RewardError, one_line
+from rewards import RewardError
+from training.api import (
+    ALIVE,
+    CHECK_TIMEOUT,
+    CONNECT_TIMEOUT,
+    RETRIED,
+    Circuit,
+    back_off,
+    checked_url,
+    finished,
+    one_line,
+)
 from training.signals import leaving
 
 logger = logging.getLogger(__name__)
@@ -52,12 +60,7 @@ TOP_TOKENS = 20  # whose probabilities are asked for, the most that the API allo
 MAX_SLOT_CHARS = 16_000  # of what goes into a slot other than the prompt's
 LOSSLESS_PIXELS = 512 * 512  # up to here a picture is sent as PNG, above as JPEG
 ATTEMPTS = 4  # of one call
-BACKOFF, LONGEST_BACKOFF = 0.5, 8.0  # seconds before the second attempt, doubled each time, and their most
-CONNECT_TIMEOUT, CHECK_TIMEOUT = 10.0, 10.0  # seconds
-LISTEN = 0.5  # seconds between looks whether the run was told to leave
 TRIP, PAUSE = 8, 30.0  # failures in a row that open the circuit, at least; seconds until a probe
-RETRIED = {408, 429}  # and 5xx
-ALIVE = {400, 413, 422, 429}  # this question was refused, which says nothing against the server
 
 # "[INST]" and the like: bracketed capitals. Angle brackets, of any kind, need no pattern.
 _BRACKETED = re.compile(r"\[(/?[A-Z_]{2,})\]")
@@ -168,7 +171,7 @@ class VLMClient:
         batch_timeout: float = 900.0,
         cache: str | Path | None = None,
     ):
-        self.url, self.loopback = checked_url(url)
+        self.url, self.loopback = checked_url(url, "judge", RewardError)
         if not model:
             raise RewardError("the judge's model has no name: give --judge_model, see GET /v1/models of the server")
         if concurrency < 1:
@@ -182,7 +185,7 @@ class VLMClient:
         self.metrics: dict[str, float] = {}
         self.reasons: list[str] = []
         self._early: dict[str, _Outcome] = {}
-        self._circuit = _Circuit(max(TRIP, 2 * concurrency))
+        self._circuit = Circuit(max(TRIP, 2 * concurrency), PAUSE)
 
     def begin(self, questions: Sequence[Question]) -> None:
         """Ask already what a later `ask` will; what came of it, failures too, waits for the next `ask`.
@@ -252,18 +255,10 @@ class VLMClient:
 
     async def _finished(self, calls: Mapping[str, asyncio.Task[_Outcome]], deadline: float) -> dict[str, _Outcome]:
         """Outcomes of calls that are under way; an error that is no failure of a call (a bug) is raised."""
-        if not calls:
-            return {}
-        late, failed = set(calls.values()), False
-        while late and not failed and (time_left := deadline - time.monotonic()) > 0 and not leaving():
-            done, late = await asyncio.wait(late, timeout=min(time_left, LISTEN), return_when=asyncio.FIRST_EXCEPTION)
-            failed = any(call.exception() for call in done)
-        for call in late:
-            call.cancel()
-        await asyncio.gather(*late, return_exceptions=True)
+        in_time = await finished(calls, deadline)
         reason = "the run was told to leave" if leaving() else f"the batch's {self.batch_timeout:g} s"
         too_late = _Outcome(failure=f"unfinished after {reason}")
-        return {key: too_late if call in late else call.result() for key, call in calls.items()}
+        return {key: in_time.get(key, too_late) for key in calls}
 
     async def _ask(
         self, api: AsyncOpenAI, turns: asyncio.Semaphore, question: Question, uris: Mapping[int, str]
@@ -412,12 +407,6 @@ def first_tokens(body: str) -> str:
     return json.dumps(chances) if chances and sum(chances.values()) < 1.01 else ""
 
 
-def back_off(attempt: int) -> float:
-    """Seconds to wait after that failed attempt; drawn outside the random state that a run is seeded with."""
-    longest = min(LONGEST_BACKOFF, BACKOFF * 2 ** (attempt - 1))
-    return longest * random.SystemRandom().uniform(0.5, 1.0)
-
-
 def open_api(url: str, key: str, timeout: float, *, proxies: bool) -> AsyncOpenAI:
     """The SDK without its own retries, redirects, and what the environment says about api.openai.com.
 
@@ -439,66 +428,7 @@ def open_api(url: str, key: str, timeout: float, *, proxies: bool) -> AsyncOpenA
     return api
 
 
-def checked_url(url: str, whose: str = "judge") -> tuple[str, bool]:
-    """The URL without a closing slash, and whether it is on this machine.
-
-    Raises:
-        RewardError: it is no URL of an API, carries a login, or would send `whose` key unencrypted to another machine.
-    """
-    example = 'give the base of an OpenAI-compatible API, such as "http://127.0.0.1:8080/v1"'
-    try:
-        parts = urlsplit(url)
-        host, _ = parts.hostname, parts.port
-    except ValueError as error:
-        raise RewardError(f"{whose} URL {url!r} cannot be read ({error}): {example}") from error
-    if parts.scheme not in ("http", "https") or not host or parts.query or parts.fragment:
-        raise RewardError(f"{whose} URL {url!r} is none: {example}")
-    if parts.username is not None:
-        raise RewardError(
-            f"the {whose} URL of {host} carries a login: remove it, keys go into environment {whose.upper()}_API_KEY"
-        )
-    loopback = _is_loopback(host)
-    if parts.scheme == "http" and not loopback and os.environ.get(f"{whose.upper()}_ALLOW_HTTP") != "1":
-        raise RewardError(
-            f"{whose} URL {url!r} would send questions and key unencrypted to another machine: use https, or set "
-            f"environment {whose.upper()}_ALLOW_HTTP=1 if you trust the network"
-        )
-    return url.rstrip("/"), loopback
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 # ----- what outlives a call
-
-
-class _Circuit:
-    """Open (calls fail at once) after `trip` failures in a row; then one call per PAUSE seconds is a probe."""
-
-    def __init__(self, trip: int):
-        self.trip, self.failures, self.since, self.reason = trip, 0, 0.0, ""
-
-    @property
-    def is_open(self) -> bool:
-        return self.failures >= self.trip
-
-    def lets_through(self) -> bool:
-        if not self.is_open:
-            return True
-        if time.monotonic() - self.since < PAUSE:
-            return False
-        self.since = time.monotonic()  # the others wait for this one
-        return True
-
-    def failed(self, reason: str) -> None:
-        self.failures, self.since, self.reason = self.failures + 1, time.monotonic(), reason
-
-    def succeeded(self) -> None:
-        self.failures = 0
 
 
 class _Cache:

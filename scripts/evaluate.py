@@ -53,7 +53,8 @@ from training.run_folder import PACKAGES, git_commit, whole_lines, write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_RESULTS = ("out", "training_prompts", "judge_url", "judge_concurrency", "judge_timeout", "judge_batch_timeout",
-               "judge_cache", "reward_device", "reward_offload", "render_device")  # fmt: skip
+               "judge_cache", "reward_device", "reward_offload", "render_device", "render_timeout",
+               "render_batch_timeout", "render_concurrency")  # fmt: skip
 
 
 @dataclass

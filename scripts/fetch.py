@@ -129,7 +129,7 @@ def named(options: Options) -> Iterator[tuple[str, Checkpoint]]:
     policy, revision = options.script.gpt_path, options.model.model_revision
     if is_adapter(policy):
         policy, revision = base_of(policy, revision)
-    uses = [("policy", policy), ("renderer", options.render.sdmodel_name)]
+    uses = [("policy", policy), *([] if options.render.remote else [("renderer", options.render.sdmodel_name)])]
     paths = asdict(options.reward)
     for reward in dict.fromkeys([*options.script.rewards, *options.script.held_out]):
         own = paths.get(f"{reward}_path")

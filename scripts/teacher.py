@@ -24,8 +24,9 @@ from openai import APIConnectionError, APIStatusError
 
 from interfaces import Prompt
 from prompting import Answer, messages, parse
-from rewards import one_line
-from rewards.vlm import RETRIED, back_off, checked_url, open_api
+from rewards import RewardError
+from rewards.vlm import open_api
+from training.api import RETRIED, back_off, checked_url, one_line
 
 # What a teacher is told beside the policy's own instructions.
 FOR_A_TEACHER = (
@@ -92,7 +93,7 @@ class ChatTeacher:
     """
 
     def __init__(self, url: str, model: str, *, timeout: float, temperature: float, max_tokens: int):
-        self.url, loopback = checked_url(url, "teacher")
+        self.url, loopback = checked_url(url, "teacher", RewardError)
         key = os.environ.get("TEACHER_API_KEY", "").strip()
         self._api = open_api(self.url, key, timeout, proxies=not loopback)
         self._timeout = timeout

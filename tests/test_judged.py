@@ -24,13 +24,14 @@ from interfaces import Prompt
 from miniature.judge_server import JudgeServer
 from rewards import RewardError, vlm
 from rewards.vlm import Question, Template, VLMClient
+from training import api
 
 MODEL = "miniature"
 
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
-    monkeypatch.setattr(vlm, "BACKOFF", 0.01)
+    monkeypatch.setattr(api, "BACKOFF", 0.01)
 
 
 def gray(level: int) -> Image.Image:

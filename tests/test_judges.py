@@ -30,6 +30,7 @@ from rewards import RewardError, RewardOptions, Setting, build, judge, preferenc
 from rewards.judge import Judge
 from rewards.preference import FIRST, SECOND, TIE, Preference
 from rewards.vlm import Question, Template, VLMClient, neutralise
+from training import api
 
 ROOT = Path(__file__).parent.parent
 MODEL = "miniature"
@@ -37,7 +38,7 @@ MODEL = "miniature"
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
-    monkeypatch.setattr(vlm, "BACKOFF", 0.01)
+    monkeypatch.setattr(api, "BACKOFF", 0.01)
     for name in ("JUDGE_API_KEY", "JUDGE_ALLOW_HTTP"):
         monkeypatch.delenv(name, raising=False)
 
@@ -259,13 +260,12 @@ def test_the_circuit_opens_probes_and_closes_again(monkeypatch):
         assert client.ask(questions(*range(10))) == grades(*range(10))
 
 
-def test_an_open_circuit_lets_one_probe_through_per_pause(monkeypatch):
-    circuit = vlm._Circuit(trip=2)
+def test_an_open_circuit_lets_one_probe_through_per_pause():
+    circuit = api.Circuit(trip=2, pause=0.2)
     circuit.failed("refused")
     assert circuit.lets_through()
     circuit.failed("refused")
     assert not circuit.lets_through()
-    monkeypatch.setattr(vlm, "PAUSE", 0.2)
     time.sleep(0.25)
     assert [circuit.lets_through() for _ in range(3)] == [True, False, False]
 

@@ -24,10 +24,10 @@ from data.prompts import load_prompts
 from interfaces import Prompt, Reward
 from miniature import world
 from prompting import MAX_PROMPT_CHARS, completion, messages, parse
-from rewards import vlm
 from scripts import make_sft, teacher
 from scripts.make_sft import main, sampling_seed
 from tests.teacher_server import MODEL, TeacherServer
+from training import api
 from training.scoring import Scorer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,7 +43,7 @@ REASON = {
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
-    monkeypatch.setattr(vlm, "BACKOFF", 0.01)
+    monkeypatch.setattr(api, "BACKOFF", 0.01)
     for name in ("TEACHER_API_KEY", "TEACHER_ALLOW_HTTP", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
 

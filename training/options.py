@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,24 +38,29 @@ class _Parser(TrlParser):
         raise UsageError(message)
 
 
-def parse(kinds: Sequence[type], recipe: Path | None, argv: Sequence[str]) -> tuple[Any, ...]:
+def parse(
+    kinds: Sequence[type], recipe: Path | None, argv: Sequence[str], lacking: Mapping[str, str] | None = None
+) -> tuple[Any, ...]:
     """One filled dataclass per kind, in their order.
 
     Args:
         kinds: dataclasses; ours have other field names than TRL's.
         recipe: a YAML that is always read first, None for none.
         argv: the command line without the program's name.
+        lacking: options of other trainers that this one has not, and why.
 
     Raises:
-        UsageError: an unknown key or flag (with the nearest valid one), a missing or ill-typed value.
+        UsageError: an unknown key or flag (with the nearest valid one, or why it is lacking), a missing or ill-typed
+            value.
     """
+    lacking = lacking or {}
     config_only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     config_only.add_argument("--config", help="YAML file of options; it states only what differs from the defaults.")
     parser = _Parser(tuple(kinds), parents=[config_only], allow_abbrev=False)
     parser.set_defaults(use_cpu=not torch.cuda.is_available())
     for path in (recipe, config_only.parse_known_args(argv)[0].config):
         if path is not None:
-            parser.set_defaults_with_config(**_read_yaml(Path(path), parser))
+            parser.set_defaults_with_config(**_read_yaml(Path(path), parser, lacking))
     try:
         *filled, _, unknown = parser.parse_args_into_dataclasses(
             args=list(argv), return_remaining_strings=True, look_for_args_file=False
@@ -63,6 +68,8 @@ def parse(kinds: Sequence[type], recipe: Path | None, argv: Sequence[str]) -> tu
     except ValueError as error:  # TRL and transformers check values against each other while they build their config
         raise UsageError(str(error)) from error
     if unknown:
+        if (name := unknown[0].lstrip("-").partition("=")[0].replace("-", "_")) in lacking:
+            raise UsageError(f"--{name} is not possible here: {lacking[name]}")
         flags = [option for action in parser._actions for option in action.option_strings]
         raise UsageError(f"unknown argument {unknown[0]!r}, did you mean {_nearest(unknown[0], flags)!r}?")
     return tuple(filled)
@@ -92,7 +99,7 @@ def set_renamed(outdir: str, gpt_path: str, training: TrainingArguments, model: 
     }
 
 
-def _read_yaml(path: Path, parser: TrlParser) -> dict[str, Any]:
+def _read_yaml(path: Path, parser: TrlParser, lacking: Mapping[str, str]) -> dict[str, Any]:
     try:
         options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
@@ -103,6 +110,8 @@ def _read_yaml(path: Path, parser: TrlParser) -> dict[str, Any]:
         raise UsageError(f"{path} holds a {type(options).__name__}, not `option: value` lines")
     actions = {action.dest: action for action in parser._actions}
     for key, value in options.items():
+        if key in lacking:
+            raise UsageError(f"{key} in {path} is not possible here: {lacking[key]}")
         if key not in actions:
             raise UsageError(f"unknown key {key!r} in {path}, did you mean {_nearest(str(key), list(actions))!r}?")
         if actions[key].nargs == "+" and not isinstance(value, list):

@@ -48,6 +48,9 @@ NOT_IDENTITY = {
     "save_images_max",
     "save_total_limit",
     "render_batch_size",
+    "render_timeout",
+    "render_batch_timeout",
+    "render_concurrency",
     "reward_batch_size",
     "reward_device",
     "reward_offload",
@@ -62,6 +65,11 @@ NOT_IDENTITY = {
     "max_absent_share",
     "phase_budget",
     "picture_cache",
+    "vllm_server_base_url",
+    "vllm_server_timeout",
+    "request_timeout",
+    "weight_sync_timeout",
+    "heartbeat_stale_after_s",
 }
 
 
@@ -217,7 +225,11 @@ class RunFolder:
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append one row to `metrics.jsonl`; `seconds_since_start` counts from this process's start."""
         row = {"step": step, "seconds_since_start": round(time.time() - self.started, 3), **metrics}
-        self._record(lambda: _append(self.path / "metrics.jsonl", json.dumps(row) + "\n"))
+        self.append("metrics.jsonl", row)
+
+    def append(self, name: str, row: Mapping[str, Any]) -> None:
+        """Append one row to the file of that name."""
+        self._record(lambda: _append(self.path / name, json.dumps(row) + "\n"))
 
     def write_rollouts(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write `rollouts/step_NNNNNN.jsonl`, whole or not at all."""

@@ -16,6 +16,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+from training.api import is_url
 from training.memory import Pipeline, Policy, Scorer
 from training.weights import locked
 
@@ -37,6 +38,7 @@ T5_XXL, CLIP_L, CLIP_BIG_G, VAE_16 = 4_762_310_656, 123_060_480, 694_659_840, 83
 CLIP_L_PROJECTED = CLIP_L + 768 * 768
 FLUX = Pipeline(11_901_408_320, T5_XXL + CLIP_L, VAE_16, 3072, 12288, 16, 256)
 SD3_TEXT = T5_XXL + CLIP_L_PROJECTED + CLIP_BIG_G
+ELSEWHERE = Pipeline(0, 0, 0, 0, 0, 1, 0)  # servers draw: no memory here
 PIPELINES = {
     "black-forest-labs/FLUX.1-dev": FLUX,
     "black-forest-labs/FLUX.1-schnell": Pipeline(11_891_178_560, T5_XXL + CLIP_L, VAE_16, 3072, 12288, 16, 256),
@@ -161,7 +163,9 @@ def adapter(path: str) -> int:
 
 
 def pipeline(path: str) -> Pipeline | None:
-    """Of the diffusers folder at `path` or in the hub's cache; else of PIPELINES; else None."""
+    """Of the diffusers folder at `path` or in the hub's cache; else of PIPELINES; else None. Servers: ELSEWHERE."""
+    if is_url(path):
+        return ELSEWHERE
     folder = folder_of(path)
     if folder is None:
         return PIPELINES.get(path)
