@@ -38,6 +38,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -52,10 +53,12 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from prompting import well_formed
 from rendering import CheckpointError, RenderOptions
-from rendering.local import LocalRenderer
 from training.api import is_loopback, one_line
 from training.options import UsageError, parse
 from training.weights import locked
+
+if TYPE_CHECKING:
+    from rendering.local import LocalRenderer  # diffusers: for the replicas alone
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST_BYTES = 2**20  # of a request: a text of 100,000 characters, however escaped, fits
