@@ -30,6 +30,7 @@ import hmac
 import io
 import json
 import os
+import secrets
 import signal
 import sys
 import tempfile
@@ -41,6 +42,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_AUTH_MODE"] = "token"
+os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # one of this server alone; else Ray keeps one in the home folder
 
 import ray
 import torch
@@ -296,7 +300,6 @@ def check(server: ServerOptions, render: RenderOptions) -> None:
 def run(server: ServerOptions, render: RenderOptions, temp_dir: str) -> None:
     """Serve until told to stop."""
     told = threading.Event()
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     ray.init(
         address="local",
         num_cpus=(server.replicas or torch.cuda.device_count() or 1) + 1,

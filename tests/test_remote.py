@@ -616,7 +616,7 @@ def served(tmp_path_factory):
             env={**ENVIRONMENT, "RENDER_API_KEY": KEY}, cwd=ROOT, stdout=out, stderr=out,
         )  # fmt: skip
     try:
-        until = time.monotonic() + 120
+        until = time.monotonic() + 300
         while "rendering at" not in log.read_text():
             assert process.poll() is None and time.monotonic() < until, log.read_text()[-3000:]
             time.sleep(0.2)
