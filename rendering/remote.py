@@ -7,7 +7,8 @@ What can fail does so here and quietly: a picture that could not be had is None 
 raises out of a batch, and a batch ends in bounded time.
 
     one request   at most `timeout` seconds; connection, 408, 429, 5xx and damaged replies are tried again, anywhere
-    one row       at most ATTEMPTS failures at each server; a refusal of the text (400, 413, 422) is final
+    one row       at most ATTEMPTS failures at each server; a refusal of the text (400, 413, 422) is final, and that a
+                  server is busy or gone counts for nothing
     a dead one    after TRIP failures in a row it is left out; every PAUSE seconds a row is sent to see if it is back
     all dead      rows wait `timeout` seconds for one to come back
     one batch     at most `batch_timeout` seconds; what is unfinished then is None
@@ -184,9 +185,10 @@ class Server:
 
 @dataclass
 class _Job:
-    """One row on its way: where it failed, how often, and when it may be tried there again (of time.monotonic)."""
+    """One row on its way: how often each server had it and failed, when it may go there again (of time.monotonic)."""
 
     row: Row
+    tries: Counter[int] = field(default_factory=Counter)
     failures: Counter[int] = field(default_factory=Counter)
     wait: dict[int, float] = field(default_factory=dict)
     reason: str = ""
@@ -505,16 +507,17 @@ class _Batch:
         circuit.succeeded()
 
     def _note(self, error: _Failed, job: _Job, server: int) -> None:
-        """A row failed at a server; that the server is still gone is not held against the row."""
+        """A row failed at a server; that the server is busy or still gone is not held against the row."""
         job.reason = error.reason
         if error.final:
             self.outcomes[job.row] = error.reason
             return
+        job.tries[server] += 1
         if error.here:
             job.failures[server] = ATTEMPTS
-        elif not (error.gone and self.servers[server].circuit.is_open):
+        elif not (error.gone and (error.alive or self.servers[server].circuit.is_open)):
             job.failures[server] += 1
-        job.wait[server] = time.monotonic() + back_off(max(1, job.failures[server]))
+        job.wait[server] = time.monotonic() + back_off(job.tries[server])
         self.waiting.append(job)
 
     def _give_up(self) -> None:

@@ -30,6 +30,7 @@ import hmac
 import io
 import json
 import os
+import secrets
 import signal
 import sys
 import tempfile
@@ -38,8 +39,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_AUTH_MODE"] = "token"
+os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # one of this server alone; else Ray keeps one in the home folder
 
 import ray
 import torch
@@ -52,10 +57,12 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from prompting import well_formed
 from rendering import CheckpointError, RenderOptions
-from rendering.local import LocalRenderer
 from training.api import is_loopback, one_line
 from training.options import UsageError, parse
 from training.weights import locked
+
+if TYPE_CHECKING:
+    from rendering.local import LocalRenderer  # diffusers: for the replicas alone
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST_BYTES = 2**20  # of a request: a text of 100,000 characters, however escaped, fits
@@ -293,7 +300,6 @@ def check(server: ServerOptions, render: RenderOptions) -> None:
 def run(server: ServerOptions, render: RenderOptions, temp_dir: str) -> None:
     """Serve until told to stop."""
     told = threading.Event()
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     ray.init(
         address="local",
         num_cpus=(server.replicas or torch.cuda.device_count() or 1) + 1,

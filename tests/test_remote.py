@@ -43,6 +43,7 @@ from tests.processes import ENVIRONMENT, ROOT
 from training import api, signals
 
 SIZE = 16
+TOKENIZER = str(ROOT / "miniature/weights/flux/tokenizer_2")
 FIRST = 2**62 + 12345  # a seed of 63 bits
 TEXTS = [f"a photo of thing {number}" for number in range(12)]
 SEEDS = list(range(FIRST, FIRST + len(TEXTS)))
@@ -51,7 +52,7 @@ SEEDS = list(range(FIRST, FIRST + len(TEXTS)))
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
     monkeypatch.setattr(api, "BACKOFF", 0.01)
-    monkeypatch.setattr(remote, "PAUSE", 0.2)
+    monkeypatch.setattr(remote, "PAUSE", 0.05)
     for name in ("RENDER_API_KEY", "RENDER_ALLOW_HTTP"):
         monkeypatch.delenv(name, raising=False)
 
@@ -181,7 +182,7 @@ class _Handler(BaseHTTPRequestHandler):
             "jpeg": lambda: png(text, seed, kind="jpeg"),
             "no image": lambda: b"GIF89a, or so it says",
             "half a png": lambda: png(text, seed)[:-30],
-            "black": lambda: png(text, seed).replace(png(text, seed), _black()),
+            "black": _black,
             "bomb": lambda: bomb(60_000),
         }
         if fault in ("drop", "hang"):
@@ -282,10 +283,9 @@ def test_equal_rows_are_drawn_once_and_blank_ones_are_not_sent():
             draw(["a", "b"], [1])
 
 
-def test_a_server_that_says_nothing_gets_what_was_asked_for_and_31_bits_of_each_seed(toy):
+def test_a_server_that_says_nothing_gets_what_was_asked_for_and_31_bits_of_each_seed():
     with Painter() as server:
-        tokenizer = str(toy.flux / "tokenizer_2")
-        draw = load(server, tokenizer=tokenizer, settings=Settings(guidance=2.0, size=(SIZE, SIZE)))
+        draw = load(server, tokenizer=TOKENIZER, settings=Settings(guidance=2.0, size=(SIZE, SIZE)))
         small = [seed % 2**31 for seed in SEEDS]
         assert colours(draw(TEXTS, SEEDS)) == expected(seeds=small)
         assert {body["seed"] for body in server.bodies} == set(small)
@@ -346,7 +346,7 @@ def test_what_may_pass_is_asked_again_and_nothing_is_lost(fault):
         ("wrong size", "a picture of 32x32, not 16x16", 1),
         ("jpeg", "a picture that is no whole PNG", 4),
         ("half a png", "a picture that is no whole PNG", 4),
-        ("bomb", "a picture of 60000x60000, not 16x16", 1),
+        ("bomb", "a picture that is no whole PNG", 4),
         ("black", "black picture", 1),
         ("huge", "a reply of more than 1049941 bytes", 1),
         ("cut json", "a reply that is no images API's", 4),
@@ -361,12 +361,11 @@ def test_one_rows_failure_is_absent_with_its_reason_and_leaves_the_others(fault,
         assert server.counts[TEXTS[3]] == requests
 
 
-def test_a_picture_of_unknown_size_is_bounded_all_the_same(toy):
+def test_a_picture_of_unknown_size_is_bounded_all_the_same():
     with Painter(fault=bad_row("bomb")) as server:
-        draw = load(server, tokenizer=str(toy.flux / "tokenizer_2"))
+        draw = load(server, tokenizer=TOKENIZER)
         assert colours(draw(TEXTS, [1] * 12)).count(None) == 1
-        (reason,) = draw.failures
-        assert reason in ("a picture of 60000x60000", "a picture that is no whole PNG")
+        assert draw.failures == {"a picture that is no whole PNG": 1}
 
 
 def test_a_row_that_hangs_ends_at_its_deadline_retries_included():
@@ -567,10 +566,9 @@ def test_the_doctor_draws_one_real_picture_and_says_whether_a_seed_means_one(tmp
 
     with Painter(CARD) as server:
         seen = found(server.url)
-        assert seen.state == OK and "16 x 16 px in 0.0" in seen.text and server.url in seen.text
+        assert seen.state == OK and "16 x 16 px in" in seen.text and server.url in seen.text
     assert found(server.url).state == PROBLEM
-    with Painter(CARD, fault=lambda body, count: "" if count < 2 else "other") as server:
-        server.fault = lambda body, count: body.update(seed=count) or ""
+    with Painter(CARD, fault=lambda body, count: body.update(seed=count) or "") as server:
         assert found(server.url).state == WARNING
 
 
@@ -618,7 +616,7 @@ def served(tmp_path_factory):
             env={**ENVIRONMENT, "RENDER_API_KEY": KEY}, cwd=ROOT, stdout=out, stderr=out,
         )  # fmt: skip
     try:
-        until = time.monotonic() + 120
+        until = time.monotonic() + 300
         while "rendering at" not in log.read_text():
             assert process.poll() is None and time.monotonic() < until, log.read_text()[-3000:]
             time.sleep(0.2)
