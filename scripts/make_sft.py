@@ -66,7 +66,8 @@ AGAIN = ("API failure", "unscored")  # why a prompt has no example yet
 TOLD = ("drop", "lost", "text", "rewrite")  # of an answer, in the list of dropped prompts
 NOT_RESULTS = {  # options that a run may go on with other values of; --data and --limit count by the prompts they give
     "data", "limit", "out", "teacher_url", "concurrency", "timeout", "price_in", "price_out",
-    "render_device", "render_batch_size", "render_offload_text", "reward_device", "reward_offload", "reward_batch_size",
+    "render_device", "render_batch_size", "render_offload_text",
+    "reward_device", "reward_offload", "reward_batch_size",
     "judge_url", "judge_concurrency", "judge_timeout", "judge_batch_timeout", "judge_cache",
 }  # fmt: skip
 COUNTS = (  # options that are 1 or more
