@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
     from rendering.local import LocalRenderer
 
 
@@ -101,12 +103,13 @@ class RenderOptions:
             rewrite = completion // 2 if reasoning else completion
             self.max_sequence_length = next((most for most in TEXT_LENGTHS if most >= rewrite), TEXT_LENGTHS[-1])
 
-    def load(self, device: str, *, measuring: bool = False) -> LocalRenderer:
+    def load(self, device: str, *, measuring: bool = False, pipe: DiffusionPipeline | None = None) -> LocalRenderer:
         """The renderer, on `render_device` or else on `device`.
 
         Args:
             measuring: whether the caller will settle a `render_batch_size` of auto (`levers.settle_batch`); until then
                 one picture is drawn at a time.
+            pipe: a pipeline that is built already, in place of the one at `sdmodel_name`.
 
         Raises:
             CheckpointError: nothing at `sdmodel_name`, or weights that did not load whole.
@@ -120,7 +123,7 @@ class RenderOptions:
         from rendering.local import LocalRenderer
 
         return LocalRenderer(
-            self.sdmodel_name,
+            pipe or self.sdmodel_name,
             device=self.render_device or device,
             dtype=self.render_dtype,
             steps=self.render_steps,

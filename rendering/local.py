@@ -148,10 +148,15 @@ class LocalRenderer:
         return [None if isinstance(outcome, str) else outcome for outcome in outcomes]
 
     @torch.inference_mode()
-    def trial(self, size: int) -> float | None:
+    def trial(self, size: int, share: float = SHARE, **changes: int) -> float | None:
         """Seconds a picture when `size` are drawn at once, None if that does not fit; leaves `chunk_size` at `size`.
 
-        A batch fits if it takes at most SHARE of the GPU's memory that is free now. One step warms up, off the clock.
+        One step warms up, off the clock.
+
+        Args:
+            size: pictures.
+            share: of the GPU's memory that is free now; a batch that takes more does not fit.
+            changes: settings of the pipeline's call that are others than this renderer's.
         """
         self.chunk_size = size
         rows = [(TRIAL_TEXT.format(index), index) for index in range(size)]
@@ -159,14 +164,18 @@ class LocalRenderer:
         room = 0.0
         if on_gpu:
             torch.cuda.empty_cache()
-            room = torch.cuda.memory_allocated(self.device) + SHARE * torch.cuda.mem_get_info(self.device)[0]
+            room = torch.cuda.memory_allocated(self.device) + share * torch.cuda.mem_get_info(self.device)[0]
             torch.cuda.reset_peak_memory_stats(self.device)
         try:
-            if self._draw_chunk(rows, num_inference_steps=1) is None:
+            if self._draw_chunk(rows, **{**changes, "num_inference_steps": 1}) is None:
                 return None
             self._forget()
             started = time.perf_counter()
-            if self._draw_chunk(rows) is None or on_gpu and torch.cuda.max_memory_allocated(self.device) > room:
+            if (
+                self._draw_chunk(rows, **changes) is None
+                or on_gpu
+                and torch.cuda.max_memory_allocated(self.device) > room
+            ):
                 return None
             return (time.perf_counter() - started) / size
         finally:

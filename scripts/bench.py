@@ -2,12 +2,15 @@
 
     python scripts/bench.py --target cpu [--json PATH] [--prompts 16] [--group 8]
     python scripts/bench.py --target rewards [--json PATH]      each local reward in batches against one by one
+    python scripts/bench.py --target gpu [--minutes 8]          real shapes, random weights: scripts/bench_gpu.py
+    python scripts/bench.py --target levers                     each lever of the renderer: scripts/bench_levers.py
+    python scripts/bench.py --target generate                   ways to sample without vLLM: scripts/bench_generate.py
 
 A rollout is: write a completion, draw it, score it. Both sides get the same completions, sampled in one batch as TRL
 does. The plain loop then takes them one by one, as RePrompt and T2I-R1 do: each image reward draws the rewrite again
 for itself, one picture a call with its text encoded anew, and scores that one picture. The trainer's `Scorer` draws
 each distinct (rewrite, seed) once, in batches, and gives every reward the same pictures.
-`ratio_to_plain_loop` compares drawing and scoring; `ratio_with_generation` adds the sampling, which both sides share.
+`ratio_toplain_loop` compares drawing and scoring; `ratio_with_generation` adds the sampling, which both sides share.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -40,19 +43,49 @@ REWARDS = ("hps", "format")
 LOCAL = ("hps", "git", "gdino", "orm", "imagereward", "pickscore")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Seconds per rollout, batched against one by one, on the miniature.")
-    parser.add_argument("--target", choices=["cpu", "rewards"], required=True, help="a rollout, or rewards alone")
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="How fast is what a run does?", allow_abbrev=False)
+    parser.add_argument("--target", choices=["cpu", "rewards", "gpu", "levers", "generate"], required=True)
     parser.add_argument("--json", type=Path, help="write the figures here as well")
-    parser.add_argument("--prompts", type=int, default=16, help="groups of a generation")
-    parser.add_argument("--group", type=int, default=8, help="completions a prompt")
-    args = parser.parse_args()
-    result = bench_cpu(args.prompts, args.group) if args.target == "cpu" else bench_rewards(args.prompts * args.group)
+    parser.add_argument("--prompts", type=int, default=16, help="cpu, rewards, generate: groups of a generation")
+    parser.add_argument("--group", type=int, default=8, help="cpu, rewards, generate: completions a prompt")
+    parser.add_argument("--minutes", type=float, default=8, help="gpu, levers: what does not fit in is left out")
+    parser.add_argument("--scale", choices=["real", "tiny"], help="gpu, levers: shapes; tiny ones run on any machine")
+    args = parser.parse_args(argv)
+    result, shown = TARGETS[args.target](args)
     for key, value in result.items():
-        print(f"{key:28s} {value:.4f}" if isinstance(value, float) else f"{key:28s} {value}")
+        if key != "rows":
+            print(f"{key:28s} {value:.4f}" if isinstance(value, float) else f"{key:28s} {value}")
+    print(shown, end="")
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return 0
+
+
+def _gpu(args: argparse.Namespace) -> tuple[dict, str]:
+    from scripts import bench_gpu, bench_models  # which import this module
+
+    device = _device()
+    found = bench_gpu.bench_gpu(bench_models.SCALES[args.scale or "real"], args.minutes, device)
+    return found, bench_gpu.table(found["rows"]) + "\n"
+
+
+def _levers(args: argparse.Namespace) -> tuple[dict, str]:
+    from scripts import bench_levers
+
+    found = bench_levers.bench_levers(args.scale, args.minutes, _device())
+    return found, bench_levers.table(found["rows"]) + "\n"
+
+
+def _generate(args: argparse.Namespace) -> tuple[dict, str]:
+    from scripts import bench_generate
+
+    found = bench_generate.bench_generate(args.prompts, args.group)
+    return found, bench_generate.table(found["rows"]) + "\n"
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def bench_cpu(groups: int, group: int) -> dict:
@@ -67,10 +100,10 @@ def bench_cpu(groups: int, group: int) -> dict:
     completions, generating = _sample(ROOT / options["gpt_path"], asked, options["max_completion_length"])
     ids = [prompt.id for prompt in asked]
     scorer.score(completions[:group], ids[:group], 1)  # warm both up, off the clock
-    _plain_loop(one_by_one, rewards, asked[:1], completions[:1])
+    plain_loop(one_by_one, rewards, asked[:1], completions[:1])
     scorer.score(completions, ids, 1)
     ours = scorer.metrics["seconds/render"] + scorer.metrics["seconds/score"]
-    plain = _plain_loop(one_by_one, rewards, asked, completions)
+    plain = plain_loop(one_by_one, rewards, asked, completions)
     rollouts = len(asked)
     return {
         "rollouts": rollouts,
@@ -80,7 +113,7 @@ def bench_cpu(groups: int, group: int) -> dict:
         "render_s_per_rollout": scorer.metrics["seconds/render"] / rollouts,
         "score_s_per_rollout": scorer.metrics["seconds/score"] / rollouts,
         "plain_loop_s_per_rollout": plain / rollouts,
-        "ratio_to_plain_loop": plain / ours,
+        "ratio_toplain_loop": plain / ours,
         "ratio_with_generation": (generating + plain) / (generating + ours),
     }
 
@@ -127,7 +160,7 @@ def _sample(policy: Path, asked: list[Prompt], length: int) -> tuple[list[str], 
     return reprompter.tokenizer.batch_decode(written, skip_special_tokens=True), seconds
 
 
-def _plain_loop(renderer: Renderer, rewards: list, asked: list[Prompt], completions: list[str]) -> float:
+def plain_loop(renderer: Renderer, rewards: list, asked: list[Prompt], completions: list[str]) -> float:
     """Seconds to draw and score rollout by rollout, each image reward drawing for itself."""
     started = time.perf_counter()
     for prompt, completion in zip(tqdm(asked, desc="plain loop", leave=False), completions, strict=True):
@@ -140,6 +173,14 @@ def _plain_loop(renderer: Renderer, rewards: list, asked: list[Prompt], completi
                 reward([Sample(prompt, completion, answer.rewrite if answer else None, images)])
     return time.perf_counter() - started
 
+
+TARGETS = {
+    "cpu": lambda args: (bench_cpu(args.prompts, args.group), ""),
+    "rewards": lambda args: (bench_rewards(args.prompts * args.group), ""),
+    "gpu": _gpu,
+    "levers": _levers,
+    "generate": _generate,
+}
 
 if __name__ == "__main__":
     sys.exit(main())
