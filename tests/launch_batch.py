@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rendering import RenderOptions, levers
 
-rank = PartialState().process_index
+rank = PartialState(cpu=True).process_index
 levers.smallest_good_batch = lambda trial: (4, 2)[rank]
 renderer = RenderOptions(sys.argv[1], render_batch_size="auto").load("cpu", measuring=True)
 settled = levers.settle_batch(renderer, "auto")
