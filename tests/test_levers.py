@@ -306,7 +306,8 @@ def test_the_table_of_levers_has_gains_differences_and_reasons():
 
 
 def test_a_renderer_takes_a_pipeline_that_is_ready():
-    pipe = FluxPipeline.from_pretrained(ROOT / "miniature" / "weights" / "flux", local_files_only=True)
+    folder = ROOT / "miniature" / "weights" / "flux"
+    pipe = FluxPipeline.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
     options = {"render_steps": 2, "resolution": 48, "max_sequence_length": 32, "render_batch_size": 4}
     renderer = RenderOptions(**options).load("cpu", pipe=pipe)
     assert renderer.pipe is pipe and None not in renderer(TEXTS[:2], [0, 1])
