@@ -59,7 +59,7 @@ class Sample:
     anchors: tuple[Image.Image | None, ...] = ()
 
 
-Seen = Callable[[int, Image.Image | None], None]
+Seen = Callable[[int, Image.Image], None]
 
 
 class Renderer(Protocol):
@@ -70,7 +70,7 @@ class Renderer(Protocol):
     ) -> list[Image.Image | None]:
         """Draw `texts[i]` from noise `seeds[i]`; None where a row could not be drawn. Same length as `texts`.
 
-        `seen(i, picture)` is called once for each row, as soon as its picture is there and on the caller's thread.
+        `seen(i, picture)` tells of a picture as soon as it is there, on the caller's thread.
         """
         ...
 

@@ -40,7 +40,8 @@ import preflight
 from data.prompts import DataError, load_prompts
 from interfaces import Prompt, Renderer, Reward
 from prompting import messages
-from rendering import CheckpointError, RenderOptions
+from rendering import AUTO, CheckpointError, RenderOptions
+from rendering.levers import settle_batch
 from rewards import REWARDS, RewardError, RewardOptions, Setting, build, check
 from rewards.frozen import footprint
 from training.cache import PictureCache
@@ -150,6 +151,7 @@ def parse_options(argv: Sequence[str], training: type[GRPOConfig] = GRPOConfig) 
     kinds = (ScriptArguments, RenderOptions, RewardOptions, training, ModelConfig)
     options = Options(*parse(kinds, RECIPE, argv))
     set_renamed(options.script.outdir, options.script.gpt_path, options.training, options.model)
+    options.render.fit_text(options.training.max_completion_length, options.script.reasoning)
     return options
 
 
@@ -232,7 +234,7 @@ def load_frozen(
         except PolicyError as error:
             missing.append(str(error))
         try:
-            renderer = options.render.load(str(training.device))
+            renderer = options.render.load(str(training.device), measuring=True)
         except (CheckpointError, ValueError) as error:
             missing.append(str(error))
             names = [name for name in names if name != "length"]  # it counts the tokens of the renderer
@@ -273,6 +275,7 @@ def make_scorer(
         cache=PictureCache(
             Path(script.outdir) / "cache", script.picture_cache * 1e9, training.process_index, training.world_size
         ),
+        ahead=options.render.remote,
         enter=enter,
     )
 
@@ -340,6 +343,7 @@ def train(options: Options) -> None:
     folder = RunFolder(script.outdir, resolved(options), resume=script.resume)
     folder.check(numbers["optimizer_steps"])
     tokenizer, renderer, rewards, held_out = load_frozen(options, list(prompts.values()))
+    numbers["render_batch_size"] = settled(renderer, options.render.render_batch_size, folder)
     begin(folder, numbers, _announce(options, numbers, folder, [*rewards, *held_out]))
     watch = Watch(folder.path, training.process_index, script.phase_budget)
     scorer = make_scorer(options, prompts, renderer, rewards, held_out, watch.enter)
@@ -360,6 +364,22 @@ def train(options: Options) -> None:
     )
     name_base(trainer.model, script.gpt_path, model.model_revision)
     finish(trainer, folder)
+
+
+def settled(renderer: Renderer, asked: int | str, folder: RunFolder) -> int:
+    """Pictures a call of this run: as asked for, or for auto what the run began with, or else what a trial finds now.
+
+    Raises:
+        UsageError: auto, and no trial of this renderer can be made.
+    """
+    before = folder.derived().get("render_batch_size") if asked == AUTO else None
+    if before is not None:
+        renderer.chunk_size = before
+        return before
+    try:
+        return settle_batch(renderer, asked)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def resolved(options: Options) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from interfaces import Prompt, Renderer, Reward, Sample
 from preflight.models import names_of
 from preflight.report import OK, PROBLEM, WARNING, Check
 from prompting import completion, messages, parse
-from rendering import CheckpointError
+from rendering import AUTO, CheckpointError
+from rendering.levers import smallest_good_batch
 from rewards import RewardError, Setting, build
 from training.policy import PolicyError, load_policy, load_tokenizer
 from training.seeds import render_seed
@@ -92,10 +93,10 @@ def probe_renderer(
     The second time they must be the same: a seed means a picture, or members of a group differ by more than words.
     """
     training, seeds = options.training, [render_seed(options.training.seed, prompt.id, 1, index) for index in (0, 1)]
-    chunk = options.render.render_batch_size
-    drawn = 2 if chunk > 1 else 1
     try:
-        renderer = options.render.load(str(training.device))
+        renderer = options.render.load(str(training.device), measuring=True)
+        chunk = _batch_size(renderer, options.render.render_batch_size)
+        drawn = 2 if chunk > 1 else 1
         pictures, seconds = _timed(lambda: renderer([prompt.text] * drawn, seeds[:drawn]))
         before = pictures
         if seconds < 20:  # the first call also warms up
@@ -122,6 +123,14 @@ def probe_renderer(
         state = PROBLEM if drawing > timeout else WARNING
         return [Check("picture", state, f"{text}, of a ddp_timeout of {timeout} s", action)], renderer, pictures
     return [Check("picture", OK, text)], renderer, pictures
+
+
+def _batch_size(renderer: Renderer, asked: int | str) -> int:
+    """As asked; for auto what a trial on this process alone finds: the other ones of a launch are not here."""
+    if asked != AUTO:
+        return asked
+    renderer.chunk_size = smallest_good_batch(renderer.trial)
+    return renderer.chunk_size
 
 
 def probe_reward(

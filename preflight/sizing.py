@@ -14,6 +14,7 @@ from interfaces import Prompt
 from preflight.models import names_of, reward_path
 from preflight.report import Advice, Launch, Machine, capacity, fits
 from prompting import MAX_PROMPT_CHARS, messages
+from rendering import AUTO
 from training import shapes
 from training.memory import EIGHT_BIT, FOUR_BIT, Policy, Run, Table, estimate, lora
 from training.options import UsageError
@@ -25,6 +26,8 @@ Parse = Callable[[Sequence[str]], "Options"]
 Plan = Callable[..., dict[str, int]]
 Levers = dict[str, tuple[str, ...]]  # first flag of each -> its words
 
+AUTO_CHUNK = 8  # what a trial finds at 512 px on a GPU, by published figures (not run)
+RENDERER_SIZE = {"fp8": EIGHT_BIT, "fp8_weights": EIGHT_BIT, "int8": EIGHT_BIT, "nf4": FOUR_BIT}
 ELEMENT = {"bfloat16": 2, "float16": 2, "float32": 4}
 TARGETS = ("q_proj", "v_proj")  # PEFT's for Qwen2 and Llama where --lora_target_modules names none
 CHARACTERS = 3  # of a token, at least: for prompts whose tokenizer is not here
@@ -54,7 +57,7 @@ def describe(options: Options, launch: Launch, policy: Policy, prompt: int) -> R
         completion=training.max_completion_length,
         vllm=training.vllm_gpu_memory_utilization if training.use_vllm and training.vllm_mode == "colocate" else 0.0,
         vllm_sleeps=training.vllm_enable_sleep_mode,
-        chunk=render.render_batch_size,
+        chunk=_chunk(options),
         resolution=render.resolution or 1024,
         text=render.max_sequence_length or 512,
         render_size=ELEMENT[render.render_dtype],
@@ -62,7 +65,16 @@ def describe(options: Options, launch: Launch, policy: Policy, prompt: int) -> R
         reward_batch=reward.reward_batch_size,
         reward_device=reward.reward_device,
         offload=reward.reward_offload,
+        transformer_size=RENDERER_SIZE.get(render.render_quantization, 0.0),
+        encoders_away=render.render_offload_text,
+        sliced=render.render_slice_vae,
     )
+
+
+def _chunk(options: Options) -> int:
+    """Pictures a call; for auto an assumption, and the trial itself takes no more than half of what is free."""
+    asked = options.render.render_batch_size
+    return AUTO_CHUNK if asked == AUTO else asked
 
 
 def tables_of(options: Options, machine: Machine, launch: Launch, prompts: Sequence[Prompt]) -> list[Table]:
@@ -167,10 +179,12 @@ def _levers(options: Options, machine: Machine, launch: Launch) -> Iterator[tupl
         yield "--gradient_checkpointing", "true"
     if reward.reward_batch_size > 1:
         yield "--reward_batch_size", str(reward.reward_batch_size // 2)
-    if render.render_batch_size > 1:
-        yield "--render_batch_size", str(render.render_batch_size // 2)
+    if _chunk(options) > 1:
+        yield "--render_batch_size", str(_chunk(options) // 2)
     if not reward.reward_offload:
         yield "--reward_offload", "true"
+    if not render.render_offload_text:
+        yield "--render_offload_text", "true"
     rows, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
     if rows % 2 == 0 and training.steps_per_generation == accumulation:
         halved, doubled = str(rows // 2), str(2 * accumulation)

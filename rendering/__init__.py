@@ -1,19 +1,30 @@
 """Rewrite + seed -> picture: `local` draws with a diffusers pipeline in this process, `remote` on other machines.
 
-What a user may choose is here; the pipeline's packages are imported only when one is loaded. See
-`interfaces.Renderer`.
+What a user may choose is here; the pipeline's packages are imported only when one is loaded. `levers` makes drawing
+here faster or smaller. See `interfaces.Renderer`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING
 
 from training.api import is_url
 
 if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
     from rendering.local import LocalRenderer
     from rendering.remote import RemoteRenderer
+
+
+AUTO = "auto"
+TEXT_LENGTHS = (128, 256, 512)  # tokens; the most of FLUX.1-dev, SD3.5 and Qwen-Image is 512 or above
+OF_THE_DRAWER = (  # what is not asked of a server with a picture
+    "render_device", "render_compile", "render_attention", "render_quantization", "render_offload_text",
+    "render_slice_vae", "render_lora", "render_lora_scale",
+)  # fmt: skip
+QUANTIZATIONS = ("fp8", "fp8_weights", "int8", "nf4")
 
 
 class CheckpointError(RuntimeError):
@@ -36,18 +47,51 @@ class RenderOptions:
     resolution: int | None = field(
         default=None, metadata={"help": "Side of the square pictures in pixels; unset: the pipeline's own size."}
     )
-    max_sequence_length: int | None = field(
+    max_sequence_length: int | str | None = field(
         default=None,
-        metadata={"help": "Renderer tokens read of a rewrite; all texts are padded to it, so fewer draw faster."},
+        metadata={
+            "help": "Renderer tokens read of a rewrite; all texts are padded to it, so fewer draw faster. auto: the "
+            "least of 128, 256 and 512 that holds the rewrite of a full --max_completion_length."
+        },
     )
     render_dtype: str = field(
         default="bfloat16",
         metadata={"help": "Renderer's weights and arithmetic.", "choices": ["bfloat16", "float16", "float32"]},
     )
-    render_batch_size: int = field(
-        default=8, metadata={"help": "Pictures per pipeline call; at 512 px a GPU is busy from about 8 on."}
+    render_batch_size: int | str | None = field(
+        default=8,
+        metadata={
+            "help": "Pictures per pipeline call; at 512 px a GPU is busy from about 8 on. auto: measured once at the "
+            "start of a run, then fixed for all of it."
+        },
     )
     render_device: str | None = field(default=None, metadata={"help": "Of the renderer; unset: the process's own."})
+    render_compile: bool = field(
+        default=False, metadata={"help": "Compile the repeated blocks of the transformer; the first pictures wait."}
+    )
+    render_attention: str | None = field(
+        default=None,
+        metadata={"help": "Attention backend of diffusers (_native_cudnn, _flash_3, sage, ...); unset: native."},
+    )
+    render_quantization: str | None = field(
+        default=None,
+        metadata={
+            "help": "Transformer's weights: fp8 (arithmetic too), fp8_weights or int8 (torchao), nf4 (bitsandbytes).",
+            "choices": list(QUANTIZATIONS),
+        },
+    )
+    render_offload_text: bool = field(
+        default=False,
+        metadata={"help": "Text encoders wait in main memory and come to the device once a generation, to encode."},
+    )
+    render_slice_vae: bool = field(
+        default=False, metadata={"help": "Decode one picture at a time: less memory, where decoding needs the most."}
+    )
+    render_lora: str | None = field(
+        default=None,
+        metadata={"help": "LoRA fused into the renderer: folder or hub name, :file.safetensors to say which of it."},
+    )
+    render_lora_scale: float = field(default=1.0, metadata={"help": "Its strength; few-step ones name theirs."})
 
     render_model: str | None = field(
         default=None, metadata={"help": "The renderer's name at its servers; unset: the only one that they serve."}
@@ -72,8 +116,35 @@ class RenderOptions:
         """Whether servers draw."""
         return is_url(self.sdmodel_name)
 
-    def load(self, device: str) -> LocalRenderer | RemoteRenderer:
+    def __post_init__(self) -> None:
+        """A command line gives numbers as text.
+
+        Raises:
+            ValueError: neither a whole number nor auto.
+        """
+        self.render_batch_size = _number("render_batch_size", self.render_batch_size)
+        if self.max_sequence_length is not None:
+            self.max_sequence_length = _number("max_sequence_length", self.max_sequence_length)
+
+    def fit_text(self, completion: int, reasoning: bool) -> None:
+        """Settle a `max_sequence_length` of auto for rewrites that are written within `completion` tokens.
+
+        The rule: a token of the policy counts as one of the renderer, and where the policy thinks first, its
+        reasoning takes half. Rewrites that are longer all the same are counted (`rewrites/overflow`).
+        """
+        if self.max_sequence_length == AUTO:
+            rewrite = completion // 2 if reasoning else completion
+            self.max_sequence_length = next((most for most in TEXT_LENGTHS if most >= rewrite), TEXT_LENGTHS[-1])
+
+    def load(
+        self, device: str, *, measuring: bool = False, pipe: DiffusionPipeline | None = None
+    ) -> LocalRenderer | RemoteRenderer:
         """The renderer: servers, or here on `render_device` or else on `device`.
+
+        Args:
+            measuring: whether the caller will settle a `render_batch_size` of auto (`levers.settle_batch`); until then
+                one picture is drawn at a time.
+            pipe: a pipeline that is built already, in place of the one at `sdmodel_name`.
 
         Raises:
             CheckpointError: nothing at `sdmodel_name`, or weights that did not load whole.
@@ -81,10 +152,15 @@ class RenderOptions:
         """
         if self.remote:
             return self._load_remote()
-        from rendering.local import LocalRenderer  # diffusers: seconds that a bad option need not cost
+        batch = 1 if measuring and self.render_batch_size == AUTO else self.render_batch_size
+        if AUTO in (batch, self.max_sequence_length):
+            raise ValueError("auto is settled by r1_prompter.py alone: give numbers for --render_batch_size and "
+                             "--max_sequence_length, those of a run are in its run.json")  # fmt: skip
+        from rendering.levers import Levers  # diffusers: seconds that a bad option need not cost
+        from rendering.local import LocalRenderer
 
         return LocalRenderer(
-            self.sdmodel_name,
+            pipe or self.sdmodel_name,
             device=self.render_device or device,
             dtype=self.render_dtype,
             steps=self.render_steps,
@@ -92,14 +168,27 @@ class RenderOptions:
             height=self.resolution,
             width=self.resolution,
             max_sequence_length=self.max_sequence_length,
-            chunk_size=self.render_batch_size,
+            chunk_size=batch,
+            levers=Levers(
+                compile=self.render_compile,
+                attention=self.render_attention,
+                quantization=self.render_quantization,
+                offload_text=self.render_offload_text,
+                slice_vae=self.render_slice_vae,
+                lora=self.render_lora,
+                lora_scale=self.render_lora_scale,
+            ),
         )
 
     def _load_remote(self) -> RemoteRenderer:
         from rendering.remote import RemoteRenderer, Settings
 
-        if self.render_device is not None:
-            raise ValueError(f"render_device {self.render_device} is of no use with servers that draw: leave it out")
+        given = asdict(self)
+        for option in fields(self):
+            if option.name in OF_THE_DRAWER and given[option.name] != option.default:
+                raise ValueError(
+                    f"--{option.name} {given[option.name]} is an option of the server that draws: leave it out here"
+                )
         settings = Settings(
             steps=self.render_steps,
             guidance=self.guidance,
@@ -116,3 +205,12 @@ class RenderOptions:
             batch_timeout=self.render_batch_timeout,
             concurrency=self.render_concurrency,
         ).load()
+
+
+def _number(name: str, value: int | str | None) -> int | str:
+    if value == AUTO or isinstance(value, int):
+        return value
+    try:
+        return int(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--{name} {value}: give a whole number, or {AUTO}") from error

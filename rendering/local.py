@@ -3,7 +3,7 @@
 Any checkpoint that `AutoPipelineForText2Image` knows: FLUX.1/2, SD3.5, Qwen-Image, Z-Image, Sana, SDXL, PixArt, ...
 What a pipeline takes is read from the signatures of its `__call__` and `encode_prompt`, never from its name.
 
-Left out: negative prompts, image conditioning, LoRA, compilation and quantisation.
+Left out: negative prompts, image conditioning. What makes it faster or smaller: `levers`.
 
 Source: diffusers 0.42.1, `pipelines/*/pipeline_*.py`.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 import logging
 import re
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from interfaces import Seen
 from rendering import CheckpointError
+from rendering.levers import SHARE, Levers, apply, at_hand, text_encoders
 from training.signals import leaving
 from training.weights import WeightsError, check_folder, locked
 from training.whole import whole_parameters
@@ -36,6 +38,7 @@ from training.whole import whole_parameters
 logging.getLogger("diffusers.pipelines").setLevel(logging.ERROR)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+TRIAL_TEXT = "a photo of {} things, of no importance whatever"
 
 
 class LocalRenderer:
@@ -53,7 +56,7 @@ class LocalRenderer:
 
     def __init__(
         self,
-        path: str,
+        path: str | DiffusionPipeline,
         *,
         device: str | torch.device,
         dtype: str,
@@ -63,11 +66,13 @@ class LocalRenderer:
         width: int | None,
         max_sequence_length: int | None,
         chunk_size: int,
+        levers: Levers | None = None,
     ) -> None:
         """Load `path` onto `device` and freeze it. None leaves a setting at the pipeline's own default.
 
         Args:
-            path: a folder with a `model_index.json`, or a Hub repository "org/name".
+            path: a folder with a `model_index.json`, or a Hub repository "org/name"; or a pipeline that is built
+                already, which is changed in place and whose `dtype` is its own.
             device: of every component.
             dtype: "bfloat16", "float16" or "float32".
             steps: denoising steps, >= 1.
@@ -77,20 +82,24 @@ class LocalRenderer:
             max_sequence_length: text tokens read; fewer are cheaper, since every text is padded to this length.
             chunk_size: rows drawn at once, >= 1. A last chunk is filled up by repeating its last row, which costs
                 time; for single pictures choose 1.
+            levers: what makes it faster or smaller; none by default.
 
         Raises:
             CheckpointError: nothing at `path`, Hub out of reach, or weights that did not load whole.
-            ValueError: a setting that this pipeline does not take, or out of range.
+            ValueError: a setting or lever that this pipeline does not take, or out of range.
         """
         if dtype not in DTYPES:
             raise ValueError(f"unknown renderer dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
         if chunk_size < 1:
             raise ValueError(f"renderer chunk_size is {chunk_size}: give 1 or more rows")
-        self.pipe = _load(path, DTYPES[dtype]).to(device)
+        self.pipe, self.device = _load(path, DTYPES[dtype]) if isinstance(path, str) else path, torch.device(device)
         self.pipe.set_progress_bar_config(disable=True)
         for component in self.pipe.components.values():
             if isinstance(component, torch.nn.Module):
                 component.eval().requires_grad_(False)
+        levers = levers or Levers()
+        apply(levers, self.pipe, self.device)
+        self._away = text_encoders(self.pipe) if levers.offload_text else []
         self.chunk_size = chunk_size
         self.failures: Counter[str] = Counter()
         self.truncated = 0
@@ -104,6 +113,7 @@ class LocalRenderer:
         )
         self._tokenizer = _longest_tokenizer(self.pipe)
         self._encoded: dict[str, tuple] = {}
+        self._texts: list[str] = []  # of this call
         self._lone: tuple | None = None  # what `encode_prompt` returns for one row
         # A few pipelines (Kandinsky, Stable Cascade, ...) have no encode_prompt: they encode each row of each chunk.
         if "encode_prompt" in dir(type(self.pipe)):
@@ -119,7 +129,7 @@ class LocalRenderer:
         Args:
             texts: B texts of any length.
             seeds: B seeds in [-2**63, 2**64).
-            seen: told each row's index and picture after its chunk.
+            seen: told index and picture of a row after its chunk.
 
         Returns:
             B RGB pictures; None where a row could not be drawn, with the reason counted in `failures`.
@@ -131,22 +141,62 @@ class LocalRenderer:
             raise ValueError(f"renderer got {len(texts)} texts but {len(seeds)} seeds: give one seed per text")
         rows = list(zip(texts, seeds, strict=True))
         distinct = [row for row in dict.fromkeys(rows) if row[0].strip()]
-        self._count_truncated({text for text, _ in distinct})
+        self._texts = list(dict.fromkeys(text for text, _ in distinct))
+        self._count_truncated(set(self._texts))
         places: dict[tuple[str, int], list[int]] = {}
         for i, row in enumerate(rows):
             places.setdefault(row, []).append(i)
 
         def tell(row: tuple[str, int], outcome: Image.Image | str) -> None:
-            for i in places[row] if seen else ():
-                seen(i, None if isinstance(outcome, str) else outcome)
+            for i in places[row] if seen and not isinstance(outcome, str) else ():
+                seen(i, outcome)
 
         try:
             drawn = self._draw_all(distinct, tell)
         finally:
-            self._encoded.clear()
+            self._forget()
         outcomes = [drawn.get(row, "told to leave" if row[0].strip() else "blank text") for row in rows]
         self.failures.update(outcome for outcome in outcomes if isinstance(outcome, str))
         return [None if isinstance(outcome, str) else outcome for outcome in outcomes]
+
+    @torch.inference_mode()
+    def trial(self, size: int, share: float = SHARE, **changes: int) -> float | None:
+        """Seconds a picture when `size` are drawn at once, None if that does not fit; leaves `chunk_size` at `size`.
+
+        One step warms up, off the clock.
+
+        Args:
+            size: pictures.
+            share: of the GPU's memory that is free now; a batch that takes more does not fit.
+            changes: settings of the pipeline's call that are others than this renderer's.
+        """
+        self.chunk_size = size
+        rows = [(TRIAL_TEXT.format(index), index) for index in range(size)]
+        on_gpu = self.device.type == "cuda"
+        room = 0.0
+        if on_gpu:
+            torch.cuda.empty_cache()
+            room = torch.cuda.memory_allocated(self.device) + share * torch.cuda.mem_get_info(self.device)[0]
+            torch.cuda.reset_peak_memory_stats(self.device)
+        try:
+            if self._draw_chunk(rows, **{**changes, "num_inference_steps": 1}) is None:
+                return None
+            self._forget()
+            started = time.perf_counter()
+            if (
+                self._draw_chunk(rows, **changes) is None
+                or on_gpu
+                and torch.cuda.max_memory_allocated(self.device) > room
+            ):
+                return None
+            return (time.perf_counter() - started) / size
+        finally:
+            self._forget()
+
+    def _forget(self) -> None:
+        """What was encoded is kept for one call."""
+        self._encoded.clear()
+        self._texts = []
 
     def count_tokens(self, text: str) -> int:
         """Tokens of `text`, special ones included, in the pipeline's longest-context tokenizer, before truncation.
@@ -215,15 +265,17 @@ class LocalRenderer:
                 self.chunk_size //= 2
         return drawn
 
-    def _draw_chunk(self, rows: list[tuple[str, int]]) -> list[Image.Image | str] | None:
+    def _draw_chunk(self, rows: list[tuple[str, int]], **changes: int) -> list[Image.Image | str] | None:
         """At most `chunk_size` rows -> picture or reason each; None if the device ran out of memory.
+
+        `changes` are settings of this call alone.
 
         The pipeline always gets `chunk_size` rows, the last one repeated: matrix products of another shape may sum in
         another order, and a picture would then depend on how many rows came with it. Measured on a CPU, tiny models
         in bfloat16, 4 steps: up to 4 of 255 levels between 1 row at once and 4; none with the chunk filled up.
         """
         padded = rows + [rows[-1]] * (self.chunk_size - len(rows))
-        settings = dict(self._settings)
+        settings = {**self._settings, **changes}
         if "negative_prompt" in settings:
             settings["negative_prompt"] = [settings["negative_prompt"]] * len(padded)
         try:
@@ -258,9 +310,30 @@ class LocalRenderer:
         rows = [{name: _row_of(name, value, index) for name, value in arguments.items()} for index in range(size)]
         keys = [repr(row) for row in rows]
         new = {key: row for key, row in zip(keys, rows, strict=True) if key not in self._encoded}
+        if new and self._away:
+            new |= self._coming(rows[0])
         if new:
-            self._encoded.update(zip(new, self._encode_rows(list(new.values())), strict=True))
+            self._encode_new(new)
         return tuple(_stack(values) for values in zip(*(self._encoded[key] for key in keys), strict=True))
+
+    def _coming(self, row: dict) -> dict[str, dict]:
+        """Key -> row of every text of this call, made after `row`; none if `row` is no text of it but a negative one.
+
+        So that text encoders that are in main memory come to the device once a call, not once a chunk.
+        """
+        if row["prompt"] not in [[text] for text in self._texts]:
+            return {}
+        same = [name for name, value in row.items() if isinstance(value, list) and value == row["prompt"]]
+        rows = [{**row, **dict.fromkeys(same, [text])} for text in self._texts]
+        return {key: other for other in rows if (key := repr(other)) not in self._encoded}
+
+    def _encode_new(self, new: dict[str, dict]) -> None:
+        """Encode and remember rows by their keys, `chunk_size` of them at a time."""
+        keys = list(new)
+        with at_hand(self._away, self.device):
+            for start in range(0, len(keys), self.chunk_size):
+                some = keys[start : start + self.chunk_size]
+                self._encoded.update(zip(some, self._encode_rows([new[key] for key in some]), strict=True))
 
     def _encode_rows(self, rows: list[dict]) -> list[tuple]:
         """Each row's values as if it had been encoded alone, from one pass over `chunk_size` rows where that is safe.

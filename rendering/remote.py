@@ -48,6 +48,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from interfaces import Seen
 from rendering import CheckpointError
 from training.api import (
     ALIVE,
@@ -261,7 +262,9 @@ class RemoteRenderer:
         asyncio.run(self._ask_all())
         return self
 
-    def __call__(self, texts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image | None]:
+    def __call__(
+        self, texts: Sequence[str], seeds: Sequence[int], seen: Seen | None = None
+    ) -> list[Image.Image | None]:
         """Draw `texts[i]` from noise `seeds[i]`, once per distinct pair; equal rows share one picture object.
 
         Runs its own event loop, so it cannot be called from inside one.
@@ -269,6 +272,7 @@ class RemoteRenderer:
         Args:
             texts: B texts of any length.
             seeds: B seeds in [0, 2**63).
+            seen: told index and picture of a row when it arrives.
 
         Returns:
             B RGB pictures; None where a row could not be drawn, with the reason counted in `failures`.
@@ -281,7 +285,15 @@ class RemoteRenderer:
         rows = list(zip(texts, seeds, strict=True))
         distinct = [row for row in dict.fromkeys(rows) if row[0].strip()]
         self.truncated += sum(self.count_tokens(text) > self.max_tokens for text in {text for text, _ in distinct})
-        drawn = asyncio.run(self._draw_all(distinct)) if distinct else {}
+        places: dict[Row, list[int]] = {}
+        for i, row in enumerate(rows):
+            places.setdefault(row, []).append(i)
+
+        def tell(row: Row, image: Image.Image) -> None:
+            for i in places[row] if seen else ():
+                seen(i, image)
+
+        drawn = asyncio.run(self._draw_all(distinct, tell)) if distinct else {}
         outcomes = [drawn[row] if row[0].strip() else "blank text" for row in rows]
         reasons = [outcome for outcome in outcomes if isinstance(outcome, str)]
         self.failures.update(reasons)
@@ -402,13 +414,14 @@ class RemoteRenderer:
 
     # ----- one batch
 
-    async def _draw_all(self, rows: Sequence[Row]) -> dict[Row, Image.Image | str]:
+    async def _draw_all(
+        self, rows: Sequence[Row], tell: Callable[[Row, Image.Image], None]
+    ) -> dict[Row, Image.Image | str]:
         """The picture of every row, or why there is none."""
         async with AsyncExitStack() as stack:
             clients = [await stack.enter_async_context(self._connect(server)) for server in self.servers]
-            return await _Batch(self.servers, clients, self._request, self.timeout).draw(
-                rows, time.monotonic() + self.batch_timeout
-            )
+            batch = _Batch(self.servers, clients, self._request, self.timeout, tell)
+            return await batch.draw(rows, time.monotonic() + self.batch_timeout)
 
     async def _request(self, client: httpx.AsyncClient, server: Server, row: Row) -> Image.Image:
         """One picture from one server; raises _Failed."""
@@ -427,6 +440,7 @@ class _Batch:
         clients: one for each.
         request: one picture from one server; raises _Failed.
         timeout: seconds for which rows wait while every server that they could go to is left out.
+        tell: of every picture that arrives.
     """
 
     def __init__(
@@ -435,8 +449,10 @@ class _Batch:
         clients: Sequence[httpx.AsyncClient],
         request: Callable[[httpx.AsyncClient, Server, Row], Coroutine[None, None, Image.Image]],
         timeout: float,
+        tell: Callable[[Row, Image.Image], None],
     ):
-        self.servers, self.clients, self.request, self.timeout = servers, clients, request, timeout
+        self.servers, self.clients, self.request = servers, clients, request
+        self.timeout, self.tell = timeout, tell
         self.waiting: list[_Job] = []
         self.calls: dict[asyncio.Task[Image.Image], tuple[_Job, int]] = {}
         self.outcomes: dict[Row, Image.Image | str] = {}
@@ -499,6 +515,7 @@ class _Batch:
         circuit = self.servers[server].circuit
         try:
             self.outcomes[job.row] = call.result()
+            self.tell(job.row, call.result())
         except _Failed as error:
             self._note(error, job, server)
             if not error.alive:

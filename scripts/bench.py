@@ -3,6 +3,9 @@
     python scripts/bench.py --target cpu [--json PATH] [--prompts 16] [--group 8]
     python scripts/bench.py --target groups [--json PATH]       cost of a rollout and memory as the group grows 4 -> 32
     python scripts/bench.py --target rewards [--json PATH]      each local reward in batches against one by one
+    python scripts/bench.py --target gpu [--minutes 8]          real shapes, random weights: scripts/bench_gpu.py
+    python scripts/bench.py --target levers                     each lever of the renderer: scripts/bench_levers.py
+    python scripts/bench.py --target generate                   ways to sample without vLLM: scripts/bench_generate.py
 
 A rollout is: write a completion, draw it, score it with the rewards of configs/miniature.yaml. Both sides get the same
 completions, sampled in batches as TRL does. The plain loop then takes them one by one, as RePrompt and T2I-R1 do: each
@@ -22,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -46,29 +49,53 @@ SAMPLED = 128  # completions in one call of `generate`, the miniature's generati
 LOCAL = ("hps", "git", "gdino", "orm", "imagereward", "pickscore")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Seconds per rollout, batched against one by one, on the miniature.")
-    targets = ["cpu", "groups", "rewards"]
-    parser.add_argument("--target", choices=targets, required=True, help="a rollout, as groups grow, or rewards alone")
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="How fast is what a run does?", allow_abbrev=False)
+    parser.add_argument("--target", choices=[*TARGETS], required=True)
     parser.add_argument("--json", type=Path, help="write the figures here as well")
-    parser.add_argument("--prompts", type=int, default=16, help="groups of a generation")
-    parser.add_argument("--group", type=int, default=8, help="completions a prompt")
-    parser.add_argument("--no_plain_loop", action="store_true", help="leave out the side that is compared with")
-    args = parser.parse_args()
-    if args.target == "cpu":
-        result = bench_cpu(args.prompts, args.group, plain_loop=not args.no_plain_loop)
-    elif args.target == "groups":
-        result = bench_groups(args.prompts)
-    else:
-        result = bench_rewards(args.prompts * args.group)
+    parser.add_argument("--prompts", type=int, default=16, help="cpu, rewards, generate: groups of a generation")
+    parser.add_argument("--group", type=int, default=8, help="cpu, rewards, generate: completions a prompt")
+    parser.add_argument("--no_plain_loop", action="store_true", help="cpu: leave out the side that is compared with")
+    parser.add_argument("--minutes", type=float, default=8, help="gpu, levers: what does not fit in is left out")
+    parser.add_argument("--scale", choices=["real", "tiny"], help="gpu, levers: shapes; tiny ones run on any machine")
+    args = parser.parse_args(argv)
+    result, shown = TARGETS[args.target](args)
     for key, value in result.items():
-        print(f"{key:28s} {value:.4f}" if isinstance(value, float) else f"{key:28s} {value}")
+        if key != "rows":
+            print(f"{key:28s} {value:.4f}" if isinstance(value, float) else f"{key:28s} {value}")
+    print(shown, end="")
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return 0
 
 
-def bench_cpu(groups: int, group: int, *, plain_loop: bool = True) -> dict:
+def _gpu(args: argparse.Namespace) -> tuple[dict, str]:
+    from scripts import bench_gpu, bench_models  # which import this module
+
+    device = _device()
+    found = bench_gpu.bench_gpu(bench_models.SCALES[args.scale or "real"], args.minutes, device)
+    return found, bench_gpu.table(found["rows"]) + "\n"
+
+
+def _levers(args: argparse.Namespace) -> tuple[dict, str]:
+    from scripts import bench_levers
+
+    found = bench_levers.bench_levers(args.scale, args.minutes, _device())
+    return found, bench_levers.table(found["rows"]) + "\n"
+
+
+def _generate(args: argparse.Namespace) -> tuple[dict, str]:
+    from scripts import bench_generate
+
+    found = bench_generate.bench_generate(args.prompts, args.group)
+    return found, bench_generate.table(found["rows"]) + "\n"
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def bench_cpu(groups: int, group: int, *, compare: bool = True) -> dict:
     """Seconds per rollout and phase of both sides, shares of each phase, their ratios, and the peak of memory."""
     options = yaml.safe_load((ROOT / "configs" / "miniature.yaml").read_text(encoding="utf-8"))
     prompts = random.Random(0).sample(load_prompts(ROOT / options["data"]), groups)
@@ -96,10 +123,10 @@ def bench_cpu(groups: int, group: int, *, plain_loop: bool = True) -> dict:
         "s_per_rollout": whole / rollouts,
         "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
-    if plain_loop:
+    if compare:
         one_by_one = miniature.renderer(render_batch_size=1)
-        _plain_loop(one_by_one, rewards, asked[:1], completions[:1])  # warm up, off the clock
-        plain, ours = _plain_loop(one_by_one, rewards, asked, completions), whole - generating
+        plain_loop(one_by_one, rewards, asked[:1], completions[:1])  # warm up, off the clock
+        plain, ours = plain_loop(one_by_one, rewards, asked, completions), whole - generating
         result["plain_loop_s_per_rollout"] = plain / rollouts
         result["ratio_to_plain_loop"] = plain / ours
         result["ratio_with_generation"] = (generating + plain) / whole
@@ -183,7 +210,7 @@ def _sample(policy: Path, asked: list[Prompt], length: int) -> tuple[list[str], 
     return texts, seconds
 
 
-def _plain_loop(renderer: Renderer, rewards: list, asked: list[Prompt], completions: list[str]) -> float:
+def plain_loop(renderer: Renderer, rewards: list, asked: list[Prompt], completions: list[str]) -> float:
     """Seconds to draw and score rollout by rollout, each image reward drawing for itself."""
     started = time.perf_counter()
     for prompt, completion in zip(tqdm(asked, desc="plain loop", leave=False), completions, strict=True):
@@ -196,6 +223,15 @@ def _plain_loop(renderer: Renderer, rewards: list, asked: list[Prompt], completi
                 reward([Sample(prompt, completion, answer.rewrite if answer else None, images)])
     return time.perf_counter() - started
 
+
+TARGETS = {
+    "cpu": lambda args: (bench_cpu(args.prompts, args.group, compare=not args.no_plain_loop), ""),
+    "groups": lambda args: (bench_groups(args.prompts), ""),
+    "rewards": lambda args: (bench_rewards(args.prompts * args.group), ""),
+    "gpu": _gpu,
+    "levers": _levers,
+    "generate": _generate,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

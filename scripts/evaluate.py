@@ -133,12 +133,16 @@ def systems(options: Options, items: Sequence[Item], share: Share, wait: Callabl
 
     Raises:
         PolicyError, CheckpointError, RewardError, BenchmarkError, DataError: something named cannot be had.
+        UsageError: the renderer does not take what it is asked for.
     """
     args = options.evaluate
     if args.images:
         return {Path(folder).name: There(Path(folder), args.benchmark) for folder in args.images}
     device = str(PartialState().device)
-    renderer = options.render.load(device)
+    try:
+        renderer = options.render.load(device)
+    except ValueError as error:  # a setting that this pipeline does not take
+        raise UsageError(f"renderer: {error}") from error
     made: dict[str, System] = {"raw": Fixed(renderer, {i.id: (well_formed(i.prompt.text), True) for i in items}, {})}
     if args.rewrites:
         made["given"] = Fixed(renderer, _given(Path(args.rewrites), items), {})

@@ -41,7 +41,7 @@ from data.intent import lost
 from data.prompts import DataError, load_prompts
 from interfaces import Prompt
 from prompting import SYSTEM_PROMPT, completion
-from rendering import CheckpointError, RenderOptions
+from rendering import AUTO, CheckpointError, RenderOptions
 from rewards import REWARDS, RewardError, RewardOptions, Setting, build, check, one_line, option
 from scripts.journal import Journal, JournalError
 from scripts.teacher import (
@@ -66,7 +66,8 @@ AGAIN = ("API failure", "unscored")  # why a prompt has no example yet
 TOLD = ("drop", "lost", "text", "rewrite")  # of an answer, in the list of dropped prompts
 NOT_RESULTS = {  # options that a run may go on with other values of; --data and --limit count by the prompts they give
     "data", "limit", "out", "teacher_url", "concurrency", "timeout", "price_in", "price_out",
-    "render_device", "render_batch_size", "render_timeout", "render_batch_timeout", "render_concurrency",
+    "render_device", "render_batch_size", "render_offload_text", "render_timeout", "render_batch_timeout",
+    "render_concurrency",
     "reward_device", "reward_offload", "reward_batch_size",
     "judge_url", "judge_concurrency", "judge_timeout", "judge_batch_timeout", "judge_cache",
 }  # fmt: skip
@@ -432,7 +433,10 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[Options, RenderOption
         SftError: an unknown flag (with the nearest one), a missing or bad value.
     """
     parser = _Parser((Options, RenderOptions, RewardOptions), description=__doc__.splitlines()[0], allow_abbrev=False)
-    args, render, reward, unknown = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
+    try:
+        args, render, reward, unknown = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
+    except ValueError as error:  # of a dataclass
+        raise SftError(str(error)) from error
     if unknown:
         flags = [f"--{name}" for name in (*vars(args), *vars(render), *vars(reward))]
         nearest = difflib.get_close_matches(unknown[0], flags, n=1, cutoff=0.0)[0]
@@ -458,6 +462,8 @@ def _complaint(args: Options, render: RenderOptions) -> str:
     numbers = {**vars(args), **vars(render)}
     limits = {"temperature": (0, 10), "timeout": (1e-3, 86400), "skill": (0, 1), **dict.fromkeys(COUNTS, (1, 10**9))}
     for name, (low, high) in limits.items():
+        if numbers[name] == AUTO:
+            return f"--{name} {AUTO} is settled by r1_prompter.py alone: give a number"
         if numbers[name] is not None and not low <= numbers[name] <= high:  # NaN too
             return f"--{name} is {numbers[name]}: give {low:g} to {high:g}"
     return ""

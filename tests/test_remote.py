@@ -550,7 +550,7 @@ def test_servers_that_differ_serve_several_models_or_are_not_there_are_named():
         ("render_timeout", 0.0, "render_timeout is 0.0"),
         ("render_batch_timeout", float("inf"), "render_batch_timeout is inf"),
         ("render_concurrency", 0, "render_concurrency is 0"),
-        ("render_device", "cuda:1", "render_device cuda:1 is of no use"),
+        ("render_device", "cuda:1", "--render_device cuda:1 is an option of the server"),
     ],
 )
 def test_options_out_of_range_or_without_meaning_are_refused(option, value, what):

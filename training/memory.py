@@ -102,6 +102,9 @@ class Run:
         chunk, resolution, text, render_size: pictures a call, pixels, text tokens, bytes of a renderer's element.
         render_device: where the renderer is if it is not with its process.
         reward_batch, reward_device, offload: as the options; offload keeps rewards in main memory between calls.
+        transformer_size: bytes of a quantised weight of the renderer's transformer; 0: as `render_size`.
+        encoders_away: whether its text encoders are in main memory but while they encode.
+        sliced: whether its VAE decodes one picture at a time.
     """
 
     processes: int
@@ -127,6 +130,9 @@ class Run:
     reward_batch: int
     reward_device: str | None
     offload: bool
+    transformer_size: float = 0.0
+    encoders_away: bool = False
+    sliced: bool = False
 
 
 @dataclass(frozen=True)
@@ -314,10 +320,19 @@ def generation_rows(run: Run, policy: Policy, home: str, memory: int | None) -> 
 
 
 def render_rows(run: Run, pipeline: Pipeline, device: str) -> list[Row]:
-    """The renderer's parts, resident in every phase, and what drawing one chunk of pictures needs."""
-    parts = {"transformer": pipeline.transformer, "text encoders": pipeline.encoders, "VAE": pipeline.vae}
-    rows = [Row(f"renderer {name}", device, (count * run.render_size,) * 4) for name, count in parts.items()]
-    return [*rows, Row("renderer activations", device, (0, drawing(run, pipeline), 0, 0), passing=True)]
+    """The renderer's parts, resident in every phase, and what drawing one chunk of pictures needs.
+
+    Text encoders that are away come to the device to encode a generation's texts, before anything is drawn.
+    """
+    transformer = int(pipeline.transformer * (run.transformer_size or run.render_size))
+    encoders, vae = pipeline.encoders * run.render_size, pipeline.vae * run.render_size
+    rows = [Row("renderer transformer", device, (transformer,) * 4), Row("renderer VAE", device, (vae,) * 4)]
+    if not run.encoders_away or device == MAIN:
+        rows.insert(1, Row("renderer text encoders", device, (encoders,) * 4))
+        return [*rows, Row("renderer activations", device, (0, drawing(run, pipeline), 0, 0), passing=True)]
+    most = max(encoders, drawing(run, pipeline))
+    rows.append(Row("renderer text encoders, then activations", device, (0, most, 0, 0), passing=True))
+    return [*rows, Row("renderer text encoders, offloaded", MAIN, (encoders,) * 4)]
 
 
 def drawing(run: Run, pipeline: Pipeline) -> int:
@@ -328,7 +343,7 @@ def drawing(run: Run, pipeline: Pipeline) -> int:
     """
     tokens = (run.resolution // pipeline.pixels) ** 2 + run.text
     denoising = run.chunk * pipeline.passes * tokens * (10 * pipeline.width + 2 * pipeline.inner)
-    decoding = run.chunk * run.resolution**2 * pipeline.channels * 4
+    decoding = (1 if run.sliced else run.chunk) * run.resolution**2 * pipeline.channels * 4
     return max(denoising, decoding) * run.render_size
 
 

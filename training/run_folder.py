@@ -51,6 +51,7 @@ NOT_IDENTITY = {
     "render_timeout",
     "render_batch_timeout",
     "render_concurrency",
+    "render_offload_text",
     "reward_batch_size",
     "reward_device",
     "reward_offload",
@@ -168,6 +169,11 @@ class RunFolder:
                 f"--resume: no checkpoint in {self.path} can be continued ({reasons}): repair or remove what is "
                 "named, or start anew in another --outdir"
             )
+
+    def derived(self) -> dict[str, Any]:
+        """The numbers that this run wrote down when it last began; {} for a new one. To be asked after `check`."""
+        record = self.path / "run.json"
+        return json.loads(record.read_text(encoding="utf-8"))["derived"] if record.exists() else {}
 
     def going_on(self) -> list[str]:
         """Lines that say where a continued run starts, which checkpoints it passed over, and what has changed."""

@@ -1,0 +1,278 @@
+"""Ways to draw faster or in less memory, each a flag, and the batch size where it is to be found by trial.
+
+    flag                    off by default because                     a picture against the one without it
+    --render_compile        the first chunk waits for the compiler     fused kernels round otherwise
+    --render_attention      the fastest differs by GPU and package     another order of sums; sage: int8 products
+    --render_quantization   it changes the renderer                    another renderer: judge it by its pictures
+    --render_offload_text   moving takes seconds a generation          the same (tests/test_levers.py)
+    --render_slice_vae      decoding in one batch is faster            convolutions of one picture may round otherwise
+    --render_lora           it changes the renderer                    another renderer
+
+TOLERANCE is what a lever may change without being called another renderer. `scripts/bench.py --target levers`
+measures each one's gain and difference; RESULTS.md has the table. Every lever keeps the rule that a row's picture
+depends on its text and seed alone: fp8 arithmetic has a scale for each row of each product, not one for the batch.
+
+Left out: caches that skip steps (which ones depends on the text, which adds noise to the reward), CUDA graphs, tiling.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import httpx
+import torch
+from accelerate.utils import gather_object
+from diffusers import DiffusionPipeline
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
+
+from rendering import AUTO, QUANTIZATIONS, CheckpointError
+from training.weights import WeightsError, check_folder, locked
+
+if TYPE_CHECKING:
+    from rendering.local import LocalRenderer
+
+TOLERANCE = 1  # level of 255, the largest difference of any channel of any pixel
+MOST = 64  # pictures of a trial
+WITHIN = 0.05  # of the best time for a picture: a smaller batch as good as that is preferred, it needs less memory
+SHARE = 0.5  # of what is free when a batch is tried; the rest is for the policy and its optimiser, which come later
+PACKAGES = {"fp8": "torchao", "fp8_weights": "torchao", "int8": "torchao", "nf4": "bitsandbytes"}
+
+
+@dataclass(frozen=True)
+class Levers:
+    """What `apply` does to a pipeline; the fields are the flags of `RenderOptions` without their `render_`."""
+
+    compile: bool = False
+    attention: str | None = None
+    quantization: str | None = None
+    offload_text: bool = False
+    slice_vae: bool = False
+    lora: str | None = None
+    lora_scale: float = 1.0
+
+
+def apply(levers: Levers, pipe: DiffusionPipeline, device: torch.device) -> None:
+    """Put `pipe` on `device` with these levers; text encoders that are offloaded stay in main memory.
+
+    A LoRA is fused before weights are quantised, and both before anything is moved: a quantised transformer never lies
+    whole on the device.
+
+    Raises:
+        CheckpointError: no such LoRA.
+        ValueError: a lever that this pipeline, device or installation does not have; with what to do.
+    """
+    if levers.lora is not None:
+        _fuse(pipe, levers.lora, levers.lora_scale)
+    if levers.quantization is not None:
+        _quantize(denoiser_of(pipe), levers.quantization, device)
+    encoders = text_encoders(pipe) if levers.offload_text else []
+    if levers.offload_text and not encoders:
+        raise ValueError(f"--render_offload_text true: {type(pipe).__name__} has no text encoder: leave it out")
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.to("cpu" if component in encoders else device)
+    if levers.attention is not None:
+        _set_attention(denoiser_of(pipe), levers.attention)
+    if levers.slice_vae:
+        _slice(pipe)
+    if levers.compile:
+        _compile(denoiser_of(pipe))
+
+
+def denoiser_of(pipe: DiffusionPipeline) -> torch.nn.Module:
+    """The network that runs at every step.
+
+    Raises:
+        ValueError: the pipeline has neither `transformer` nor `unet`.
+    """
+    for name in ("transformer", "unet"):
+        if name in pipe.components:
+            return pipe.components[name]
+    raise ValueError(f"{type(pipe).__name__} has neither transformer nor unet to speed up: leave --render_* out")
+
+
+def text_encoders(pipe: DiffusionPipeline) -> list[torch.nn.Module]:
+    parts = pipe.components.items()
+    return [part for name, part in parts if name.startswith("text_encoder") and isinstance(part, torch.nn.Module)]
+
+
+@contextmanager
+def at_hand(encoders: Sequence[torch.nn.Module], device: torch.device) -> Iterator[None]:
+    """`encoders` on `device` within, in main memory afterwards.
+
+    T5-XXL and CLIP, 9.8 GB in bfloat16, take about 1 s each way over PCIe Gen4 (derived).
+    """
+    try:
+        _move(encoders, device)
+        yield
+    finally:
+        _move(encoders, torch.device("cpu"))
+        if encoders and device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _move(modules: Sequence[torch.nn.Module], device: torch.device) -> None:
+    with torch.inference_mode(False):  # parameters that are moved must stay ordinary tensors
+        for module in modules:
+            module.to(device)
+
+
+# Each lever -------------------------------------------------------------------------------------------------------
+
+
+def _compile(denoiser: torch.nn.Module) -> None:
+    """Regional compilation: one block of each kind is compiled, all of its kind share it; shapes are fixed here."""
+    if not type(denoiser)._repeated_blocks:
+        raise ValueError(f"--render_compile true: {type(denoiser).__name__} names no repeated blocks: leave it out")
+    denoiser.compile_repeated_blocks(fullgraph=True, dynamic=False)
+
+
+def _set_attention(denoiser: torch.nn.Module, name: str) -> None:
+    """Of this transformer alone: diffusers would also make it the default of every other model in the process."""
+    flag = f"--render_attention {name}"
+    known = [backend.value for backend in AttentionBackendName]
+    if name not in known:
+        raise ValueError(f"{flag}: not a backend of diffusers; choose one of {', '.join(known)}")
+    parts = [part for part in denoiser.modules() if isinstance(part, AttentionModuleMixin)]
+    if not any("_attention_backend" in dir(part.processor) for part in parts):
+        raise ValueError(f"{flag}: the attention of {type(denoiser).__name__} cannot be exchanged: leave it out")
+    try:
+        with attention_backend("native"):  # puts the process's own back
+            denoiser.set_attention_backend(name)
+    except (RuntimeError, ImportError) as error:
+        raise ValueError(f"{flag}: {' '.join(str(error).split())}") from error
+
+
+def _slice(pipe: DiffusionPipeline) -> None:
+    vae = pipe.components.get("vae")
+    if vae is None or "use_slicing" not in dir(vae):
+        raise ValueError(f"--render_slice_vae true: the VAE of {type(pipe).__name__} cannot: leave it out")
+    vae.enable_slicing()
+
+
+def _quantize(denoiser: torch.nn.Module, name: str, device: torch.device) -> None:
+    """Weights of all linear layers but those that are too narrow for the kernels (a multiple of 16)."""
+    flag = f"--render_quantization {name}"
+    if name not in QUANTIZATIONS:
+        raise ValueError(f"{flag}: choose one of {', '.join(QUANTIZATIONS)}")
+    if importlib.util.find_spec(PACKAGES[name]) is None:
+        raise ValueError(f"{flag} needs a package that is not installed: pip install {PACKAGES[name]}")
+    if name == "fp8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
+        raise ValueError(f"{flag} needs a GPU of compute capability 8.9 or above (H100, L40S), not {device}: "
+                         "fp8_weights and int8 store weights so and compute as before")  # fmt: skip
+    if name == "nf4":
+        _to_nf4(denoiser, device)
+        return
+    from torchao.quantization import (
+        Float8DynamicActivationFloat8WeightConfig,
+        Float8WeightOnlyConfig,
+        Int8WeightOnlyConfig,
+        PerRow,
+        quantize_,
+    )
+
+    made = {
+        "fp8": lambda: Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()),
+        "fp8_weights": Float8WeightOnlyConfig,
+        "int8": Int8WeightOnlyConfig,
+    }
+    quantize_(denoiser, made[name](), filter_fn=lambda part, _: _wide(part), device=device)
+
+
+def _wide(part: torch.nn.Module) -> bool:
+    return isinstance(part, torch.nn.Linear) and part.in_features % 16 == 0 and part.out_features % 16 == 0
+
+
+def _to_nf4(module: torch.nn.Module, device: torch.device) -> None:
+    """Every wide linear layer as bitsandbytes' 4-bit one, moved to `device`, which is when its weights are packed."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for name, part in list(module.named_children()):
+        if not _wide(part):
+            _to_nf4(part, device)
+            continue
+        kind = part.weight.dtype
+        packed = Linear4bit(
+            part.in_features, part.out_features, part.bias is not None, compute_dtype=kind, quant_type="nf4",
+            device="meta",
+        )  # fmt: skip
+        packed.weight = Params4bit(part.weight.data, requires_grad=False, quant_type="nf4")
+        packed.bias = part.bias
+        setattr(module, name, packed.to(device))
+
+
+def _fuse(pipe: DiffusionPipeline, source: str, scale: float) -> None:
+    """Add a LoRA's product to the weights for good, so that drawing costs nothing more.
+
+    `source` is a folder or a hub name, ":file.safetensors" after it where there are several files.
+    """
+    if "load_lora_weights" not in dir(pipe):
+        raise ValueError(f"--render_lora {source}: {type(pipe).__name__} takes no LoRA: leave it out")
+    place, _, file = source.partition(":")
+    options = {"weight_name": file or None, "use_safetensors": True}
+    if Path(place).is_dir():
+        try:
+            check_folder(Path(place))
+        except WeightsError as error:
+            raise CheckpointError(str(error)) from error
+        options["local_files_only"] = True
+    else:
+        options["revision"] = locked(place).revision
+    try:
+        pipe.load_lora_weights(place, **options)
+    except (OSError, httpx.HTTPError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"--render_lora {source} cannot be loaded ({why}): give a folder with its .safetensors file, or fetch it "
+            f"with: {locked(place).command} {file}".rstrip()
+        ) from error
+    pipe.fuse_lora(lora_scale=scale)
+    pipe.unload_lora_weights()
+
+
+# The batch size ---------------------------------------------------------------------------------------------------
+
+
+def smallest_good_batch(trial: Callable[[int], float | None], most: int = MOST) -> int:
+    """The smallest batch that draws a picture within WITHIN of the best time found; 1 if none fits.
+
+    Sizes are doubled from 1 until one does not fit or gains no more than WITHIN.
+
+    Args:
+        trial: batch size -> seconds a picture, None if it does not fit.
+    """
+    seconds: dict[int, float] = {}
+    size = 1
+    while size <= most and (found := trial(size)) is not None:
+        gains = not seconds or found < (1 - WITHIN) * min(seconds.values())
+        seconds[size] = found
+        if not gains:
+            break
+        size *= 2
+    good = [size for size, found in seconds.items() if found <= (1 + WITHIN) * min(seconds.values())]
+    return min(good, default=1)
+
+
+def settle_batch(renderer: LocalRenderer, asked: int | str) -> int:
+    """The batch size of this run: as `asked`, or for auto by trial, the smallest that any process found.
+
+    For every process to call. What a trial finds depends on the hour, and pictures on the batch size to a rounding:
+    who goes on with a run must give the size that it began with (`run.json`, derived) instead of auto.
+
+    Raises:
+        ValueError: auto, and the renderer is not one of this process.
+    """
+    if asked != AUTO:
+        return asked
+    from rendering.local import LocalRenderer  # which imports this module
+
+    if not isinstance(renderer, LocalRenderer):
+        raise ValueError(f"--render_batch_size {AUTO} tries a renderer of this process: give a number for others")
+    renderer.chunk_size = min(gather_object([smallest_good_batch(renderer.trial)]))
+    return renderer.chunk_size

@@ -1,0 +1,16 @@
+"""One of two processes that settle a batch size: each finds another. Run by test_levers.py."""
+
+import sys
+from pathlib import Path
+
+from accelerate import PartialState
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rendering import RenderOptions, levers
+
+rank = PartialState(cpu=True).process_index
+levers.smallest_good_batch = lambda trial: (4, 2)[rank]
+renderer = RenderOptions(sys.argv[1], render_batch_size="auto").load("cpu", measuring=True)
+settled = levers.settle_batch(renderer, "auto")
+Path(sys.argv[2], str(rank)).write_text(f"{settled} {renderer.chunk_size}")

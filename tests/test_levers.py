@@ -1,0 +1,319 @@
+"""Claims about what makes drawing and sampling faster: pixels that stay, batch sizes that are settled once, the bench.
+
+pytest tests/test_levers.py
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxPipeline
+
+import r1_prompter
+from miniature import build as miniature
+from rendering import CheckpointError, RenderOptions, levers
+from rendering.levers import TOLERANCE, settle_batch, smallest_good_batch
+from scripts import bench, bench_gpu, bench_levers, bench_models
+from tests.processes import launch
+from tests.test_rendering import run_out_of_memory
+from training import memory, shapes
+from training.options import UsageError
+from training.run_folder import RunFolder
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXTS = [f"{count} {colour} circles" for count in ("one", "two", "three") for colour in ("red", "blue", "green")]
+SMALL = {"render_batch_size": 4, "render_steps": 2}
+PIPES = {"flux": {}, "sd3": {"guidance": 3.0, "sdmodel_name": "miniature/weights/sd3"}}  # sd3 has negative prompts
+
+
+def drawn(texts=TEXTS, **changes) -> list:
+    return miniature.renderer(**{**SMALL, **changes})(texts, range(len(texts)))
+
+
+def most(one: list, other: list) -> int:
+    """Largest difference of any channel of any pixel of any picture."""
+    return max(int(bench_levers.difference(*pair).max()) for pair in zip(one, other, strict=True))
+
+
+@pytest.fixture(scope="module")
+def plain() -> list:
+    return drawn()
+
+
+# ----- levers of the renderer
+
+
+@pytest.mark.parametrize("pipe", PIPES)
+def test_text_encoders_off_the_device_draw_the_same_and_come_once_a_call(pipe, monkeypatch):
+    moves, expected = [], drawn(**PIPES[pipe])
+    monkeypatch.setattr(levers, "_move", lambda modules, device: moves.append((len(modules), str(device))))
+    away = miniature.renderer(**SMALL, **PIPES[pipe], render_offload_text=True)
+    assert most(away(TEXTS, range(9)), expected) == 0
+    count = len(levers.text_encoders(away.pipe))
+    assert moves == [(count, "cpu")] * 2  # there and back; both names are "cpu" on a machine without a GPU
+    away(TEXTS[:2], [1, 2])
+    assert len(moves) == 4
+
+
+def test_decoding_in_slices_stays_within_the_tolerance_in_float32():
+    assert most(drawn(render_slice_vae=True, render_dtype="float32"), drawn(render_dtype="float32")) <= TOLERANCE
+
+
+def test_another_attention_kernel_is_this_transformers_alone(plain):
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    before = _AttentionBackendRegistry.get_active_backend()[0]
+    assert most(drawn(render_attention="_native_math", render_dtype="float32"), drawn(render_dtype="float32")) <= 1
+    assert _AttentionBackendRegistry.get_active_backend()[0] == before
+    assert most(drawn(), plain) == 0
+
+
+def test_compiled_blocks_draw_the_same_within_the_tolerance(toy):
+    options = {"sdmodel_name": str(toy.flux), "resolution": 16, "render_dtype": "float32", "max_sequence_length": 32}
+    assert most(drawn(**options, render_compile=True), drawn(**options)) <= TOLERANCE
+
+
+def test_a_lora_is_fused_at_its_scale(tmp_path, plain):
+    import peft
+    from peft.utils import get_peft_model_state_dict
+
+    pipe = miniature.renderer(**SMALL).pipe
+    pipe.transformer.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights="gaussian"))
+    for name, parameter in pipe.transformer.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5, generator=torch.Generator().manual_seed(0))
+    tensors = get_peft_model_state_dict(pipe.transformer)
+    FluxPipeline.save_lora_weights(tmp_path, transformer_lora_layers=tensors)
+    assert most(drawn(render_lora=str(tmp_path), render_lora_scale=0.0), plain) == 0
+    named = f"{tmp_path}:pytorch_lora_weights.safetensors"
+    with_lora = drawn(render_lora=named)
+    assert most(with_lora, plain) > 20
+    renderer = miniature.renderer(**SMALL, render_lora=named)
+    assert not any("lora" in name for name, _ in renderer.pipe.transformer.named_parameters())
+    assert most(renderer(TEXTS, range(9)), with_lora) == 0
+
+
+def test_a_row_draws_the_same_alone_and_in_a_batch_with_every_lever_on():
+    options = {"render_offload_text": True, "render_slice_vae": True, "render_attention": "_native_math"}
+    renderer = miniature.renderer(**SMALL, **options)
+    together = renderer(TEXTS, range(9))
+    assert all(most(renderer([TEXTS[i]], [i]), [together[i]]) == 0 for i in range(9))
+
+
+NOT_THERE = {
+    "attention": ({"render_attention": "fast"}, "--render_attention fast: not a backend"),
+    "attention without its package": ({"render_attention": "flash"}, "--render_attention flash: .*install"),
+    "attention that is fixed": ({"render_attention": "native", **PIPES["sd3"]}, "cannot be exchanged: leave it out"),
+    "quantisation": ({"render_quantization": "int3"}, "--render_quantization int3: choose one of fp8"),
+    "batch": ({"render_batch_size": "many"}, "--render_batch_size many: give a whole number, or auto"),
+    "auto of another program": ({"render_batch_size": "auto"}, "auto is settled by r1_prompter.py alone"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_THERE)
+def test_a_lever_that_is_not_there_is_named_with_its_value_and_what_to_do(case):
+    changes, said = NOT_THERE[case]
+    with pytest.raises(ValueError, match=said):
+        miniature.renderer(**changes)
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8_weights", "int8", "nf4"])
+def test_a_quantisation_without_its_package_says_how_to_install_it(name, monkeypatch):
+    monkeypatch.setattr(levers.importlib.util, "find_spec", lambda package: None)
+    with pytest.raises(ValueError, match=f"--render_quantization {name} .*pip install {levers.PACKAGES[name]}"):
+        miniature.renderer(render_quantization=name)
+
+
+def test_a_lora_that_is_not_there_is_a_checkpoint_error(tmp_path):
+    with pytest.raises(CheckpointError, match=f"--render_lora {tmp_path}"):
+        miniature.renderer(render_lora=str(tmp_path))
+
+
+# ----- the batch size
+
+
+TIMES = {
+    "gains up to 4": ([1.0, 0.5, 0.3, 0.299], 4),
+    "a hair is not worth twice the memory": ([1.0, 0.96, 0.95], 1),
+    "the second best is nearly as good": ([1.0, 0.5, 0.49], 2),
+    "memory ends it": ([1.0, 0.5, None, 0.1], 2),
+    "nothing fits": ([None], 1),
+    "up to the most": ([0.9**i for i in range(9)], 64),
+}
+
+
+@pytest.mark.parametrize("case", TIMES)
+def test_the_smallest_batch_within_five_per_cent_of_the_best_is_taken(case):
+    seconds, expected = TIMES[case]
+    assert smallest_good_batch(lambda size: seconds[size.bit_length() - 1]) == expected
+
+
+def test_a_trial_that_runs_out_of_memory_is_not_taken():
+    renderer = miniature.renderer(**SMALL)
+    tried = run_out_of_memory(renderer.pipe.transformer, above=2)
+    assert smallest_good_batch(renderer.trial) <= 2 and max(tried) <= 4
+    assert renderer.trial(4) is None and renderer.trial(1) > 0
+    assert None not in renderer(TEXTS[:1], [0])
+
+
+def test_auto_is_settled_once_and_kept_by_whoever_goes_on(toy, tmp_path, monkeypatch):
+    found = iter([2, 8])
+    monkeypatch.setattr(levers, "smallest_good_batch", lambda trial: next(found))
+    run = ["--config", str(toy.config), "--outdir", str(tmp_path / "run"), "--rewards", "format", "--max_steps", "1"]
+    options = r1_prompter.parse_options([*run, "--render_batch_size", "auto"])
+    folder = RunFolder(options.script.outdir, r1_prompter.resolved(options), resume="auto")
+    renderer = options.render.load("cpu", measuring=True)
+    assert renderer.chunk_size == 1
+    assert r1_prompter.settled(renderer, "auto", folder) == renderer.chunk_size == 2
+    folder.open({"render_batch_size": 2}, ["r1_prompter.py"], None)
+    again = options.render.load("cpu", measuring=True)
+    assert r1_prompter.settled(again, "auto", folder) == again.chunk_size == 2  # no other trial
+    assert r1_prompter.settled(again, 4, folder) == 4
+
+
+def test_a_run_writes_down_the_batch_size_that_it_settled(toy, tmp_path):
+    run = ["--config", str(toy.config), "--outdir", str(tmp_path / "run"), "--rewards", "hps", "--max_steps", "1"]
+    assert r1_prompter.main([*run, "--render_batch_size", "auto", "--save_strategy", "no"]) == 0
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["derived"]["render_batch_size"] in (1, 2, 4, 8, 16, 32, 64)
+    assert record["config"]["render_batch_size"] == "auto"
+
+
+def test_every_process_settles_the_smallest_that_one_found(toy, tmp_path):
+    launch(ROOT / "tests" / "launch_batch.py", toy.flux, tmp_path)
+    assert [(tmp_path / f"{rank}").read_text() for rank in (0, 1)] == ["2 2", "2 2"]
+
+
+# ----- options
+
+
+def test_text_length_follows_from_what_the_policy_may_write(toy):
+    def length(*more: str) -> int:
+        return r1_prompter.parse_options(
+            ["--data", "x", "--outdir", "y", "--max_sequence_length", "auto", *more]
+        ).render.max_sequence_length
+
+    assert length() == 256  # the recipe: 512 tokens, half of them reasoning
+    assert length("--max_completion_length", "256") == 128
+    assert length("--reasoning", "false") == 512
+    assert length("--max_completion_length", "4096") == 512
+    with pytest.raises(UsageError, match="--max_sequence_length long: give a whole number, or auto"):
+        length("--max_sequence_length", "long")
+
+
+def test_the_estimate_counts_the_levers():
+    def rows(*flags: str) -> dict[str, tuple[int, ...]]:
+        from preflight import Launch, Machine
+        from preflight.sizing import tables_of
+
+        options = r1_prompter.parse_options(["--data", "x", "--outdir", "y", "--rewards", "format", *flags])
+        launched, machine = Launch(8, 2, True), Machine(8, 80 * memory.GB, 8, 10**12, False)
+        return {(t.device, row.name): row.bytes for t in tables_of(options, machine, launched, []) for row in t.rows}
+
+    flux, own, main = shapes.FLUX, memory.OWN, memory.MAIN
+    quantised = rows("--render_quantization", "nf4")[own, "renderer transformer"]
+    assert quantised == (int(flux.transformer * memory.FOUR_BIT),) * 4
+    assert rows("--render_quantization", "fp8")[own, "renderer transformer"] == (flux.transformer,) * 4
+    away = rows("--render_offload_text", "true")
+    assert away[own, "renderer text encoders, then activations"] == (0, 2 * flux.encoders, 0, 0)
+    assert away[main, "renderer text encoders, offloaded"] == (8 * 2 * flux.encoders,) * 4
+    assert rows("--render_batch_size", "auto") == rows()
+
+
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_the_vllm_configurations_reach_trl(mode):
+    argv = ["--config", str(ROOT / "configs" / f"vllm_{mode}.yaml"), "--data", "x", "--outdir", "y"]
+    training = r1_prompter.parse_options(argv).training
+    assert training.use_vllm and training.vllm_mode == mode
+    assert training.beta == 0 and training.max_completion_length == 512
+    if mode == "colocate":
+        assert training.vllm_enable_sleep_mode and training.vllm_gpu_memory_utilization == 0.2
+        assert training.vllm_max_model_length == 2048
+    else:
+        assert (training.vllm_server_host, training.vllm_server_port) == ("127.0.0.1", 8000)
+
+
+REFERENCES = [(["--beta", "0"], False), (["--beta", "0.1", "--use_peft", "true"], False), (["--beta", "0.1"], True)]
+
+
+@pytest.mark.parametrize(("options", "kept"), REFERENCES)
+def test_a_copy_of_the_policy_is_kept_only_where_nothing_else_can_be_the_reference(toy, tmp_path, options, kept):
+    from datasets import Dataset
+    from trl import GRPOTrainer, get_peft_config
+
+    argv = ["--config", str(toy.config), "--outdir", str(tmp_path), *options]
+    made = r1_prompter.parse_options(argv)
+    trainer = GRPOTrainer(
+        model=str(toy.policy), reward_funcs=lambda completions, **_: [0.0] * len(completions), args=made.training,
+        train_dataset=Dataset.from_list([{"prompt": "a"}] * 4), peft_config=get_peft_config(made.model),
+    )  # fmt: skip
+    assert (trainer.ref_model is not None) == kept
+
+
+# ----- the bench
+
+
+def test_flops_are_those_that_were_counted_on_the_published_shapes():
+    found = bench_models.count_flops(replace(bench_models.REAL, text=512))
+    assert found.step[512] / 1e12 == pytest.approx(21.5, rel=0.01)
+    assert found.step[1024] / 1e12 == pytest.approx(74.4, rel=0.01)
+    assert found.attention[1024] / 1e12 == pytest.approx(14.9, rel=0.01)
+    assert found.text / 1e12 == pytest.approx(4.8, rel=0.05)
+    assert found.decode[512] / 1e12 == pytest.approx(2.5, rel=0.05)
+
+
+def test_the_gpu_bench_fills_every_row_with_pictures_a_second_or_a_reason(tmp_path, capsys):
+    said = tmp_path / "bench.json"
+    assert bench.main(["--target", "gpu", "--scale", "tiny", "--json", str(said)]) == 0
+    found = json.loads(said.read_text())
+    scale = bench_models.TINY
+    drawn = [row for row in found["rows"] if row["what"] == "draw"]
+    assert len(drawn) == len(scale.sides) * len(scale.steps) * len(scale.batches)
+    assert all(row["images_per_s"] > 0 and 0 < row["share"] < 1 for row in drawn)
+    phases = {row["what"]: row for row in found["rows"] if row["what"] != "draw"}
+    assert set(phases) == {"generate", "train, LoRA", "render", "score", "plain loop"}
+    assert all(row["seconds"] > 0 and not row["skipped"] for row in phases.values())
+    assert found["ratio_to_plain_loop"] > 0 and found["memory"] == "not measured on a CPU"
+    assert len(capsys.readouterr().out.splitlines()) > len(found["rows"])
+
+
+def test_what_does_not_fit_is_a_row_with_its_reason(monkeypatch):
+    device = torch.device("cpu")
+    found = bench_gpu.bench_gpu(bench_models.TINY, 0, device)
+    late = [row for row in found["rows"] if row["what"] == "draw"]
+    assert late and all("are left" in row["skipped"] and row["seconds"] is None for row in late)
+    monkeypatch.setattr(bench_models, "free", lambda device: 1000)
+    found = bench_gpu.bench_gpu(bench_models.TINY, 1, device)
+    (row,) = found["rows"]
+    assert row["skipped"].startswith("FLUX needs 0.0 GB of weights, has 0.0")
+    assert "skipped" in bench_gpu.table(found["rows"])
+
+
+def test_the_table_of_levers_has_gains_differences_and_reasons():
+    chosen = ["VAE in slices", "quantised, fp8", "half the steps", "attention flash"]
+    found = bench_levers.bench_levers("tiny", 1, torch.device("cpu"), chosen)
+    rows = {row["name"]: row for row in found["rows"]}
+    assert set(rows) == {"as it is", *chosen, "few-step LoRA"}
+    assert rows["VAE in slices"]["gain"] > 0 and rows["VAE in slices"]["most"] < 20  # bfloat16
+    assert np.isfinite(rows["half the steps"]["mean"])
+    assert "install" in rows["quantised, fp8"]["skipped"] and "install" in rows["attention flash"]["skipped"]
+    assert "skipped" in bench_levers.table(found["rows"])
+
+
+def test_a_renderer_takes_a_pipeline_that_is_ready():
+    folder = ROOT / "miniature" / "weights" / "flux"
+    pipe = FluxPipeline.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+    options = {"render_steps": 2, "resolution": 48, "max_sequence_length": 32, "render_batch_size": 4}
+    renderer = RenderOptions(**options).load("cpu", pipe=pipe)
+    assert renderer.pipe is pipe and None not in renderer(TEXTS[:2], [0, 1])
+
+
+def test_settling_needs_a_renderer_of_this_process():
+    assert settle_batch(object(), 8) == 8
+    with pytest.raises(ValueError, match="give a number"):
+        settle_batch(object(), "auto")
