@@ -43,6 +43,10 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = (
+    "0"  # its name apart: Ray's node is 127.0.0.1 and listens there alone
+)
+os.environ["RAY_memory_monitor_refresh_ms"] = "0"  # or replicas are killed when somebody else fills the memory
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # one of this server alone; else Ray keeps one in the home folder
 
