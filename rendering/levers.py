@@ -1,7 +1,7 @@
 """Ways to draw faster or in less memory, each a flag, and the batch size where it is to be found by trial.
 
     flag                    off by default because                     a picture against the one without it
-    --render_compile        the first chunk waits for the compiler     fused kernels round otherwise
+    --render_compile        the first chunk waits for the compiler     fused kernels round otherwise, in bfloat16 a lot
     --render_attention      the fastest differs by GPU and package     another order of sums; sage: int8 products
     --render_quantization   it changes the renderer                    another renderer: judge it by its pictures
     --render_offload_text   moving takes seconds a generation          the same (tests/test_levers.py)
