@@ -30,7 +30,7 @@ def rows(path: Path) -> list[dict]:
 
 def test_reward_rises_on_the_miniature_and_the_demo_shows_it(tmp_path):
     out = tmp_path / "demo"
-    shorter = ["--max_steps", 24, "--per_device_train_batch_size", 64, "--save_steps", 24]
+    shorter = ["--max_steps", 24, "--per_device_train_batch_size", 32, "--save_steps", 24]
     done = run("scripts/demo.py", "--outdir", out, "--images", 1, *shorter)
     rewards = [row["reward"] for row in rows(out / "metrics.jsonl")]
     assert np.mean(rewards[-6:]) > np.mean(rewards[:6])
