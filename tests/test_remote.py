@@ -754,6 +754,7 @@ def test_training_with_servers_gives_the_rollouts_and_rewards_of_training_withou
     assert len(local) == 2 and len(local[0]) == 16 and served_rows == local
 
 
+@pytest.mark.filterwarnings("ignore:Using extra keyword")  # of ray.serve, when it is imported
 def test_our_server_does_not_start_with_what_cannot_work(capsys, monkeypatch):
     from scripts import render_server
 
