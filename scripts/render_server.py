@@ -16,7 +16,8 @@ Needs the extra `serve`.
     GET  /health                  200 once pictures can be drawn
 
 Loopback by default. Off this machine it needs a key, in the environment (RENDER_API_KEY), and has no encryption: put
-it behind a proxy that has, or into a network that you trust. Ray itself listens on loopback only.
+it behind a proxy that has, or into a network that you trust. Ray itself listens on loopback only, but for one port of
+each replica that Ray Serve opens on every address and that answers only to this server's own random token.
 
 Source: Ray 2.60, `serve.batch`, `serve.deployment`, `HTTPOptions`.
 """
@@ -272,6 +273,7 @@ def deploy(server: ServerOptions, render: RenderOptions) -> None:
         max_ongoing_requests=2 * batch,  # one batch drawn, one filled
         graceful_shutdown_timeout_s=2,
         health_check_period_s=2,
+        logging_config={"enable_access_log": False},
     )
     device = render.render_device or ("cuda" if gpus else "cpu")
     application = deployment.bind(render, name, device, 2 * batch * replicas, server.batch_wait)

@@ -28,6 +28,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain
 from pathlib import Path
 
+import grpc
 import httpx
 import pytest
 from PIL import Image
@@ -694,21 +695,27 @@ def test_our_server_says_that_it_is_well_without_a_key_and_nothing_else(served):
 
 
 @ray_test
-def test_nothing_of_our_server_listens_beyond_this_machine(served):
-    inodes = set()
-    for pid in [served[1].pid, *below(served[1].pid)]:
+def test_our_server_listens_on_this_machine_alone_but_for_ports_of_replicas_that_ask_for_its_token(served):
+    owners = {}
+    for pid, command in {served[1].pid: "", **below(served[1].pid)}.items():
         for link in Path(f"/proc/{pid}/fd").glob("*"):
             try:
-                inodes.add(os.readlink(link))
+                owners[os.readlink(link)] = command
             except OSError:
                 continue
-    listening = []
+    here, beyond = [], []
     for table, loopback in (("tcp", ("0100007F",)), ("tcp6", ("0" * 24 + "01000000", "0" * 16 + "FFFF00000100007F"))):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
             words = line.split()
-            if words[3] == "0A" and f"socket:[{words[9]}]" in inodes:
-                listening.append((words[1], words[1].rpartition(":")[0] in loopback))
-    assert listening and all(safe for _, safe in listening), listening
+            address, port = words[1].split(":")
+            if words[3] == "0A" and f"socket:[{words[9]}]" in owners:
+                found = (int(port, 16), owners[f"socket:[{words[9]}]"])
+                (here if address in loopback else beyond).append(found)
+    assert here and len(beyond) <= 2 and all(owner.startswith("ray::ServeReplica") for _, owner in beyond), beyond
+    for port, _ in beyond:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel, pytest.raises(grpc.RpcError) as refused:
+            channel.unary_unary("/ray.serve.ASGIService/HandleRequest")(b"", timeout=20)
+        assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
 
 
 @ray_test
@@ -755,6 +762,7 @@ def test_training_with_servers_gives_the_rollouts_and_rewards_of_training_withou
         assert mine["advantage"] == pytest.approx(theirs["advantage"], abs=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:Using extra keyword")  # of ray.serve, when it is imported
 def test_our_server_does_not_start_with_what_cannot_work(capsys, monkeypatch):
     from scripts import render_server
 
