@@ -6,8 +6,8 @@ Trains with the real trainer (`r1_prompter.py --config configs/miniature.yaml`),
 share out the groups of a step: models this small gain more from a second process than from a second thread. Then
 samples a rewrite of each of 240 held-out prompts from the policy before and after, at the temperature of training,
 draws them, lets the oracle of the miniature world read the pictures, and writes `summary.json`, `gallery.jsonl`,
-`before_after.png` and `report.html` into the run folder. Run again, it goes on where it stopped; a complete run is only
-shown.
+`before_after.png` and `report.html` into the run folder. Run again, it goes on where it stopped; what is complete is
+only shown.
 """
 
 from __future__ import annotations
