@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 import yaml
 
 from interfaces import Reward
-from tests.processes import ENVIRONMENT, kill_when, launch
+from tests.processes import ENVIRONMENT, ZERO_2, kill_when, launch
 from training.run_folder import RunFolder, RunFolderError
 from training.seeds import render_seed
 
@@ -247,3 +248,27 @@ def test_two_processes_under_zero_2_agree_on_the_weights_and_hold_whole_groups(t
     assert not set(first["prompt_ids"]) & set(second["prompt_ids"])
     assert len(rollouts(tmp_path / "run")[2]) == 16 and len(rows(tmp_path / "run" / "metrics.jsonl")) == 2
     assert done.stdout.count("report:") == 1
+
+
+def test_two_machines_make_one_run_and_a_wrong_rank_is_named(toy, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    machines = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GPUS_PER_NODE": "1"}
+    paths = {"DATA": toy.prompts, "GPT_PATH": toy.policy, "SDMODEL_NAME": toy.flux, "OUTDIR": tmp_path / "run"}
+    script = {name: str(path) for name, path in paths.items()} | {"ACCELERATE_CONFIG": str(ZERO_2)}
+    path = f"{Path(sys.executable).parent}:{ENVIRONMENT['PATH']}"
+
+    def machine(rank: int) -> subprocess.Popen:
+        environment = {**ENVIRONMENT, **machines, **script, "NODE_RANK": str(rank), "PATH": path}
+        command = [ROOT / "scripts" / "run_multinode.sh", "--config", toy.config]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    both = [machine(rank) for rank in (0, 1)]
+    said = [process.communicate(timeout=240) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said[0][1][-2000:] + said[1][1][-2000:]
+    assert [out.count("report:") for out, _ in said] == [1, 0]
+    assert len(rollouts(tmp_path / "run")[2]) == 16 and len(rows(tmp_path / "run" / "metrics.jsonl")) == 2
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["derived"]["processes"] == 2
+    refused = machine(2)
+    assert "NODE_RANK is 2 of NNODES 2" in refused.communicate(timeout=30)[1] and refused.returncode == 2
