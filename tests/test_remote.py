@@ -54,6 +54,7 @@ SEEDS = list(range(FIRST, FIRST + len(TEXTS)))
 def short_waits(monkeypatch):
     monkeypatch.setattr(api, "BACKOFF", 0.01)
     monkeypatch.setattr(remote, "PAUSE", 0.05)
+    monkeypatch.setattr(remote, "LISTEN", 0.05)
     for name in ("RENDER_API_KEY", "RENDER_ALLOW_HTTP"):
         monkeypatch.delenv(name, raising=False)
 
@@ -291,7 +292,7 @@ def test_a_server_that_says_nothing_gets_what_was_asked_for_and_31_bits_of_each_
         assert colours(draw(TEXTS, SEEDS)) == expected(seeds=small)
         assert {body["seed"] for body in server.bodies} == set(small)
         assert "num_inference_steps" not in server.bodies[0] and server.bodies[0]["guidance_scale"] == 2.0
-        assert draw.max_tokens == 512 and draw.count_tokens("abc") == 4  # three letters and the end
+        assert (draw.max_tokens, draw.count_tokens("a red circle")) == (32, 4)  # three words and the end
 
 
 def test_tokens_are_counted_here_with_the_servers_tokenizer_even_when_it_is_gone():
