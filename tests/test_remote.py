@@ -490,9 +490,14 @@ def test_an_outage_shorter_than_the_patience_loses_nothing_and_is_not_hammered(m
 def test_a_run_that_is_told_to_leave_does_not_wait_for_pictures(monkeypatch):
     told: set = set()
     monkeypatch.setattr(signals, "_received", told)
-    with Painter(CARD, fault=lambda body, count: "hang" if body["prompt"] != TEXTS[0] else "") as server:
+
+    def fault(body: dict, count: int) -> str:
+        if len(server.bodies) == 7:  # six are in flight at once, so the first picture has come
+            told.add(signal.SIGTERM)
+        return "" if body["prompt"] == TEXTS[0] else "hang"
+
+    with Painter(CARD, fault=fault) as server:
         draw, start = load(server, timeout=20.0), time.monotonic()
-        threading.Timer(0.5, told.add, [signal.SIGTERM]).start()
         pictures = draw(TEXTS, SEEDS)
         assert time.monotonic() - start < 8
         assert pictures[0] is not None and pictures[1:] == [None] * 11 and draw.failures == {"told to leave": 11}
