@@ -202,7 +202,7 @@ def plan(script: ScriptArguments, training: GRPOConfig, prompts: int) -> dict[st
 
 
 def check_rewards(options: Options, weights: Sequence[float] | None) -> None:
-    """Refuse rewards and weights that cannot be meant.
+    """Refuse rewards, weights and time limits that cannot be meant.
 
     Raises:
         UsageError, RewardError: with the names or the numbers.
@@ -211,6 +211,12 @@ def check_rewards(options: Options, weights: Sequence[float] | None) -> None:
     check([*script.rewards, *script.held_out], options.reward, options.training.ddp_timeout)
     if weights is not None and len(weights) != len(script.rewards):
         raise UsageError(f"reward_weights {weights} for rewards {script.rewards}: give one for each")
+    waiting, most = options.render.render_batch_timeout, options.training.ddp_timeout
+    if options.render.remote and waiting >= most / 2:
+        raise UsageError(
+            f"render_batch_timeout {waiting:g} s is not below half of ddp_timeout {most} s, when processes that wait "
+            "take each other for dead: lower the first or raise the second"
+        )
 
 
 def conversations(prompts: Iterable[Prompt], reasoning: bool) -> Dataset:

@@ -183,6 +183,8 @@ class RenderOptions:
     def _load_remote(self) -> RemoteRenderer:
         from rendering.remote import RemoteRenderer, Settings
 
+        if self.render_batch_size == AUTO:
+            raise ValueError(f"--render_batch_size {AUTO} tries a renderer of this process: leave it out with servers")
         given = asdict(self)
         for option in fields(self):
             if option.name in OF_THE_DRAWER and given[option.name] != option.default:

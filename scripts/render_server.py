@@ -61,7 +61,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from prompting import well_formed
-from rendering import CheckpointError, RenderOptions
+from rendering import AUTO, CheckpointError, RenderOptions
 from training.api import is_loopback, one_line
 from training.options import UsageError, parse
 from training.weights import locked
@@ -289,6 +289,10 @@ def check(server: ServerOptions, render: RenderOptions) -> None:
     """
     if render.remote:
         raise UsageError(f"--sdmodel_name {render.sdmodel_name} is a server: this one draws itself, name a pipeline")
+    if AUTO in (render.render_batch_size, render.max_sequence_length):
+        raise UsageError(
+            f"{AUTO} is settled by r1_prompter.py alone: give --render_batch_size and --max_sequence_length"
+        )
     if server.replicas is not None and server.replicas < 1:
         raise UsageError(f"--replicas is {server.replicas}, must be at least 1")
     if not 0 < server.port < 2**16:

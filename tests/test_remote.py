@@ -286,6 +286,14 @@ def test_equal_rows_are_drawn_once_and_blank_ones_are_not_sent():
             draw(["a", "b"], [1])
 
 
+def test_each_picture_is_told_of_when_it_arrives_and_a_failed_one_is_not():
+    with Painter() as server:
+        draw, told = load(server, tokenizer=TOKENIZER, settings=Settings(size=(SIZE, SIZE))), {}
+        pictures = draw([*TEXTS, " ", TEXTS[0]], [*SEEDS, 1, SEEDS[0]], told.__setitem__)
+        assert sorted(told) == [i for i in range(len(pictures)) if i != len(TEXTS)]
+        assert all(told[i] is pictures[i] for i in told)
+
+
 def test_a_server_that_says_nothing_gets_what_was_asked_for_and_31_bits_of_each_seed():
     with Painter() as server:
         draw = load(server, tokenizer=TOKENIZER, settings=Settings(guidance=2.0, size=(SIZE, SIZE)))
@@ -560,6 +568,8 @@ def test_servers_that_differ_serve_several_models_or_are_not_there_are_named():
         ("render_batch_timeout", float("inf"), "render_batch_timeout is inf"),
         ("render_concurrency", 0, "render_concurrency is 0"),
         ("render_device", "cuda:1", "--render_device cuda:1 is an option of the server"),
+        ("render_compile", True, "--render_compile True is an option of the server"),
+        ("render_batch_size", "auto", "tries a renderer of this process"),
     ],
 )
 def test_options_out_of_range_or_without_meaning_are_refused(option, value, what):
@@ -776,6 +786,7 @@ def test_our_server_does_not_start_with_what_cannot_work(capsys, monkeypatch):
     for flags, said in [
         (["--host", "0.0.0.0"], "set environment RENDER_API_KEY"),
         (["--replicas", "0"], "--replicas is 0"),
+        (["--render_batch_size", "auto"], "settled by r1_prompter.py alone"),
         (["--port", "99999"], "--port is 99999"),
         (["--sdmodel_name", "http://127.0.0.1:8001/v1"], "is a server"),
         (["--render_stepz", "1"], "did you mean '--render_steps'"),

@@ -108,6 +108,10 @@ BAD = {
     "step over two generations": (["--steps_per_generation", "1"], "gradient_accumulation_steps 2"),
     "renamed option": (["--output_dir", "elsewhere"], "--outdir"),
     "no such policy": (["--gpt_path", "/nowhere/policy"], "/nowhere/policy"),
+    "a server slower than its fellows wait": (
+        ["--sdmodel_name", "http://127.0.0.1:9/v1", "--ddp_timeout", "1800"],
+        "1800",
+    ),
     "no such renderer": (["--sdmodel_name", "/nowhere/flux"], "/nowhere/flux"),
     "no such checkpoint": (["--resume", "checkpoint-5"], "has none"),
 }
