@@ -186,13 +186,16 @@ def test_the_recipe_holds_for_the_bare_command_and_yields_to_yaml_and_flags(tmp_
 
 
 def test_every_yaml_loads(tmp_path):
+    import async_prompter
     import r1_prompter
     import sft
 
+    server = ["--sdmodel_name", "http://127.0.0.1:8001/v1"]
     for path in (ROOT / "configs").glob("*.yaml"):
         if not path.name.startswith("deepspeed"):
-            program = sft if "cold_start" in path.name else r1_prompter
-            program.parse_options(["--config", str(path), "--data", "x", "--outdir", "y"])
+            program = sft if "cold_start" in path.name else async_prompter if path.stem == "async" else r1_prompter
+            more = server if program is async_prompter else []
+            program.parse_options(["--config", str(path), "--data", "x", "--outdir", "y", *more])
     for path in (ROOT / "deepspeed_2.yaml", ROOT / "configs" / "deepspeed_2_cpu.yaml"):
         assert yaml.safe_load(path.read_text())["deepspeed_config"]["zero_stage"] == 2
 
