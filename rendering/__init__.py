@@ -6,9 +6,13 @@ here faster or smaller. See `interfaces.Renderer`.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING
 
+from PIL import Image
+
+from interfaces import Seen
 from training.api import is_url
 
 if TYPE_CHECKING:
@@ -207,6 +211,19 @@ class RenderOptions:
             batch_timeout=self.render_batch_timeout,
             concurrency=self.render_concurrency,
         ).load()
+
+
+def telling(rows: Sequence[tuple[str, int]], seen: Seen | None) -> Callable[[tuple[str, int], Image.Image], None]:
+    """What a renderer calls with a (text, seed) and its picture, so that `seen` hears of all its places in `rows`."""
+    places: dict[tuple[str, int], list[int]] = {}
+    for i, row in enumerate(rows if seen else ()):
+        places.setdefault(row, []).append(i)
+
+    def tell(row: tuple[str, int], picture: Image.Image) -> None:
+        for i in places.get(row, ()):
+            seen(i, picture)
+
+    return tell
 
 
 def _number(name: str, value: int | str | None) -> int | str:

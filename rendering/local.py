@@ -28,7 +28,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from interfaces import Seen
-from rendering import CheckpointError
+from rendering import CheckpointError, telling
 from rendering.levers import SHARE, Levers, apply, at_hand, text_encoders
 from training.signals import leaving
 from training.weights import WeightsError, check_folder, locked
@@ -143,16 +143,8 @@ class LocalRenderer:
         distinct = [row for row in dict.fromkeys(rows) if row[0].strip()]
         self._texts = list(dict.fromkeys(text for text, _ in distinct))
         self._count_truncated(set(self._texts))
-        places: dict[tuple[str, int], list[int]] = {}
-        for i, row in enumerate(rows):
-            places.setdefault(row, []).append(i)
-
-        def tell(row: tuple[str, int], outcome: Image.Image | str) -> None:
-            for i in places[row] if seen and not isinstance(outcome, str) else ():
-                seen(i, outcome)
-
         try:
-            drawn = self._draw_all(distinct, tell)
+            drawn = self._draw_all(distinct, telling(rows, seen))
         finally:
             self._forget()
         outcomes = [drawn.get(row, "told to leave" if row[0].strip() else "blank text") for row in rows]
@@ -243,7 +235,7 @@ class LocalRenderer:
         self.truncated += cut
 
     def _draw_all(
-        self, rows: list[tuple[str, int]], tell: Callable[[tuple[str, int], Image.Image | str], None]
+        self, rows: list[tuple[str, int]], tell: Callable[[tuple[str, int], Image.Image], None]
     ) -> dict[tuple[str, int], Image.Image | str]:
         """Distinct (text, seed) -> picture, or why there is none; cut short between chunks when told to leave."""
         drawn: dict[tuple[str, int], Image.Image | str] = {}
@@ -255,7 +247,8 @@ class LocalRenderer:
             if pictures is not None:
                 for row, picture in zip(chunk, pictures, strict=True):
                     drawn[row] = picture
-                    tell(row, picture)
+                    if not isinstance(picture, str):
+                        tell(row, picture)
             else:
                 warnings.warn(
                     f"out of memory drawing {self.chunk_size} pictures at once: from now on {self.chunk_size // 2}. "

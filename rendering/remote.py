@@ -49,7 +49,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from interfaces import Seen
-from rendering import CheckpointError
+from rendering import CheckpointError, telling
 from training.api import (
     ALIVE,
     CHECK_TIMEOUT,
@@ -285,15 +285,7 @@ class RemoteRenderer:
         rows = list(zip(texts, seeds, strict=True))
         distinct = [row for row in dict.fromkeys(rows) if row[0].strip()]
         self.truncated += sum(self.count_tokens(text) > self.max_tokens for text in {text for text, _ in distinct})
-        places: dict[Row, list[int]] = {}
-        for i, row in enumerate(rows):
-            places.setdefault(row, []).append(i)
-
-        def tell(row: Row, image: Image.Image) -> None:
-            for i in places[row] if seen else ():
-                seen(i, image)
-
-        drawn = asyncio.run(self._draw_all(distinct, tell)) if distinct else {}
+        drawn = asyncio.run(self._draw_all(distinct, telling(rows, seen))) if distinct else {}
         outcomes = [drawn[row] if row[0].strip() else "blank text" for row in rows]
         reasons = [outcome for outcome in outcomes if isinstance(outcome, str)]
         self.failures.update(reasons)

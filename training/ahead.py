@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from queue import SimpleQueue
 
 from interfaces import Reward, Sample
 
@@ -32,18 +33,19 @@ class Ahead:
         self.scorers = [scorer for scorer in scorers if scorer.begins or (locally and scorer.needs_images)]
         self.early: dict[str, dict[int, float | None]] = {scorer.name: {} for scorer in scorers}
         self._pools: dict[str, ThreadPoolExecutor] = {}
-        self._ready: dict[str, list[tuple[int, list[Sample]]]] = {scorer.name: [] for scorer in self.scorers}
+        self._ready: dict[str, SimpleQueue[tuple[int, list[Sample]]]] = {s.name: SimpleQueue() for s in self.scorers}
         self._jobs: list[Future[None]] = []
 
     def ready(self, first: int, group: list[Sample]) -> None:
         """All pictures of `group` are there; its first sample is row `first` of the batch."""
         for scorer in self.scorers:
-            self._ready[scorer.name].append((first, group))
+            self._ready[scorer.name].put((first, group))
             self._jobs.append(self._pools[scorer.name].submit(self._take, scorer))
 
     def _take(self, scorer: Reward) -> None:
         """Do all that is ready: a judge gets it at once, so that many calls are in flight, a model group by group."""
-        ready, self._ready[scorer.name] = self._ready[scorer.name], []
+        queue = self._ready[scorer.name]
+        ready = [queue.get() for _ in range(queue.qsize())]
         if scorer.begins:
             samples = [sample for _, group in ready for sample in group]
             scorer.begin([sample for sample in samples if sample.images and None not in sample.images])
