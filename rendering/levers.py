@@ -162,7 +162,8 @@ def _quantize(denoiser: torch.nn.Module, name: str, device: torch.device) -> Non
     if name not in QUANTIZATIONS:
         raise ValueError(f"{flag}: choose one of {', '.join(QUANTIZATIONS)}")
     if importlib.util.find_spec(PACKAGES[name]) is None:
-        raise ValueError(f"{flag} needs a package that is not installed: pip install {PACKAGES[name]}")
+        raise ValueError(f"{flag} needs {PACKAGES[name]}, which is not installed: "
+                         "uv pip install -r pyproject.toml --extra quantize")  # fmt: skip
     if name == "fp8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
         raise ValueError(f"{flag} needs a GPU of compute capability 8.9 or above (H100, L40S), not {device}: "
                          "fp8_weights and int8 store weights so and compute as before")  # fmt: skip

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 import yaml
+from tqdm import tqdm
 from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
@@ -34,7 +35,7 @@ def bench_generate(groups: int, group: int) -> dict:
     prompts = random.Random(0).sample(load_prompts(ROOT / options["data"]), groups)
     asked = [messages(prompt.text) for prompt in prompts for _ in range(group)]
     rows = []
-    for name, way in WAYS.items():
+    for name, way in tqdm(WAYS.items(), desc="ways", leave=False):
         write = _writer(ROOT / options["gpt_path"], asked, options["max_completion_length"], way)
         try:
             write()

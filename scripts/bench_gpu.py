@@ -4,9 +4,11 @@ The ceiling (products of large matrices in bfloat16, measured), one GRPO step sp
 pictures a second for every side, number of steps and batch. Cells are measured by importance, the recipe's own first;
 what does not fit in memory or in the time that is left is a row with that reason.
 
-The share of the ceiling is counted FLOPs (scripts/bench_models.py) over seconds. Drawing and scoring go through
-`LocalRenderer` and `Scorer`, as in training. The step's learning is this file's own: LoRA and AdamW on the policy
-gradient of given advantages, without TRL around it; one GPU has no room for full fine-tuning beside FLUX and an ORM.
+The share of the ceiling is counted FLOPs (scripts/bench_models.py) over seconds. The plain loop is run with the
+recipe's denoising steps and with RePrompt's: `ratio_to_plain_loop` and `ratio_to_published_steps`. Drawing and scoring
+go through `LocalRenderer` and `Scorer`, as in training. The step's learning is this file's own: LoRA and AdamW on the
+policy gradient of given advantages, without TRL around it; one GPU has no room for full fine-tuning beside FLUX and an
+ORM.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
+from diffusers import FluxPipeline
 from peft import LoraConfig, get_peft_model
+from tqdm import tqdm
 
 from data.prompts import load_prompts
 from interfaces import Prompt
@@ -91,15 +95,21 @@ def bench_gpu(scale: Scale, minutes: float, device: torch.device) -> dict:
     }  # fmt: skip
     rows: list[Row] = []
     try:
-        renderer = _renderer(scale, device)
+        renderer = _renderer(flux(scale, device), scale, *scale.recipe[1:], device)
     except NoRoom as error:
         return {**found, "rows": [asdict(Row("everything", skipped=f"FLUX {error}"))]}
     meter = Meter(renderer, flops, ceiling, published, device)
     first, *others = cells(scale)
     rows.append(meter.cell(*first, clock.left))
     rows += grpo_step(scale, renderer, device, STEP_SHARE * clock.left)
-    rows += [meter.cell(*cell, clock.left) for cell in others]
-    return {**found, "rows": [asdict(row) for row in rows], "ratio_to_plain_loop": _ratio(rows, scale)}
+    rows += [meter.cell(*cell, clock.left) for cell in tqdm(others, desc="cells", leave=False)]
+    return {
+        **found,
+        "rows": [asdict(row) for row in rows],
+        "ratio_to_plain_loop": _ratio(rows, scale.recipe[1]),
+        "ratio_to_published_steps": _ratio(rows, scale.published_steps),
+        "share_outside_drawing": _outside(rows),
+    }
 
 
 def matmul_rate(side: int, device: torch.device) -> float:
@@ -127,12 +137,15 @@ def _cost(cell: tuple[int, int, int]) -> int:
     return side**2 * steps * batch
 
 
-def _renderer(scale: Scale, device: torch.device) -> LocalRenderer:
-    side, steps, batch = scale.recipe
+def _renderer(pipe: FluxPipeline, scale: Scale, steps: int, batch: int, device: torch.device) -> LocalRenderer:
     options = RenderOptions(
-        resolution=side, render_steps=steps, render_batch_size=batch, max_sequence_length=scale.text, guidance=3.5
+        resolution=scale.recipe[0],
+        render_steps=steps,
+        render_batch_size=batch,
+        max_sequence_length=scale.text,
+        guidance=3.5,
     )
-    return options.load(str(device), pipe=flux(scale, device))
+    return options.load(str(device), pipe=pipe)
 
 
 # Drawing ----------------------------------------------------------------------------------------------------------
@@ -249,7 +262,10 @@ def _scoring(
     yield Row("render", side, steps, renderer.chunk_size, render, drawn / render, peak_gb=peaks.of("render"))
     yield Row("score", batch=drawn, seconds=scorer.metrics["seconds/score"], peak_gb=peaks.of("score"),
               skipped="" if rewards else "no reward's model fitted")  # fmt: skip
-    yield _plain(scale, renderer, rewards, asked, written, render / drawn * steps_alone(rewards), until)
+    for plain_steps in (steps, scale.published_steps):
+        one = _renderer(FluxPipeline(**renderer.pipe.components), scale, plain_steps, 1, device)  # the same weights
+        expected = render / drawn * steps_alone(rewards) * plain_steps / steps
+        yield _plain(Row("plain loop", side, plain_steps, 1), one, rewards, asked, written, expected, until)
 
 
 def steps_alone(rewards: Sequence) -> int:
@@ -258,7 +274,7 @@ def steps_alone(rewards: Sequence) -> int:
 
 
 def _plain(
-    scale: Scale,
+    row: Row,
     renderer: LocalRenderer,
     rewards: Sequence,
     asked: Sequence[Prompt],
@@ -266,22 +282,21 @@ def _plain(
     expected: float,
     until: float,
 ) -> Row:
-    """The plain loop over PLAIN_ROLLOUTS rollouts, fewer if time is short; seconds are those of as many as above."""
-    side, steps, _ = scale.recipe
-    row = Row("plain loop", side, steps, 1)
+    """The plain loop over PLAIN_ROLLOUTS rollouts, fewer if time is short; seconds are those of as many as above.
+
+    Args:
+        expected: seconds of one rollout.
+        until: when to be done, of `time.perf_counter()`.
+    """
     left = until - time.perf_counter()
-    count = min(PLAIN_ROLLOUTS, len(asked), int(left / expected) if expected else 0)
+    count = min(PLAIN_ROLLOUTS, len(asked), int(left / expected) - 1 if expected else 0)  # 1 to warm up
     if count < 1:
-        row.skipped = f"one rollout would take about {expected:.0f} s, {max(0, left):.0f} s are left"
+        row.skipped = f"two rollouts would take about {2 * expected:.0f} s, {max(0, left):.0f} s are left"
         return row
-    before, renderer.chunk_size = renderer.chunk_size, 1
-    try:
-        _reset_peak(renderer.device)
-        plain_loop(renderer, rewards, asked[:1], written[:1])
-        seconds = plain_loop(renderer, rewards, asked[:count], written[:count])
-        row.peak_gb = _peak(renderer.device)
-    finally:
-        renderer.chunk_size = before
+    _reset_peak(renderer.device)
+    plain_loop(renderer, rewards, asked[:1], written[:1])
+    seconds = plain_loop(renderer, rewards, asked[:count], written[:count])
+    row.peak_gb = _peak(renderer.device)
     row.seconds = seconds / count * len(asked)
     row.images_per_s = steps_alone(rewards) * count / seconds
     return row
@@ -306,12 +321,24 @@ class Peaks:
         return max(found, default=None)
 
 
-def _ratio(rows: Sequence[Row], scale: Scale) -> float | None:
-    """Seconds to draw and score in the plain loop over those of `Scorer`."""
-    seconds = {row.what: row.seconds for row in rows if row.what in ("render", "score", "plain loop")}
-    if None in seconds.values() or len(seconds) < 3:
-        return None
-    return seconds["plain loop"] / (seconds["render"] + seconds["score"])
+def _ratio(rows: Sequence[Row], plain_steps: int) -> float | None:
+    """Seconds to draw and score in the plain loop of `plain_steps` steps over those of `Scorer`."""
+    ours = _seconds(rows, "render", "score")
+    plain = next((row.seconds for row in rows if (row.what, row.steps) == ("plain loop", plain_steps)), None)
+    return None if ours is None or plain is None else plain / ours
+
+
+def _outside(rows: Sequence[Row]) -> float | None:
+    """The share of a step's seconds that is not drawing."""
+    whole, drawing = _seconds(rows, "generate", "render", "score", "train, LoRA"), _seconds(rows, "render")
+    return None if whole is None or drawing is None else 1 - drawing / whole
+
+
+def _seconds(rows: Sequence[Row], *phases: str) -> float | None:
+    """Of all phases; None if one was not measured."""
+    found = {row.what: row.seconds for row in rows}
+    seconds = [found.get(phase) for phase in phases]
+    return None if None in seconds else sum(seconds)
 
 
 # The device -------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from miniature import build as miniature
 from rendering import RenderOptions
@@ -67,7 +68,7 @@ def bench_levers(scale: str | None, minutes: float, device: torch.device, only: 
     try:
         row, expected = _measure("as it is", make, {}, texts, device)
         rows.append(row)
-        for name, changes in levers(base):
+        for name, changes in tqdm(levers(base), desc="levers", leave=False):
             if only and name not in only:
                 continue
             if clock.left < 0:

@@ -42,6 +42,7 @@ class Scale:
     Attributes:
         sides, steps, batches: pixels, denoising steps and pictures a call, all combinations.
         recipe: the side, steps and batch that are measured first.
+        published_steps: of the plain loop as it was published (RePrompt's for the real shapes).
         text: tokens that the renderer reads.
         prompt, completion, rollouts, group, micro: of the GRPO step: tokens, tokens, rows, rows a group, rows at once.
         transformer, vae, clip, t5, policy: of the classes' configurations.
@@ -54,6 +55,7 @@ class Scale:
     steps: tuple[int, ...]
     batches: tuple[int, ...]
     recipe: tuple[int, int, int]
+    published_steps: int
     text: int
     prompt: int
     completion: int
@@ -80,7 +82,7 @@ VAE_4 = {
     "use_quant_conv": False, "use_post_quant_conv": False, "scaling_factor": 0.3611, "shift_factor": 0.1159,
 }  # fmt: skip
 REAL = Scale(
-    "real", (512, 1024), (4, 20, 28, 50), (1, 2, 4, 8, 16), (512, 20, 8), 256, 350, 512, 16, 8, 4,
+    "real", (512, 1024), (4, 20, 28, 50), (1, 2, 4, 8, 16), (512, 20, 8), 50, 256, 350, 512, 16, 8, 4,
     transformer={"guidance_embeds": True},
     vae=VAE_16,
     clip={"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
@@ -93,7 +95,7 @@ REAL = Scale(
     matrix=8192,
 )  # fmt: skip
 TINY = Scale(
-    "tiny", (32, 64), (1, 2), (1, 2), (32, 2, 2), 32, 8, 6, 4, 2, 2,
+    "tiny", (32, 64), (1, 2), (1, 2), (32, 2, 2), 4, 32, 8, 6, 4, 2, 2,
     transformer={"patch_size": 1, "in_channels": 16, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16,
                  "num_attention_heads": 2, "joint_attention_dim": 32, "pooled_projection_dim": 32,
                  "axes_dims_rope": (4, 4, 8), "guidance_embeds": True},

@@ -125,7 +125,7 @@ def test_a_lever_that_is_not_there_is_named_with_its_value_and_what_to_do(case):
 @pytest.mark.parametrize("name", ["fp8", "fp8_weights", "int8", "nf4"])
 def test_a_quantisation_without_its_package_says_how_to_install_it(name, monkeypatch):
     monkeypatch.setattr(levers.importlib.util, "find_spec", lambda package: None)
-    with pytest.raises(ValueError, match=f"--render_quantization {name} .*pip install {levers.PACKAGES[name]}"):
+    with pytest.raises(ValueError, match=f"--render_quantization {name} needs {levers.PACKAGES[name]}.*pip install"):
         miniature.renderer(render_quantization=name)
 
 
@@ -275,10 +275,18 @@ def test_the_gpu_bench_fills_every_row_with_pictures_a_second_or_a_reason(tmp_pa
     drawn = [row for row in found["rows"] if row["what"] == "draw"]
     assert len(drawn) == len(scale.sides) * len(scale.steps) * len(scale.batches)
     assert all(row["images_per_s"] > 0 and 0 < row["share"] < 1 for row in drawn)
-    phases = {row["what"]: row for row in found["rows"] if row["what"] != "draw"}
-    assert set(phases) == {"generate", "train, LoRA", "render", "score", "plain loop"}
-    assert all(row["seconds"] > 0 and not row["skipped"] for row in phases.values())
-    assert found["ratio_to_plain_loop"] > 0 and found["memory"] == "not measured on a CPU"
+    phases = [row for row in found["rows"] if row["what"] != "draw"]
+    assert [row["what"] for row in phases[:4]] == ["generate", "train, LoRA", "render", "score"]
+    assert [row["what"] for row in phases[4:]] == ["plain loop", "plain loop"]
+    assert [row["steps"] for row in phases[-2:]] == [scale.recipe[1], scale.published_steps]
+    assert all(row["seconds"] > 0 and not row["skipped"] for row in phases)
+    ours = phases[2]["seconds"] + phases[3]["seconds"]
+    assert found["ratio_to_plain_loop"] == pytest.approx(phases[4]["seconds"] / ours)
+    assert found["ratio_to_published_steps"] == pytest.approx(phases[5]["seconds"] / ours)
+    assert found["share_outside_drawing"] == pytest.approx(
+        1 - phases[2]["seconds"] / sum(row["seconds"] for row in phases[:4])
+    )
+    assert found["memory"] == "not measured on a CPU"
     assert len(capsys.readouterr().out.splitlines()) > len(found["rows"])
 
 
@@ -301,7 +309,7 @@ def test_the_table_of_levers_has_gains_differences_and_reasons():
     assert set(rows) == {"as it is", *chosen, "few-step LoRA"}
     assert rows["VAE in slices"]["gain"] > 0 and rows["VAE in slices"]["most"] < 20  # bfloat16
     assert np.isfinite(rows["half the steps"]["mean"])
-    assert "install" in rows["quantised, fp8"]["skipped"] and "install" in rows["attention flash"]["skipped"]
+    assert "needs" in rows["quantised, fp8"]["skipped"] and "install" in rows["attention flash"]["skipped"]
     assert "skipped" in bench_levers.table(found["rows"])
 
 
