@@ -6,6 +6,7 @@ here faster or smaller. See `interfaces.Renderer`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING
@@ -105,14 +106,18 @@ class RenderOptions:
         metadata={"help": "Folder or hub name of its longest tokenizer, for servers that do not give one."},
     )
     render_timeout: float = field(
-        default=120.0, metadata={"help": "Seconds for one picture of a server, and to wait while all are gone."}
+        default=120.0,
+        metadata={"help": "Seconds for one picture of a server, its turn included, and to wait while all are gone."},
     )
     render_batch_timeout: float = field(
         default=900.0, metadata={"help": "Seconds for all pictures of a batch from servers; then the rest is absent."}
     )
     render_concurrency: int | None = field(
         default=None,
-        metadata={"help": "Pictures asked of each server at once; unset: what it says it can use, or 16."},
+        metadata={
+            "help": "Pictures that a process asks of each server at once; unset: its share of what the "
+            "server says it can use, or of 16."
+        },
     )
 
     @property
@@ -210,6 +215,7 @@ class RenderOptions:
             timeout=self.render_timeout,
             batch_timeout=self.render_batch_timeout,
             concurrency=self.render_concurrency,
+            processes=int(os.environ.get("WORLD_SIZE", "1")),
         ).load()
 
 

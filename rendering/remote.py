@@ -9,15 +9,17 @@ raises out of a batch, and a batch ends in bounded time.
     one request   at most `timeout` seconds; connection, 408, 429, 5xx and damaged replies are tried again, anywhere
     one row       at most ATTEMPTS failures at each server; a refusal of the text (400, 413, 422) is final, and that a
                   server is busy or gone counts for nothing
-    a dead one    after TRIP failures in a row it is left out; every PAUSE seconds a row is sent to see if it is back
+    a dead one    after TRIP failures in a row it is left out; every PAUSE seconds a row is sent to see if it is back,
+                  and taken away again after PATIENCE if it is the last and another server has room
     all dead      rows wait `timeout` seconds for one to come back
     one batch     at most `batch_timeout` seconds; what is unfinished then is None
 
 Seeds: a server that says that it takes 63 bits (ours) gets our seeds as they are; any other gets their lowest 31 bits,
 which every engine's generator and JSON reader takes. Pixels differ between engines in any case.
 
-What ours says of its settings at the start is asked of every picture, so that a server that comes back with others
-refuses (409) and is left out. vLLM-Omni does not know `max_sequence_length` and ignores it.
+What ours says of its settings at the start, levers included, is asked of every picture, so that a server that comes
+back with others refuses (409). vLLM-Omni does not know `max_sequence_length` and ignores it. Processes that train
+together share what a server can use.
 
 Left out: streaming, pictures by URL, `Retry-After`, redirects (which could carry prompts to another host).
 
@@ -35,6 +37,7 @@ import json
 import logging
 import math
 import os
+import random
 import struct
 import time
 import zlib
@@ -68,13 +71,16 @@ logger = logging.getLogger(__name__)
 
 ATTEMPTS = 4  # of one row at one server
 TRIP, PAUSE = 3, 5.0  # failures in a row that open a server's circuit, fewer than ATTEMPTS; seconds until a probe
+PATIENCE = 10.0  # seconds that the last rows of a batch are left at a server whose circuit is open
 CONCURRENCY = 16  # requests in flight at a server that does not say how many it can use
+BATCHES = 3  # of a server that a picture may have to wait for: what it draws, what waits before, and its own
 FOREIGN_SEED_BITS = 31
 MOST_PIXELS = 4096 * 4096  # of a picture whose size nobody said
 UNLIMITED = 10**6  # tokens: what transformers gives for a tokenizer without a limit is far above
 MOST_BYTES = 64 * 2**20  # of a reply about which nothing is known, and of a tokenizer
 GONE = {429, 502, 503, 504}  # statuses: nobody there, or nobody free
 REFUSED = ALIVE - RETRIED  # statuses: this text cannot be drawn, there or elsewhere
+SAYS_WHY = REFUSED | {409}  # statuses: the server's words are the reason
 UNREADABLE = (ValueError, KeyError, IndexError, TypeError, RecursionError)  # what reading foreign JSON may raise
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)  # what Pillow raises on a broken PNG
 
@@ -186,9 +192,11 @@ class Server:
 
 @dataclass
 class _Job:
-    """One row on its way: how often each server had it and failed, when it may go there again (of time.monotonic)."""
+    """One row on its way: how often each server had it and failed, when it may go there again and since when it is out
+    (of time.monotonic)."""
 
     row: Row
+    since: float = 0.0
     tries: Counter[int] = field(default_factory=Counter)
     failures: Counter[int] = field(default_factory=Counter)
     wait: dict[int, float] = field(default_factory=dict)
@@ -212,7 +220,9 @@ class RemoteRenderer:
         settings: of every picture.
         timeout: seconds for one request, and for which a batch waits for servers that are all gone.
         batch_timeout: seconds for all pictures of one call.
-        concurrency: requests in flight at each server; None takes what the server says, or CONCURRENCY.
+        concurrency: requests in flight at each server; None takes this process's share of what the server says, or of
+            CONCURRENCY.
+        processes: that draw with the same servers at the same time.
 
     Attributes:
         failures: why rows came back as None, one count per row.
@@ -234,6 +244,7 @@ class RemoteRenderer:
         timeout: float = 120.0,
         batch_timeout: float = 900.0,
         concurrency: int | None = None,
+        processes: int = 1,
     ):
         for name, seconds in (("render_timeout", timeout), ("render_batch_timeout", batch_timeout)):
             if not (math.isfinite(seconds) and seconds > 0):
@@ -243,7 +254,7 @@ class RemoteRenderer:
         named = [checked_url(url.strip(), "render", CheckpointError) for url in urls.split(",") if url.strip()]
         if len(dict(named)) != len(named):
             raise CheckpointError(f"a server is named twice in {urls!r}: name each once")
-        self.model, self.settings, self.concurrency = model, settings, concurrency
+        self.model, self.settings, self.concurrency, self.processes = model, settings, concurrency, processes
         self.timeout, self.batch_timeout = timeout, batch_timeout
         self.servers = [Server(url, loopback, Circuit(TRIP, PAUSE)) for url, loopback in named]
         self.failures: Counter[str] = Counter()
@@ -337,13 +348,20 @@ class RemoteRenderer:
             name = self.model or (next(iter(cards)) if len(cards) == 1 else None)
             server.card = cards.get(name, {})
             server.settings = Settings.told(server.card)
-            server.slots = self.concurrency or int(server.card.get("concurrency", CONCURRENCY))
+            share = max(1, int(server.card.get("concurrency", CONCURRENCY)) // self.processes)
+            server.slots = self.concurrency or share
+            busy = float(server.card.get("batch_seconds", 0.0))
         except (*UNREADABLE, AttributeError) as error:
             raise CheckpointError(f"the {where} is no OpenAI-compatible API: its URL must end in its /v1") from error
         if name not in cards:
             shown = ", ".join(map(repr, cards)) or "no model"
             given = "no name is given" if name is None else f"not {name!r}"
             raise CheckpointError(f"the {where} serves {shown}, {given}: give one of them as --render_model")
+        if self.timeout < BATCHES * busy:
+            raise CheckpointError(
+                f"render_timeout {self.timeout:g} s is short for the {where}, whose batches take {busy:.1f} s each, "
+                f"and a picture may wait for two before it: give --render_timeout {math.ceil(BATCHES * busy)} or more"
+            )
         server.model = name
         return ""
 
@@ -419,7 +437,8 @@ class RemoteRenderer:
         """One picture from one server; raises _Failed."""
         text, seed = row
         fixed = {"model": server.model, "n": 1, "response_format": "b64_json", "output_format": "png"}
-        body = {**fixed, "prompt": text, "seed": server.seed(seed), **self.settings.asked}
+        own = {"drawing": server.card["drawing"]} if "drawing" in server.card else {}
+        body = {**fixed, "prompt": text, "seed": server.seed(seed), **self.settings.asked, **own}
         reply = await _fetched(client, "images/generations", self.timeout, body, _most_bytes(self.settings.size))
         return picture(reply, self.settings.size)
 
@@ -447,6 +466,8 @@ class _Batch:
         self.timeout, self.tell = timeout, tell
         self.waiting: list[_Job] = []
         self.calls: dict[asyncio.Task[Image.Image], tuple[_Job, int]] = {}
+        self.recalled: list[asyncio.Task[Image.Image]] = []
+        self.order = random.SystemRandom().sample(range(len(servers)), len(servers))  # or all processes begin with one
         self.outcomes: dict[Row, Image.Image | str] = {}
         self.down: dict[int, float] = {}  # server -> since when it has been left out in this batch
 
@@ -455,13 +476,14 @@ class _Batch:
         self.waiting = [_Job(row) for row in rows]
         try:
             while (self.waiting or self.calls) and not leaving() and (left := deadline - time.monotonic()) > 0:
+                self._recall()
                 self._send()
                 self._give_up()
                 await self._receive(min(left, LISTEN))
         finally:
             for call in self.calls:
                 call.cancel()
-            await asyncio.gather(*self.calls, return_exceptions=True)
+            await asyncio.gather(*self.calls, *self.recalled, return_exceptions=True)
         for job in [*self.waiting, *(job for job, _ in self.calls.values())]:
             late = "told to leave" if leaving() else "unfinished at the batch's end"
             self.outcomes[job.row] = f"{late}: {job.reason}" if job.reason and not leaving() else late
@@ -481,14 +503,27 @@ class _Batch:
                 held.append(job)
                 continue
             call = asyncio.create_task(self.request(self.clients[server], self.servers[server], job.row))
+            job.since = now
             self.calls[call] = (job, server)
         self.waiting = held
+
+    def _recall(self) -> None:
+        """Take back rows that alone keep the batch, from a server that is left out, if another could draw them now."""
+        now = time.monotonic()
+        for call, (job, server) in list(self.calls.items() if not self.waiting else ()):
+            well = [one for one in self._free() if not self.servers[one].circuit.is_open and job.may_go(one, now)]
+            if well and self.servers[server].circuit.is_open and now - job.since > PATIENCE:
+                call.cancel()
+                self.recalled.append(call)
+                del self.calls[call]
+                job.reason, job.wait[server] = self.servers[server].circuit.reason, now + PATIENCE
+                self.waiting.append(job)
 
     def _free(self) -> list[int]:
         """Servers with room, the one with the most first."""
         busy = Counter(server for _, server in self.calls.values())
         room = {number: server.slots - busy[number] for number, server in enumerate(self.servers)}
-        return sorted((number for number in room if room[number] > 0), key=lambda number: -room[number])
+        return sorted((one for one in self.order if room[one] > 0), key=lambda one: -room[one])
 
     async def _receive(self, seconds: float) -> None:
         """Wait for an answer, or until a row may be tried again; `seconds` at most."""
@@ -562,7 +597,7 @@ async def _fetched(
     """The reply to a GET, or to a POST of `body` as JSON, within so many seconds and `most` bytes; raises _Failed."""
     if body is None:
         request = client.build_request("GET", path)
-    else:  # escaped to ASCII: half a surrogate pair in a text must not fail here
+    else:
         form = {"Content-Type": "application/json"}
         request = client.build_request("POST", path, content=json.dumps(body), headers=form)
     try:
@@ -579,7 +614,7 @@ async def _fetched(
     status = reply.status_code
     if status != 200:
         again = status in RETRIED or status >= 500
-        reason = _said(content) if status in REFUSED else f"HTTP {status}"
+        reason = _said(content) if status in SAYS_WHY else f"HTTP {status}"
         raise _Failed(
             reason,
             status=status,
@@ -678,7 +713,7 @@ def _check_alike(servers: Iterable[Server]) -> None:
     for other in others:
         mine = {"model": first.model, **first.card}
         theirs = {"model": other.model, **other.card}
-        for name in sorted({*mine, *theirs} - {"concurrency", "fingerprint"}):
+        for name in sorted({*mine, *theirs} - {"concurrency", "fingerprint", "batch_seconds"}):
             if mine.get(name) != theirs.get(name):
                 raise CheckpointError(
                     f"the renderers at {first.url} and {other.url} differ in {name}, {mine.get(name)} and "

@@ -6,12 +6,12 @@ then, on the machine that trains, with the same options: --sdmodel_name http://1
 
 It draws what the trainer would draw itself (rendering/local.py): same texts, seeds and settings, same pictures, on the
 same hardware. The settings are the server's; a request that asks for others is refused (409), since they are part of
-the reward. A replica that dies is started anew; what it was drawing is answered with an error and asked for again.
-Needs the extra `serve`.
+the reward. A replica that dies, or whose renderer raises, is started anew; what it was drawing is answered with an
+error and asked for again. Needs the extra `serve`.
 
     POST /v1/images/generations   prompt, model, n = 1, size, seed, num_inference_steps, guidance_scale,
                                   max_sequence_length, response_format = b64_json, output_format = png
-    GET  /v1/models               the name, and under "render" all that pictures depend on
+    GET  /v1/models               the name, and under "render" what pictures depend on, and how many at once
     GET  /v1/tokenizer            the tokenizer.json with which texts are counted
     GET  /health                  200 once pictures can be drawn
 
@@ -38,7 +38,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,7 +62,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from prompting import well_formed
 from rendering import AUTO, CheckpointError, RenderOptions
-from training.api import is_loopback, one_line
+from training.api import checked_key, is_loopback, one_line
 from training.options import UsageError, parse
 from training.weights import locked
 
@@ -72,6 +72,11 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 MOST_BYTES = 2**20  # of a request: a text of 100,000 characters, however escaped, fits
 SEED_BITS = 63
+MOST_BATCHES = 64  # that Serve may hand over before the first of them is drawn
+DRAWING = (  # options, beside those that a request may name, by which pictures differ
+    "render_batch_size", "render_compile", "render_attention", "render_quantization", "render_slice_vae",
+    "render_lora", "render_lora_scale",
+)  # fmt: skip
 WARM_UP = ("a photo of a red circle", 0)  # what is drawn before the first request: it warms up, and is the fingerprint
 
 
@@ -108,6 +113,15 @@ class Refused(Exception):
         return JSONResponse({"error": error}, self.status)
 
 
+@dataclass
+class _Job:
+    """A row that waits, and then its place in what is drawn at once."""
+
+    row: tuple[str, int]
+    drawing: asyncio.Task[list[Image.Image | str]] | None = None
+    place: int = 0
+
+
 class Renderers:
     """One replica: a renderer, its batches, and the HTTP in front of it.
 
@@ -125,19 +139,36 @@ class Renderers:
         self.key = os.environ.get("RENDER_API_KEY", "").strip()
         self._draw.set_max_batch_size(self.renderer.chunk_size)
         self._draw.set_batch_wait_timeout_s(batch_wait)
+        self.waiting: list[_Job] = []
+        self.free, self.broken = asyncio.Lock(), False
         (first,) = self.renderer([WARM_UP[0]], [WARM_UP[1]])
         if first is None:
             raise CheckpointError(f"the renderer cannot draw {WARM_UP[0]!r}: {dict(self.renderer.failures)}")
+        started = time.perf_counter()
+        self.renderer([WARM_UP[0]], [WARM_UP[1] + 1])
+        given = asdict(options)
         self.card = {
             **self.renderer.settings,
             "size": list(first.size),
             "dtype": options.render_dtype,
             "max_tokens": self.renderer.max_tokens,
             "revision": locked(options.sdmodel_name).revision,
+            "drawing": ", ".join(f"{name} {given[name]}" for name in DRAWING),
             "seed_bits": SEED_BITS,
             "concurrency": concurrency,
+            "batch_seconds": time.perf_counter() - started,
             "fingerprint": hashlib.sha256(first.tobytes()).hexdigest()[:16],
         }
+
+    def check_health(self) -> None:
+        """Asked by Ray Serve every few seconds.
+
+        Raises:
+            RuntimeError: the renderer did: what it raises (a device that fails) it goes on raising, and at once, so
+                that most requests would come here.
+        """
+        if self.broken:
+            raise RuntimeError("the last pictures could not be drawn: this replica must be started anew")
 
     async def __call__(self, request: Request) -> Response:
         """Answer one request."""
@@ -184,11 +215,10 @@ class Renderers:
         text, seed = self._row(await _json_of(request))
         outcome = await self._draw((text, seed))
         if isinstance(outcome, str):
-            gone = outcome == "out of memory"
+            gone = "out of memory" in outcome
             raise Refused(503 if gone else 422, f"could not be drawn: {outcome}", "not_drawn")
-        return JSONResponse(
-            {"created": int(time.time()), "output_format": "png", "data": [{"b64_json": _png(outcome)}]}
-        )
+        content = await asyncio.to_thread(_png, outcome)  # 0.1 s at 1024 px, in which others are answered
+        return JSONResponse({"created": int(time.time()), "output_format": "png", "data": [{"b64_json": content}]})
 
     def _row(self, body: dict) -> tuple[str, int]:
         """Text and seed of a request; raises Refused for what is not served here."""
@@ -206,6 +236,7 @@ class Renderers:
             "num_inference_steps": self.card["steps"],
             "guidance_scale": self.card["guidance"],
             "max_sequence_length": self.card["max_sequence_length"],
+            "drawing": self.card["drawing"],
         }
         for name, value in fixed.items():
             if body.get(name) not in (None, value):
@@ -216,11 +247,33 @@ class Renderers:
                 raise Refused(409, message, "other_settings")
         return well_formed(text), seed
 
-    @serve.batch
+    @serve.batch(max_concurrent_batches=MOST_BATCHES)
     async def _draw(self, rows: list[tuple[str, int]]) -> list[Image.Image | str]:
-        """The picture of each row, or why there is none; in a thread, so that the next batch fills meanwhile."""
+        """The picture of each row, or why there is none.
+
+        Serve closes a batch `batch_wait` after its first row, whether or not the renderer is free, and the renderer
+        fills each up to its full size. So what comes while a batch is drawn is put together here, when it is done.
+        """
+        jobs = [_Job(row) for row in rows]
+        self.waiting += jobs
+        async with self.free:
+            while any(job.drawing is None for job in jobs):
+                await self._draw_some()
+        return [job.drawing.result()[job.place] for job in jobs]
+
+    async def _draw_some(self) -> None:
+        """Draw the rows that have waited the longest, in a thread, so that others arrive meanwhile."""
+        size = self.renderer.chunk_size
+        some, self.waiting = self.waiting[:size], self.waiting[size:]
+        drawing = asyncio.create_task(asyncio.to_thread(self._outcomes, [job.row for job in some]))
+        for place, job in enumerate(some):
+            job.drawing, job.place = drawing, place
+        await asyncio.wait([drawing])
+        self.broken = drawing.exception() is not None
+
+    def _outcomes(self, rows: Sequence[tuple[str, int]]) -> list[Image.Image | str]:
         before = self.renderer.failures.copy()
-        pictures = await asyncio.to_thread(self.renderer, *map(list, zip(*rows, strict=True)))
+        pictures = self.renderer(*map(list, zip(*rows, strict=True)))
         why = ", ".join(self.renderer.failures - before)
         return [why if picture is None else picture for picture in pictures]
 
@@ -246,7 +299,7 @@ async def _json_of(request: Request) -> dict:
 
 def _png(image: Image.Image) -> str:
     buffer = io.BytesIO()
-    image.save(buffer, "png")
+    image.save(buffer, "png", compress_level=1)  # of a photo: a seventh of the time for a fifth more bytes
     return base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -263,20 +316,23 @@ def deploy(server: ServerOptions, render: RenderOptions) -> None:
     replicas = server.replicas or gpus or 1
     batch = render.render_batch_size
     name = render.render_model or Path(render.sdmodel_name).name
-    if Path(render.sdmodel_name).is_dir():
-        render = replace(render, sdmodel_name=str(Path(render.sdmodel_name).resolve()))  # replicas start elsewhere
+    for option in ("sdmodel_name", "render_lora"):  # replicas may start in another folder
+        given = asdict(render)[option]
+        if given and Path(given.partition(":")[0]).is_dir():
+            render = replace(render, **{option: str(Path(given).resolve())})
     deployment = serve.deployment(
         Renderers,
         name="Renderers",
         num_replicas=replicas,
         ray_actor_options={"num_cpus": 1, "num_gpus": 1 if gpus else 0},
-        max_ongoing_requests=2 * batch,  # one batch drawn, one filled
+        max_ongoing_requests=MOST_BATCHES * batch,  # so that /health and /v1/models need not wait for pictures
         graceful_shutdown_timeout_s=2,
         health_check_period_s=2,
         logging_config={"enable_access_log": False},
     )
     device = render.render_device or ("cuda" if gpus else "cpu")
-    application = deployment.bind(render, name, device, 2 * batch * replicas, server.batch_wait)
+    concurrency = 2 * batch * replicas  # one batch drawn, one filled
+    application = deployment.bind(render, name, device, concurrency, server.batch_wait)
     serve.start(http_options=HTTPOptions(host=server.host, port=server.port, location="HeadOnly"))
     serve.run(application, name="renderers", route_prefix="/")
 
@@ -297,7 +353,7 @@ def check(server: ServerOptions, render: RenderOptions) -> None:
         raise UsageError(f"--replicas is {server.replicas}, must be at least 1")
     if not 0 < server.port < 2**16:
         raise UsageError(f"--port is {server.port}, must be from 1 to 65535")
-    if not is_loopback(server.host) and not os.environ.get("RENDER_API_KEY", "").strip():
+    if not checked_key("render", UsageError) and not is_loopback(server.host):
         raise UsageError(
             f"--host {server.host} can be reached from other machines: set environment RENDER_API_KEY, or leave "
             "--host at 127.0.0.1"
@@ -321,9 +377,11 @@ def run(server: ServerOptions, render: RenderOptions, temp_dir: str) -> None:
         runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
     )
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: told.set())
+        signal.signal(number, lambda *_: sys.exit(0))  # while weights are fetched or loaded, which may take an hour
     try:
         deploy(server, render)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: told.set())
         shown = f"[{server.host}]" if ":" in server.host else server.host
         print(f"rendering at http://{shown}:{server.port}/v1", flush=True)
         while not told.wait(0.5):
@@ -350,6 +408,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (RayError, RuntimeError, OSError, ValueError) as error:
         print(f"render_server: {one_line(error, 600)}", file=sys.stderr)
         return 1
+    except SystemExit:  # told to stop before it served, by the handler of Ray's start or by ours
+        return 0
     return 0
 
 

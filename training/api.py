@@ -34,7 +34,7 @@ def one_line(error: BaseException, most: int = 200) -> str:
 
 def back_off(attempt: int) -> float:
     """Seconds to wait after that failed attempt; drawn outside the random state that a run is seeded with."""
-    longest = min(LONGEST_BACKOFF, BACKOFF * 2 ** (attempt - 1))
+    longest = min(LONGEST_BACKOFF, BACKOFF * 2 ** min(attempt - 1, 10))
     return longest * random.SystemRandom().uniform(0.5, 1.0)
 
 
@@ -69,8 +69,10 @@ def checked_url(url: str, whose: str, refusal: type[Exception]) -> tuple[str, bo
         refusal: what is raised.
 
     Raises:
-        refusal: it is no URL of an API, carries a login, or would send `whose` key unencrypted to another machine.
+        refusal: it is no URL of an API, carries a login, would send `whose` key unencrypted to another machine, or the
+            key cannot be sent.
     """
+    checked_key(whose, refusal)
     example = 'give the base of an OpenAI-compatible API, such as "http://127.0.0.1:8080/v1"'
     try:
         parts = urlsplit(url)
@@ -90,6 +92,18 @@ def checked_url(url: str, whose: str, refusal: type[Exception]) -> tuple[str, bo
             f"environment {whose.upper()}_ALLOW_HTTP=1 if you trust the network"
         )
     return url.rstrip("/"), loopback
+
+
+def checked_key(whose: str, refusal: type[Exception]) -> str:
+    """The key of WHOSE_API_KEY, "" if there is none.
+
+    Raises:
+        refusal: it cannot be a header; the text does not show it, as that of a client's own error would.
+    """
+    key = os.environ.get(f"{whose.upper()}_API_KEY", "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise refusal(f"environment {whose.upper()}_API_KEY must be one line of printable ASCII characters")
+    return key
 
 
 def is_loopback(host: str) -> bool:
