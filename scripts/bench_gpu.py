@@ -257,6 +257,9 @@ def _scoring(
     scorer.score(written, [p.id for p in asked], 2)
     peaks.enter("end", 2)
     side, steps, batch = scale.recipe
+    if renderer.failures:  # random weights that overflow: nothing would be scored, and fast
+        yield Row("render", side, steps, batch, skipped=f"not drawn: {dict(renderer.failures)}")
+        return
     drawn = int(scorer.metrics["images/drawn"])
     render = scorer.metrics["seconds/render"]
     yield Row("render", side, steps, renderer.chunk_size, render, drawn / render, peak_gb=peaks.of("render"))

@@ -16,7 +16,7 @@ from diffusers import FluxPipeline
 
 import r1_prompter
 from miniature import build as miniature
-from rendering import CheckpointError, RenderOptions, levers
+from rendering import CheckpointError, RenderOptions, levers, local
 from rendering.levers import TOLERANCE, settle_batch, smallest_good_batch
 from scripts import bench, bench_gpu, bench_levers, bench_models
 from tests.processes import launch
@@ -288,6 +288,14 @@ def test_the_gpu_bench_fills_every_row_with_pictures_a_second_or_a_reason(tmp_pa
     )
     assert found["memory"] == "not measured on a CPU"
     assert len(capsys.readouterr().out.splitlines()) > len(found["rows"])
+
+
+def test_pictures_that_random_weights_spoil_give_no_figures(monkeypatch):
+    monkeypatch.setattr(local, "_to_picture", lambda pixels: "non-finite pixels")
+    found = bench_gpu.bench_gpu(bench_models.TINY, 1, torch.device("cpu"))
+    (row,) = (row for row in found["rows"] if row["what"] == "render")
+    assert row["skipped"] == "not drawn: {'non-finite pixels': 6}" and row["seconds"] is None
+    assert found["ratio_to_plain_loop"] is None and found["share_outside_drawing"] is None
 
 
 def test_what_does_not_fit_is_a_row_with_its_reason(monkeypatch):
