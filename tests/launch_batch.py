@@ -9,8 +9,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rendering import RenderOptions, levers
 
-rank = PartialState(cpu=True).process_index
+state = PartialState(cpu=True)
+rank = state.process_index
 levers.smallest_good_batch = lambda trial: (4, 2)[rank]
 renderer = RenderOptions(sys.argv[1], render_batch_size="auto").load("cpu", measuring=True)
 settled = levers.settle_batch(renderer, "auto")
 Path(sys.argv[2], str(rank)).write_text(f"{settled} {renderer.chunk_size}")
+state.wait_for_everyone()
+state.destroy_process_group()  # or its threads may outlive the interpreter, which aborts
