@@ -36,28 +36,28 @@ from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config, get_quantization_config
 from trl.trainer.utils import RepeatSampler
 
-import preflight
+from doctor import checks
 from data.prompts import DataError, load_prompts
 from interfaces import Prompt, Renderer, Reward
 from prompting import messages
 from rendering import AUTO, CheckpointError, RenderOptions
 from rendering.levers import settle_batch
 from rewards import REWARDS, RewardError, RewardOptions, Setting, build, check
-from rewards.frozen import footprint
-from training.cache import PictureCache
-from training.checkpoints import file_hash
-from training.curves import progressing
-from training.diagnostics import diagnose, mean_of_processes
-from training.epochs import EpochOrder
-from training.guard import GuardedTrainer, Stopped
-from training.options import RESUME, UsageError, parse, set_renamed
-from training.policy import PolicyError, load_tokenizer, name_base, trainee
-from training.progress import RunLog, begin, finish, rounded_away
-from training.rollouts import rollout_rows
-from training.run_folder import RunFolder, RunFolderError
-from training.scoring import Scorer, ScoringError
-from training.watch import Watch
-from training.whole import whole_parameters
+from models.frozen import footprint
+from scoring.cache import PictureCache
+from run.checkpoints import file_hash
+from report.plots import progressing
+from scoring.diagnostics import diagnose, mean_of_processes
+from run.epochs import EpochOrder
+from run.trainer import GuardedTrainer, Stopped
+from run.options import RESUME, UsageError, parse, set_renamed
+from models.policy import PolicyError, load_tokenizer, name_base, trainee
+from run.progress import RunLog, begin, finish, rounded_away
+from scoring.rollouts import rollout_rows
+from run.folder import RunFolder, RunFolderError
+from scoring.judge import Scorer, ScoringError
+from run.heartbeat import Watch
+from models.whole import whole_parameters
 
 HERE = Path(__file__).resolve().parent
 RECIPE = HERE / "configs" / "flux_dev.yaml"
@@ -421,10 +421,10 @@ def dry_run(argv: Sequence[str], training: GRPOConfig) -> int:
     if not PartialState().is_main_process:
         return 0
     zero = training.deepspeed_plugin.zero_stage if training.deepspeed_plugin else 0
-    machine = preflight.this_machine()
-    launch = preflight.Launch(training.world_size, zero, machine.gpus > 0)
-    found = preflight.examine(argv, parse_options, plan, resolved, machine, launch)
-    print(preflight.report(found), flush=True)
+    machine = checks.this_machine()
+    launch = checks.Launch(training.world_size, zero, machine.gpus > 0)
+    found = checks.examine(argv, parse_options, plan, resolved, machine, launch)
+    print(checks.report(found), flush=True)
     return found.exit_code
 
 

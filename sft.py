@@ -33,13 +33,13 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantiz
 
 from data.prompts import DataError
 from prompting import completion, messages
-from training.checkpoints import file_hash
-from training.guard import GuardedTrainer, Stopped
-from training.options import RESUME, UsageError, parse, set_renamed
-from training.policy import PolicyError, load_tokenizer, name_base, trainee
-from training.progress import RunLog, begin, finish, rounded_away
-from training.run_folder import RunFolder, RunFolderError
-from training.watch import Watch
+from run.checkpoints import file_hash
+from run.trainer import GuardedTrainer, Stopped
+from run.options import RESUME, UsageError, parse, set_renamed
+from models.policy import PolicyError, load_tokenizer, name_base, trainee
+from run.progress import RunLog, begin, finish, rounded_away
+from run.folder import RunFolder, RunFolderError
+from run.heartbeat import Watch
 
 HERE = Path(__file__).resolve().parent
 RECIPE = HERE / "configs" / "cold_start.yaml"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from evaluation.benchmark import Benchmark
 from rewards import RewardOptions
-from rewards.vlm import VLMClient
+from clients.chat import VLMClient
 
 
 def option(default: object, help: str, **more: object):

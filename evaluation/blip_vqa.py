@@ -29,8 +29,8 @@ from transformers import AutoTokenizer, BlipConfig, BlipForQuestionAnswering
 
 from prompting import well_formed
 from rewards import RewardError, one_line
-from rewards.frozen import batches, check_whole, folder_of, freeze, known_token
-from training.weights import locked
+from models.frozen import batches, check_whole, folder_of, freeze, known_token
+from models.weights import locked
 
 PUBLISHED = locked("Salesforce/blip-vqa-capfilt-large")
 NEEDS = ("config.json", "tokenizer_config.json")

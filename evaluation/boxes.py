@@ -25,8 +25,8 @@ from transformers.models.owlv2.image_processing_pil_owlv2 import Owlv2ImageProce
 
 from prompting import well_formed
 from rewards import RewardError, one_line
-from rewards.frozen import batches, check_whole, folder_of, freeze
-from training.weights import locked
+from models.frozen import batches, check_whole, folder_of, freeze
+from models.weights import locked
 
 PUBLISHED = locked("google/owlv2-base-patch16-ensemble")
 NEEDS = ("config.json", "preprocessor_config.json", "tokenizer_config.json")

@@ -26,8 +26,8 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from evaluation.geneval import CLIP, COLORS, Detection, Question
 from rewards import RewardError, one_line
-from rewards.frozen import arithmetic, autocast, batches, check_whole, folder_of, freeze
-from training.weights import locked
+from models.frozen import arithmetic, autocast, batches, check_whole, folder_of, freeze
+from models.weights import locked
 
 PUBLISHED = locked(CLIP)
 FILES = ("config.json", "model.safetensors", "tokenizer_config.json")

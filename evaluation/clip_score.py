@@ -20,8 +20,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from prompting import well_formed
 from rewards import RewardError, one_line
-from rewards.frozen import batches, check_whole, folder_of, freeze
-from training.weights import locked
+from models.frozen import batches, check_whole, folder_of, freeze
+from models.weights import locked
 
 PUBLISHED = locked("openai/clip-vit-base-patch32")
 NEEDS = ("config.json", "preprocessor_config.json", "tokenizer_config.json")

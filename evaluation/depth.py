@@ -22,8 +22,8 @@ from transformers import DPTForDepthEstimation
 
 from evaluation.boxes import frame_size
 from rewards import RewardError, one_line
-from rewards.frozen import batches, check_whole, folder_of, freeze
-from training.weights import locked
+from models.frozen import batches, check_whole, folder_of, freeze
+from models.weights import locked
 
 PUBLISHED = locked("Intel/dpt-hybrid-midas")
 SIDE = 480

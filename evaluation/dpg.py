@@ -31,7 +31,7 @@ from evaluation.benchmark import Benchmark, Item, Verdict
 from evaluation.judged import Faults, ask, csv_rows, one_word, settings_of, told
 from interfaces import Prompt
 from rewards import one_line
-from rewards.vlm import Question, Template, VLMClient
+from clients.chat import Question, Template, VLMClient
 
 log = logging.getLogger(__name__)
 

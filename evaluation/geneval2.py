@@ -37,9 +37,9 @@ from evaluation.benchmark import Benchmark, BenchmarkError, Item, Verdict
 from evaluation.judged import Faults, ask, json_lines, one_word, settings_of, told
 from interfaces import Prompt
 from rewards import RewardError, one_line
-from rewards.frozen import arithmetic, batches, check_whole, folder_of, freeze
-from rewards.vlm import TOP_TOKENS, Question, Template, VLMClient
-from training.weights import locked
+from models.frozen import arithmetic, batches, check_whole, folder_of, freeze
+from clients.chat import TOP_TOKENS, Question, Template, VLMClient
+from models.weights import locked
 
 log = logging.getLogger(__name__)
 

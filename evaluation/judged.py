@@ -15,8 +15,8 @@ from typing import Any
 
 from data.prompts import DataError
 from rewards import one_line
-from rewards.vlm import MAX_TOKENS, Question, Template, VLMClient, after_thinking
-from rewards.vlm import Verdict as Answer
+from clients.chat import MAX_TOKENS, Question, Template, VLMClient, after_thinking
+from clients.chat import Verdict as Answer
 
 _BLANK = re.compile(r"\s*")
 _AROUND = ".,;:!?*_`\"'()"

@@ -38,8 +38,8 @@ from transformers import Mask2FormerForUniversalSegmentation
 
 from evaluation.geneval import CLASS_NAMES, DETECTOR, Box, Detection
 from rewards import RewardError, one_line
-from rewards.frozen import arithmetic, batches, check_whole, folder_of, freeze
-from training.weights import locked
+from models.frozen import arithmetic, batches, check_whole, folder_of, freeze
+from models.weights import locked
 
 PUBLISHED = locked(DETECTOR)
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of RGB levels 0 ... 255

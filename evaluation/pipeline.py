@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from evaluation.benchmark import Benchmark, BenchmarkError, Item, Verdict
 from evaluation.systems import Drawn, System
-from training.run_folder import differences, save_png, whole_lines, write_whole
-from training.seeds import render_seed
+from run.folder import differences, save_png, whole_lines, write_whole
+from run.seeds import render_seed
 
 Row = dict[str, Any]
 

@@ -33,7 +33,7 @@ from evaluation.benchmark import Benchmark, Item, Verdict
 from evaluation.judged import Faults, ask, csv_rows, settings_of, told
 from interfaces import Prompt
 from rewards import one_line
-from rewards.vlm import Question, Template, VLMClient, after_thinking
+from clients.chat import Question, Template, VLMClient, after_thinking
 
 log = logging.getLogger(__name__)
 

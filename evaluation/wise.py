@@ -31,7 +31,7 @@ from evaluation.benchmark import Benchmark, Item, Verdict
 from evaluation.judged import Faults, ask, json_list, settings_of, told
 from interfaces import Prompt
 from rewards import one_line
-from rewards.vlm import Question, Template, VLMClient, after_thinking
+from clients.chat import Question, Template, VLMClient, after_thinking
 
 CATEGORIES = ("culture", "time", "space", "biology", "physics", "chemistry")
 WEIGHTS = {

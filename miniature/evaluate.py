@@ -28,7 +28,7 @@ from interfaces import Prompt
 from miniature import world
 from miniature.fit import ROOT
 from rewards import RewardOptions
-from scripts.evaluate import main
+from evaluation.run import main
 
 RENDERER = ("sdmodel_name", "render_steps", "resolution", "max_sequence_length", "render_dtype", "render_batch_size")
 REWARDS = ("hps_path", "git_path", "gdino_path", "orm_path", "imagereward_path", "pickscore_path")

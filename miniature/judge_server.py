@@ -30,7 +30,7 @@ from PIL import Image, UnidentifiedImageError
 from data import grammar
 from interfaces import Sample
 from rewards import judge, preference
-from rewards.vlm import SLOT, Template
+from clients.chat import SLOT, Template
 
 Score = Callable[[list[Sample]], list[float | None]]
 Key = tuple[str, str]  # SHA-256 of a picture's data URI, prompt

@@ -72,7 +72,7 @@ def measure(count: int = 300) -> dict[str, float]:
     from rewards.orm import ORM
     from rewards.pickscore import PickScore
     from rewards.preference import Preference
-    from rewards.vlm import VLMClient
+    from clients.chat import VLMClient
 
     liked, held = pairs(count, wrong=disliked), pairs(count)
     found = {

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from interfaces import Seen
-from training.api import is_url
+from clients.http import is_url
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

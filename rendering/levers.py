@@ -32,7 +32,7 @@ from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 
 from rendering import AUTO, QUANTIZATIONS, CheckpointError
-from training.weights import WeightsError, check_folder, locked
+from models.weights import WeightsError, check_folder, locked
 
 if TYPE_CHECKING:
     from rendering.local import LocalRenderer

@@ -30,9 +30,9 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from interfaces import Seen
 from rendering import CheckpointError, telling
 from rendering.levers import SHARE, Levers, apply, at_hand, text_encoders
-from training.signals import leaving
-from training.weights import WeightsError, check_folder, locked
-from training.whole import whole_parameters
+from run.signals import leaving
+from models.weights import WeightsError, check_folder, locked
+from models.whole import whole_parameters
 
 # Pipelines print every text that they cut, padding included; `LocalRenderer.truncated` counts them and warns once.
 logging.getLogger("diffusers.pipelines").setLevel(logging.ERROR)

@@ -53,7 +53,7 @@ from transformers import AutoTokenizer
 
 from interfaces import Seen
 from rendering import CheckpointError, telling
-from training.api import (
+from clients.http import (
     ALIVE,
     CHECK_TIMEOUT,
     CONNECT_TIMEOUT,
@@ -64,8 +64,8 @@ from training.api import (
     checked_url,
     one_line,
 )
-from training.signals import leaving
-from training.weights import locked
+from run.signals import leaving
+from models.weights import locked
 
 logger = logging.getLogger(__name__)
 

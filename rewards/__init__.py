@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from interfaces import Prompt, Renderer, Reward
-from training.api import one_line as one_line
+from clients.http import one_line as one_line
 
 if TYPE_CHECKING:
     from rewards.judge import Judge
     from rewards.preference import Preference
-    from rewards.vlm import VLMClient
+    from clients.chat import VLMClient
 
 
 class RewardError(RuntimeError):
@@ -152,7 +152,7 @@ def _reached(reward: Judge | Preference) -> Reward:
 
 
 def _client(options: RewardOptions, setting: Setting) -> VLMClient:
-    from rewards.vlm import VLMClient
+    from clients.chat import VLMClient
 
     return VLMClient(
         options.judge_url,
@@ -247,6 +247,6 @@ def build(names: Sequence[str], options: RewardOptions, setting: Setting) -> lis
         raise RewardError("; and ".join(missing))
     if not options.reward_offload:
         return rewards
-    from rewards.frozen import offloaded
+    from models.frozen import offloaded
 
     return [offloaded(reward) for reward in rewards]

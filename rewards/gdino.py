@@ -40,8 +40,8 @@ from data.grammar import RELATIONS
 from interfaces import Prompt, Reward, Sample
 from prompting import well_formed
 from rewards import RewardError, one_line
-from rewards.frozen import arithmetic, autocast, batches, check_pictures, check_whole, folder_of, freeze
-from training.weights import locked
+from models.frozen import arithmetic, autocast, batches, check_pictures, check_whole, folder_of, freeze
+from models.weights import locked
 
 log = logging.getLogger(__name__)
 

@@ -31,7 +31,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, DynamicCache, GitFor
 from interfaces import Prompt, Reward, Sample
 from prompting import well_formed
 from rewards import RewardError, one_line
-from rewards.frozen import (
+from models.frozen import (
     arithmetic,
     autocast,
     batches,
@@ -42,7 +42,7 @@ from rewards.frozen import (
     freeze,
     known_token,
 )
-from training.weights import locked
+from models.weights import locked
 
 log = logging.getLogger(__name__)
 

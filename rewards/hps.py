@@ -25,8 +25,8 @@ from torchvision.transforms.v2 import functional as tv
 
 from interfaces import Reward, Sample
 from rewards import RewardError
-from rewards.frozen import arithmetic, autocast, batches, check_files, check_pictures, freeze, mean_cosines, tensors_of
-from training.weights import locked
+from models.frozen import arithmetic, autocast, batches, check_files, check_pictures, freeze, mean_cosines, tensors_of
+from models.weights import locked
 
 PUBLISHED, DEFAULT_FILE = locked("xswu/HPSv2"), "HPS_v2.1_compressed.pt"
 DEFAULT = f"{PUBLISHED.repo}/{DEFAULT_FILE}"

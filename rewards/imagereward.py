@@ -37,7 +37,7 @@ from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisio
 from interfaces import Reward, Sample
 from prompting import well_formed
 from rewards import RewardError, one_line
-from rewards.frozen import (
+from models.frozen import (
     arithmetic,
     autocast,
     batches,
@@ -47,7 +47,7 @@ from rewards.frozen import (
     freeze,
     tensors_of,
 )
-from training.weights import locked
+from models.weights import locked
 
 PUBLISHED, WORDS = locked("THUDM/ImageReward"), locked("google-bert/bert-base-uncased")
 WEIGHTS = ("ImageReward.safetensors", "ImageReward.pt")

@@ -11,8 +11,8 @@ import re
 from collections.abc import Sequence
 
 from interfaces import Reward, Sample
-from rewards.frozen import check_pictures
-from rewards.vlm import Question, Template, Verdict, VLMClient, after_thinking
+from models.frozen import check_pictures
+from clients.chat import Question, Template, Verdict, VLMClient, after_thinking
 
 BEST = 10.0
 

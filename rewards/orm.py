@@ -37,7 +37,7 @@ from transformers import AutoTokenizer, LlavaOnevisionConfig, LlavaOnevisionForC
 from interfaces import Reward, Sample
 from prompting import MAX_PROMPT_CHARS, well_formed
 from rewards import RewardError, one_line
-from rewards.frozen import (
+from models.frozen import (
     arithmetic,
     batches,
     check_pictures,
@@ -48,7 +48,7 @@ from rewards.frozen import (
     known_token,
     tensors_of,
 )
-from training.weights import locked
+from models.weights import locked
 
 PUBLISHED = locked("CaraJ/ORM-T2I-R1")
 NEEDS = ("config.json", "tokenizer_config.json")

@@ -24,7 +24,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from interfaces import Reward, Sample
 from prompting import well_formed
 from rewards import RewardError, one_line
-from rewards.frozen import (
+from models.frozen import (
     arithmetic,
     autocast,
     batches,
@@ -34,7 +34,7 @@ from rewards.frozen import (
     freeze,
     mean_cosines,
 )
-from training.weights import locked
+from models.weights import locked
 
 PUBLISHED = locked("yuvalkirstain/PickScore_v1")
 PROCESSOR_FILES = ("preprocessor_config.json", "tokenizer_config.json")

@@ -22,8 +22,8 @@ from PIL import Image
 
 from interfaces import Prompt, Reward, Sample
 from rewards import RewardError
-from rewards.frozen import check_pictures
-from rewards.vlm import Question, Template, VLMClient, after_thinking, picture_hash
+from models.frozen import check_pictures
+from clients.chat import Question, Template, VLMClient, after_thinking, picture_hash
 
 FIRST, SECOND, TIE = "first", "second", "tie"
 VERDICTS = {"image 1 is better": FIRST, "image 2 is better": SECOND, "tie": TIE}

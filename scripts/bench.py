@@ -40,8 +40,8 @@ from miniature import build as miniature
 from prompting import messages, parse
 from rewards import RewardOptions, Setting, build
 from scripts.reprompt import Reprompter
-from training.scoring import Scorer
-from training.seeds import render_seed
+from scoring.judge import Scorer
+from run.seeds import render_seed
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUPS = (4, 8, 16, 32)

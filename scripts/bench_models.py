@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from interfaces import Reward
 from rewards import RewardOptions, Setting, build
-from rewards.frozen import freeze
+from models.frozen import freeze
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "miniature" / "weights"
 REWARDS = ("hps", "git", "gdino", "orm")

@@ -32,10 +32,10 @@ from evaluation.sheet import Cell, contact_sheet
 from interfaces import Prompt, Renderer
 from miniature import build, world
 from scripts.reprompt import Reprompter, Rewrite
-from training.report import write_report
-from training.run_folder import RunFolder
-from training.seeds import render_seed
-from training.terminal import oracle_table, sparkline
+from report.page import write_report
+from run.folder import RunFolder
+from run.seeds import render_seed
+from report.terminal import oracle_table, sparkline
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "miniature.yaml"

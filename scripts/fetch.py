@@ -37,11 +37,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from r1_prompter import Options, parse_options
 from rewards import CHECKPOINTS, RewardError, check
-from training import weights
-from training.options import UsageError
-from training.policy import READ, PolicyError, base_of, is_adapter
-from training.run_folder import write_whole
-from training.weights import Checkpoint, WeightsError
+from models import weights
+from run.options import UsageError
+from models.policy import READ, PolicyError, base_of, is_adapter
+from run.folder import write_whole
+from models.weights import Checkpoint, WeightsError
 
 
 class FetchError(RuntimeError):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from interfaces import Prompt
 from rewards import one_line
-from training.run_folder import differences
+from run.folder import differences
 
 START = b'{"settings": '  # of every journal
 

@@ -56,7 +56,7 @@ from scripts.teacher import (
     MiniatureTeacher,
     TeacherError,
 )
-from training.run_folder import write_whole
+from run.folder import write_whole
 
 INTENT = "intent lost"
 DROPS = (REFUSED, TRUNCATED, MALFORMED, INTENT, FOREIGN)
@@ -188,8 +188,8 @@ def _row(prompt: Prompt, draft: Draft, intent: str) -> dict:
 
 def load_scorer(args: Options, render: RenderOptions, reward: RewardOptions, prompts: Sequence[Prompt]):
     """The renderer and rewards that the arguments name, as the trainer has them."""
-    from training.policy import PolicyError, pick_device  # torch: seconds that asking alone need not cost
-    from training.scoring import Scorer
+    from models.policy import PolicyError, pick_device  # torch: seconds that asking alone need not cost
+    from scoring.judge import Scorer
 
     try:
         device = pick_device(render.render_device or "auto")

@@ -32,9 +32,9 @@ from data.prompts import DataError, load_prompts
 from interfaces import Prompt, Renderer
 from prompting import messages, parse, well_formed
 from rendering import CheckpointError, RenderOptions
-from training.policy import DTYPES, PolicyError, load_policy, load_tokenizer, pick_device, pick_dtype
-from training.run_folder import differences, save_png, whole_lines, write_whole
-from training.seeds import render_seed
+from models.policy import DTYPES, PolicyError, load_policy, load_tokenizer, pick_device, pick_dtype
+from run.folder import differences, save_png, whole_lines, write_whole
+from run.seeds import render_seed
 
 NOT_RESULTS = ("prompts", "out", "device")  # arguments that may differ when a run is continued
 PICTURE_SETTINGS = (
@@ -77,7 +77,7 @@ class Reprompter:
         path: policy folder, PEFT adapter folder or hub name.
         reasoning: whether the policy was trained to think first.
         temperature: 0 is greedy; above, plain sampling (no top-k, no top-p, no repetition penalty, as in training).
-        dtype, device: see `training.policy.load_policy`.
+        dtype, device: see `models.policy.load_policy`.
 
     Raises:
         PolicyError: the policy or its tokenizer cannot be loaded.

@@ -25,8 +25,8 @@ from openai import APIConnectionError, APIStatusError
 from interfaces import Prompt
 from prompting import Answer, messages, parse
 from rewards import RewardError
-from rewards.vlm import open_api
-from training.api import RETRIED, back_off, checked_url, one_line
+from clients.chat import open_api
+from clients.http import RETRIED, back_off, checked_url, one_line
 
 # What a teacher is told beside the policy's own instructions.
 FOR_A_TEACHER = (

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import r1_prompter
 from rendering.local import LocalRenderer
 from rewards.hps import HPS
-from training import checkpoints
+from run import checkpoints
 
 
 def before(owner, name, happen):

@@ -12,13 +12,13 @@ from PIL import Image
 
 from interfaces import Sample
 from rewards.judge import Judge
-from rewards.vlm import VLMClient
+from clients.chat import VLMClient
 from tests.test_judges import MODEL, JudgeServer, grades, group, questions
 from tests.test_judges import score as brightness
 from tests.test_scoring import CAT, DOG, Grey, Painter, score, scorer
-from training.ahead import Ahead
-from training.cache import PictureCache
-from training.seeds import render_seed
+from scoring.prefetch import Ahead
+from scoring.cache import PictureCache
+from run.seeds import render_seed
 
 TWO_GROUPS = [(CAT, "one cat"), (CAT, "a big cat"), (DOG, "one dog"), (DOG, None)]
 

@@ -10,7 +10,7 @@ import math
 import numpy as np
 import pytest
 
-from training.diagnostics import correlation, diagnose, distinct, edit_distance, mean_of_processes
+from scoring.diagnostics import correlation, diagnose, distinct, edit_distance, mean_of_processes
 
 
 def row(rewrite, parts, *, prompt="a red cat", held_out=None, tokens=None):

@@ -19,13 +19,14 @@ import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import preflight
+from doctor import checks
 import r1_prompter
 from miniature.judge_server import JudgeServer
-from preflight.report import NOT_RUN, OK, PROBLEM, WARNING
+from doctor.report import NOT_RUN, OK, PROBLEM, WARNING
 from scripts import doctor
-from training import memory, shapes
-from training.memory import GB, PHASES
+from doctor import memory
+from doctor import shapes
+from doctor.memory import GB, PHASES
 
 ROOT = Path(__file__).resolve().parent.parent
 MINIATURE = ["--config", "configs/miniature.yaml"]
@@ -208,7 +209,7 @@ def test_options_that_cannot_be_parsed_have_exit_code_2(capsys):
 def test_a_version_other_than_the_locked_one_is_a_warning(tmp_path):
     lock = tmp_path / "requirements.lock"
     lock.write_text(f"torch=={torch.__version__.split('+')[0]} \\\ntrl==0.0.1 \\\n")
-    (found,) = preflight.versions(lock)
+    (found,) = checks.versions(lock)
     assert found.state == WARNING and "(locked: 0.0.1)" in found.text and "torch" not in found.text
 
 

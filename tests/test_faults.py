@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 
 from miniature.judge_server import JudgeServer
 from tests.processes import ENVIRONMENT, ROOT, launcher
-from training import checkpoints
-from training.checkpoints import Maker
+from run import checkpoints
+from run.checkpoints import Maker
 
 TRAIN, FAULTY = ROOT / "r1_prompter.py", ROOT / "tests" / "fault_run.py"
 STEPS, SAVE = 7, 3  # two steps an epoch: checkpoints lie inside an epoch and at its end

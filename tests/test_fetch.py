@@ -13,8 +13,8 @@ from huggingface_hub import constants
 from rendering import CheckpointError, RenderOptions
 from scripts import fetch
 from tests.hub_server import COMMIT, Hub, Repo
-from training import weights
-from training.policy import PolicyError, load_policy
+from models import weights
+from models.policy import PolicyError, load_policy
 
 WEIGHTS = bytes(range(256)) * 800  # 204,800 bytes
 FILES = {"config.json": b"{}", "model.safetensors": WEIGHTS, "pytorch_model.bin": b"a pickle", "README.md": b"read me"}

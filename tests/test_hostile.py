@@ -20,11 +20,11 @@ from prompting import MAX_PROMPT_CHARS, completion, messages
 from rendering.local import LocalRenderer
 from rewards.hps import HPS
 from rewards.judge import TEMPLATE, Judge
-from rewards.vlm import VLMClient
+from clients.chat import VLMClient
 from tests.hostile import TEXTS
 from tests.processes import ENVIRONMENT, ROOT
-from training.policy import load_tokenizer
-from training.scoring import Scorer
+from models.policy import load_tokenizer
+from scoring.judge import Scorer
 
 REWRITES = [*TEXTS, "half a pair \ud83d", "\udfff"][-200:]
 

@@ -22,16 +22,17 @@ from evaluation.unigenbench import UniGenBench
 from evaluation.wise import WISE
 from interfaces import Prompt
 from miniature.judge_server import JudgeServer
-from rewards import RewardError, vlm
-from rewards.vlm import Question, Template, VLMClient
-from training import api
+from clients import chat
+from rewards import RewardError
+from clients.chat import Question, Template, VLMClient
+from clients import http
 
 MODEL = "miniature"
 
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
-    monkeypatch.setattr(api, "BACKOFF", 0.01)
+    monkeypatch.setattr(http, "BACKOFF", 0.01)
 
 
 def gray(level: int) -> Image.Image:
@@ -790,7 +791,7 @@ def test_equal_pictures_with_other_right_answers_share_no_verdict(tmp_path):
     ],
 )
 def test_first_tokens_are_probabilities_or_nothing(body, told):
-    read = vlm.first_tokens(json.dumps({"choices": [{"logprobs": body}]}))
+    read = chat.first_tokens(json.dumps({"choices": [{"logprobs": body}]}))
     assert (json.loads(read) if read else None) == (told and pytest.approx(told))
 
 

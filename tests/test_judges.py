@@ -26,11 +26,12 @@ from PIL import Image
 from interfaces import Prompt, Sample
 from miniature.judge_server import JudgeServer, prompt_in
 from prompting import MAX_PROMPT_CHARS
-from rewards import RewardError, RewardOptions, Setting, build, judge, preference, vlm
+from clients import chat
+from rewards import RewardError, RewardOptions, Setting, build, judge, preference
 from rewards.judge import Judge
 from rewards.preference import FIRST, SECOND, TIE, Preference
-from rewards.vlm import Question, Template, VLMClient, neutralise
-from training import api
+from clients.chat import Question, Template, VLMClient, neutralise
+from clients import http
 
 ROOT = Path(__file__).parent.parent
 MODEL = "miniature"
@@ -38,7 +39,7 @@ MODEL = "miniature"
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
-    monkeypatch.setattr(api, "BACKOFF", 0.01)
+    monkeypatch.setattr(http, "BACKOFF", 0.01)
     for name in ("JUDGE_API_KEY", "JUDGE_ALLOW_HTTP"):
         monkeypatch.delenv(name, raising=False)
 
@@ -243,8 +244,8 @@ def test_no_more_calls_are_in_flight_than_allowed():
 
 
 def test_the_circuit_opens_probes_and_closes_again(monkeypatch):
-    monkeypatch.setattr(vlm, "TRIP", 3)
-    monkeypatch.setattr(vlm, "PAUSE", 1.0)
+    monkeypatch.setattr(chat, "TRIP", 3)
+    monkeypatch.setattr(chat, "PAUSE", 1.0)
     server = JudgeServer(score, fail_share=1)
     with server as url:
         client = VLMClient(url, MODEL, concurrency=1)
@@ -261,7 +262,7 @@ def test_the_circuit_opens_probes_and_closes_again(monkeypatch):
 
 
 def test_an_open_circuit_lets_one_probe_through_per_pause():
-    circuit = api.Circuit(trip=2, pause=0.2)
+    circuit = http.Circuit(trip=2, pause=0.2)
     circuit.failed("refused")
     assert circuit.lets_through()
     circuit.failed("refused")
@@ -278,7 +279,7 @@ def test_one_fault_under_all_calls_in_flight_does_not_open_the_circuit():
 
 
 def test_refused_questions_do_not_open_the_circuit(monkeypatch):
-    monkeypatch.setattr(vlm, "TRIP", 3)
+    monkeypatch.setattr(chat, "TRIP", 3)
     server = JudgeServer(score, fail_share=1, fail_status=400)
     with server as url:
         client = VLMClient(url, MODEL, concurrency=1)
@@ -322,7 +323,7 @@ def test_a_verdict_is_cached_across_instances_and_only_for_the_very_same_questio
 ASK_MANY = """
 import sys
 from PIL import Image
-from rewards.vlm import Question, Template, VLMClient
+from clients.chat import Question, Template, VLMClient
 url, cache, first, text = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
 template = Template(text, lambda answer: float(answer.partition("<score>")[2].partition("</score>")[0]))
 client = VLMClient(url, "miniature", cache=cache)
@@ -423,14 +424,14 @@ def test_any_prompt_can_be_asked_about(text):
 
 def test_small_pictures_are_sent_without_loss_and_large_ones_as_jpeg():
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=np.uint8))
-    uri = vlm.data_uri(noise)
+    uri = chat.data_uri(noise)
     assert uri.startswith("data:image/png;base64,")
     back = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
     assert np.array_equal(np.asarray(back), np.asarray(noise))
-    assert vlm.data_uri(gray(7, size=513)).startswith("data:image/jpeg;base64,")
+    assert chat.data_uri(gray(7, size=513)).startswith("data:image/jpeg;base64,")
     for mode in ("L", "RGBA"):
-        assert vlm.data_uri(gray(7).convert(mode)) == vlm.data_uri(gray(7))
-        assert vlm.picture_hash(gray(7).convert(mode)) == vlm.picture_hash(gray(7))
+        assert chat.data_uri(gray(7).convert(mode)) == chat.data_uri(gray(7))
+        assert chat.picture_hash(gray(7).convert(mode)) == chat.picture_hash(gray(7))
 
 
 def test_the_key_comes_from_the_environment_and_no_other_secret_goes_along(monkeypatch):
@@ -533,7 +534,7 @@ def test_asking_leaves_the_random_state_of_the_run_alone():
 
 
 def test_failures_are_logged_once_a_batch_with_their_cause(caplog):
-    with JudgeServer(score, fail_share=1, fail_status=401) as url, caplog.at_level(logging.WARNING, "rewards.vlm"):
+    with JudgeServer(score, fail_share=1, fail_status=401) as url, caplog.at_level(logging.WARNING, "clients.chat"):
         VLMClient(url, MODEL).ask(questions(0, 1, 2))
     (record,) = caplog.records
     assert record.getMessage().startswith("3 of 3 judge calls failed, one: Error code: 401")
@@ -854,7 +855,7 @@ def test_a_picture_that_the_server_cannot_score_is_absent():
 
 
 def test_a_picture_that_is_no_data_uri_is_refused_and_never_fetched(monkeypatch):
-    monkeypatch.setattr(vlm, "data_uri", lambda image: "http://127.0.0.1:9/secret.png")
+    monkeypatch.setattr(chat, "data_uri", lambda image: "http://127.0.0.1:9/secret.png")
     server = JudgeServer(score)
     with server as url:
         assert VLMClient(url, MODEL).ask(questions(51)) == [None]

@@ -21,9 +21,10 @@ from rendering.levers import TOLERANCE, settle_batch, smallest_good_batch
 from scripts import bench, bench_gpu, bench_levers, bench_models
 from tests.processes import launch
 from tests.test_rendering import run_out_of_memory
-from training import memory, shapes
-from training.options import UsageError
-from training.run_folder import RunFolder
+from doctor import memory
+from doctor import shapes
+from run.options import UsageError
+from run.folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = [f"{count} {colour} circles" for count in ("one", "two", "three") for colour in ("red", "blue", "green")]
@@ -208,8 +209,8 @@ def test_text_length_follows_from_what_the_policy_may_write(toy):
 
 def test_the_estimate_counts_the_levers():
     def rows(*flags: str) -> dict[str, tuple[int, ...]]:
-        from preflight import Launch, Machine
-        from preflight.sizing import tables_of
+        from doctor.checks import Launch, Machine
+        from doctor.sizing import tables_of
 
         options = r1_prompter.parse_options(["--data", "x", "--outdir", "y", "--rewards", "format", *flags])
         launched, machine = Launch(8, 2, True), Machine(8, 80 * memory.GB, 8, 10**12, False)

@@ -27,8 +27,8 @@ from prompting import MAX_PROMPT_CHARS, completion, messages, parse
 from scripts import make_sft, teacher
 from scripts.make_sft import main, sampling_seed
 from tests.teacher_server import MODEL, TeacherServer
-from training import api
-from training.scoring import Scorer
+from clients import http
+from scoring.judge import Scorer
 
 ROOT = Path(__file__).resolve().parent.parent
 COLORS = ("red", "blue", "green", "white", "black", "pink")
@@ -43,7 +43,7 @@ REASON = {
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
-    monkeypatch.setattr(api, "BACKOFF", 0.01)
+    monkeypatch.setattr(http, "BACKOFF", 0.01)
     for name in ("TEACHER_API_KEY", "TEACHER_ALLOW_HTTP", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
 

@@ -191,7 +191,7 @@ def test_the_cold_start_alone_is_better_than_the_instruct_model_and_leaves_much_
 
 
 def test_the_policys_tokenizer_gives_back_any_text():
-    from training.policy import load_tokenizer
+    from models.policy import load_tokenizer
 
     for name in ("instruct", "policy"):
         tokenizer = load_tokenizer(str(WEIGHTS / name))

@@ -28,7 +28,7 @@ from interfaces import Prompt, Sample
 from rewards import RewardError, RewardOptions, Setting, build, imagereward, pickscore
 from rewards.imagereward import ImageReward
 from rewards.pickscore import PickScore
-from training.weights import locked
+from models.weights import locked
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.3, 0.2, 0.1]
 WORDS = "a red green blue circle square two three left right of and".split()

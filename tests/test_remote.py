@@ -39,12 +39,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import r1_prompter
 from interfaces import Prompt
 from miniature.build import renderer as miniature_renderer
-from preflight.probes import probe_renderer
-from preflight.report import OK, PROBLEM, WARNING
+from doctor.probes import probe_renderer
+from doctor.report import OK, PROBLEM, WARNING
 from rendering import CheckpointError, RenderOptions, remote
 from rendering.remote import RemoteRenderer, Settings
 from tests.processes import ENVIRONMENT, ROOT
-from training import api, signals
+from clients import http
+from run import signals
 
 SIZE = 16
 TOKENIZER = str(ROOT / "miniature/weights/flux/tokenizer_2")
@@ -55,7 +56,7 @@ SEEDS = list(range(FIRST, FIRST + len(TEXTS)))
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
-    monkeypatch.setattr(api, "BACKOFF", 0.01)
+    monkeypatch.setattr(http, "BACKOFF", 0.01)
     monkeypatch.setattr(remote, "PAUSE", 0.05)
     monkeypatch.setattr(remote, "LISTEN", 0.05)
     for name in ("RENDER_API_KEY", "RENDER_ALLOW_HTTP"):

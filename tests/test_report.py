@@ -13,8 +13,8 @@ import sys
 import pytest
 from PIL import Image, ImageDraw
 
-from training.report import write_report
-from training.terminal import oracle_table, sparkline
+from report.page import write_report
+from report.terminal import oracle_table, sparkline
 
 ATTACK = "<script>alert(1)</script><img src=x onerror=alert(2)> </style></title>{{ 7 * 7 }} \ud800\u202e"
 TASKS = ("single", "two", "colors", "counting", "position", "attr")
@@ -288,7 +288,7 @@ def test_the_same_folder_gives_the_same_bytes(run_dir):
 
 
 def test_the_command_line_writes_the_page_and_refuses_a_folder_that_is_not_there(run_dir, tmp_path):
-    command = [sys.executable, "-m", "training.report"]
+    command = [sys.executable, "-m", "report.page"]
     done = subprocess.run([*command, run_dir], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip().endswith("report.html"), done.stderr
     done = subprocess.run([*command, tmp_path / "gone"], capture_output=True, text=True)

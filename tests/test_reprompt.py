@@ -21,8 +21,8 @@ from interfaces import Prompt
 from prompting import completion, messages
 from scripts import reprompt
 from scripts.reprompt import Reprompter, main
-from training.policy import PolicyError, load_policy, load_tokenizer
-from training.seeds import render_seed
+from models.policy import PolicyError, load_policy, load_tokenizer
+from run.seeds import render_seed
 
 ROOT = Path(__file__).resolve().parent.parent
 CHATML = (

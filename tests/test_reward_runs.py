@@ -21,7 +21,7 @@ from interfaces import Prompt, Reward, Sample
 from miniature.fit import WEIGHTS
 from miniature.judge_server import JudgeServer
 from rewards import REWARDS, RewardError, RewardOptions, Setting, build, check
-from rewards.frozen import footprint, offloaded
+from models.frozen import footprint, offloaded
 from rewards.orm import ORM
 from tests.processes import ENVIRONMENT, ZERO_2, launch
 

@@ -16,8 +16,8 @@ from prompting import completion, parse
 from scripts.reprompt import Reprompter
 from tests.conftest import PROMPTS
 from tests.processes import ENVIRONMENT, kill_when, launch
-from training.options import UsageError
-from training.policy import load_policy, load_tokenizer
+from run.options import UsageError
+from models.policy import load_policy, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = [

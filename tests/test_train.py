@@ -19,8 +19,8 @@ import yaml
 
 from interfaces import Reward
 from tests.processes import ENVIRONMENT, ZERO_2, kill_when, launch
-from training.run_folder import RunFolder, RunFolderError
-from training.seeds import render_seed
+from run.folder import RunFolder, RunFolderError
+from run.seeds import render_seed
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = [sys.executable, str(ROOT / "r1_prompter.py")]

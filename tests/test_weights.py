@@ -22,10 +22,10 @@ import r1_prompter
 import sft
 from rendering import CheckpointError, RenderOptions
 from rewards import CHECKPOINTS, RewardError, RewardOptions, gdino, git, hps, imagereward, orm, pickscore
-from training import weights
-from training.options import UsageError
-from training.policy import PolicyError, load_policy, load_tokenizer, name_base, trainee
-from training.weights import WeightsError, lock, locked, read_weights, verify
+from models import weights
+from run.options import UsageError
+from models.policy import PolicyError, load_policy, load_tokenizer, name_base, trainee
+from models.weights import WeightsError, lock, locked, read_weights, verify
 
 MINIATURE = Path("miniature/weights")
 COMMIT = "0123456789abcdef" * 2 + "01234567"

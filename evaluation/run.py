@@ -47,9 +47,9 @@ from prompting import well_formed
 from rendering import CheckpointError, RenderOptions
 from rewards import REWARDS, RewardError, RewardOptions, Setting, build
 from scripts.reprompt import Reprompter, Rewrite
-from training.options import UsageError, parse
-from training.policy import PolicyError
-from training.run_folder import PACKAGES, git_commit, whole_lines, write_whole
+from run.options import UsageError, parse
+from models.policy import PolicyError
+from run.folder import PACKAGES, git_commit, whole_lines, write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_RESULTS = ("out", "training_prompts", "judge_url", "judge_concurrency", "judge_timeout", "judge_batch_timeout",

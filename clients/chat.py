@@ -37,7 +37,7 @@ from PIL import Image
 
 from prompting import MAX_PROMPT_CHARS, well_formed
 from rewards import RewardError
-from training.api import (
+from clients.http import (
     ALIVE,
     CHECK_TIMEOUT,
     CONNECT_TIMEOUT,
@@ -48,7 +48,7 @@ from training.api import (
     finished,
     one_line,
 )
-from training.signals import leaving
+from run.signals import leaving
 
 logger = logging.getLogger(__name__)
 

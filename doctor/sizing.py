@@ -1,4 +1,4 @@
-"""The memory of a run from its options, and which flags would make it fit. Estimates only: see training/memory.py.
+"""The memory of a run from its options, and which flags would make it fit. Estimates only: see doctor/memory.py.
 
 Advice is never written down: levers are tried, mildest first, and each set of flags is parsed and estimated anew. What
 is said to fit is what that estimate says.
@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from interfaces import Prompt
-from preflight.models import names_of, reward_path
-from preflight.report import Advice, Launch, Machine, capacity, fits
+from doctor.models import names_of, reward_path
+from doctor.report import Advice, Launch, Machine, capacity, fits
 from prompting import MAX_PROMPT_CHARS, messages
 from rendering import AUTO
-from training import shapes
-from training.memory import EIGHT_BIT, FOUR_BIT, Policy, Run, Table, estimate, lora
-from training.options import UsageError
+from doctor import shapes
+from doctor.memory import EIGHT_BIT, FOUR_BIT, Policy, Run, Table, estimate, lora
+from run.options import UsageError
 
 if TYPE_CHECKING:
     from r1_prompter import Options
@@ -87,7 +87,7 @@ def tables_of(options: Options, machine: Machine, launch: Launch, prompts: Seque
     policy, pipeline = shapes.policy(script.gpt_path), shapes.pipeline(options.render.sdmodel_name)
     for path, shape in ((script.gpt_path, policy), (options.render.sdmodel_name, pipeline)):
         if shape is None:
-            raise shapes.ShapeError(f"{path} is not on this disk and in no table of training/shapes.py")
+            raise shapes.ShapeError(f"{path} is not on this disk and in no table of doctor/shapes.py")
     sizes = {"orm": ELEMENT[options.reward.orm_dtype]}
     scorers = [
         shapes.scorer(name, reward_path(name, options.reward), sizes.get(name, ELEMENT["float32"]))

@@ -62,9 +62,9 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from prompting import well_formed
 from rendering import AUTO, CheckpointError, RenderOptions
-from training.api import checked_key, is_loopback, one_line
-from training.options import UsageError, parse
-from training.weights import locked
+from clients.http import checked_key, is_loopback, one_line
+from run.options import UsageError, parse
+from models.weights import locked
 
 if TYPE_CHECKING:
     from rendering.local import LocalRenderer  # diffusers: for the replicas alone

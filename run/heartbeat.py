@@ -17,7 +17,7 @@ import platform
 import time
 from pathlib import Path
 
-from training.run_folder import write_whole
+from run.folder import write_whole
 
 logger = logging.getLogger(__name__)
 

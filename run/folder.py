@@ -26,8 +26,8 @@ from typing import Any
 
 from PIL import Image
 
-from training import checkpoints
-from training.checkpoints import Maker
+from run import checkpoints
+from run.checkpoints import Maker
 
 logger = logging.getLogger(__name__)
 

@@ -23,10 +23,10 @@ from PIL import Image
 
 from interfaces import Prompt, Renderer, Reward, Sample
 from prompting import parse
-from training.ahead import Ahead
-from training.cache import PictureCache
-from training.seeds import render_seed
-from training.signals import Leave, leaving
+from scoring.prefetch import Ahead
+from scoring.cache import PictureCache
+from run.seeds import render_seed
+from run.signals import Leave, leaving
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """What every trainer of the house adds to TRL's: nothing lost when a run is killed, starved or told to leave.
 
     checkpoints   written aside by TRL's own saving, sealed, renamed by the main process after a barrier, then pruned
-    signals       obeyed between optimiser steps, or where the scorer was cut short (training/signals.py)
+    signals       obeyed between optimiser steps, or where the scorer was cut short (run/signals.py)
     exact resume  a run that is cut inside a generation is saved as it stood before it, random states included
     numbers       a step whose gradient is not finite is skipped on all processes; PATIENCE in a row stop the run
     full disk     pictures go first, then the older checkpoints; then the run stops, its last checkpoint untouched
@@ -26,9 +26,11 @@ from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks
 
-from training import checkpoints, signals
-from training.run_folder import RunFolder
-from training.watch import Watch
+from run import checkpoints
+
+from run import signals
+from run.folder import RunFolder
+from run.heartbeat import Watch
 
 logger = logging.getLogger(__name__)
 

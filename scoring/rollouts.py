@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from training.run_folder import RunFolder
-from training.scoring import Scored
+from run.folder import RunFolder
+from scoring.judge import Scored
 
 
 def rollout_rows(

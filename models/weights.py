@@ -32,7 +32,7 @@ from huggingface_hub.utils import WeakFileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from training.run_folder import write_whole
+from run.folder import write_whole
 
 LOCK = Path(__file__).resolve().parent.parent / "checkpoints.lock"
 PICKLES = (".pt", ".pth", ".bin")

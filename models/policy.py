@@ -2,7 +2,7 @@
 
 `path` is a folder in Hugging Face format, a PEFT adapter folder (adapter_config.json), or a hub name, which stands for
 its folder in the hub's cache at the locked commit (`checkpoints.lock`) or at the user's `revision`. What is on this
-disk is never looked up on the network, and nothing is loaded that `training.weights` has not checked.
+disk is never looked up on the network, and nothing is loaded that `models.weights` has not checked.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from training.weights import WeightsError, absent_shards, check_folder, locked
+from models.weights import WeightsError, absent_shards, check_folder, locked
 
 READ = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors", "*.py")  # of a model that is not locked
 DTYPES = ("auto", "bfloat16", "float32")
@@ -40,7 +40,7 @@ def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
 
     Args:
         revision: of a hub name, None or "main" for the locked one.
-        trust_remote_code: run Python code that comes with it; `training.options` allows it at a full commit only.
+        trust_remote_code: run Python code that comes with it; `run.options` allows it at a full commit only.
 
     Raises:
         PolicyError: nothing at `path`, unreadable files, or no chat template.

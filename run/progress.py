@@ -18,11 +18,11 @@ from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 from trl import ModelConfig
 
-from training.guard import GuardedTrainer
-from training.report import write_report
-from training.run_folder import RunFolder, RunFolderError, git_commit
-from training.scoring import ScoringError
-from training.signals import Leave, listen
+from run.trainer import GuardedTrainer
+from report.page import write_report
+from run.folder import RunFolder, RunFolderError, git_commit
+from scoring.judge import ScoringError
+from run.signals import Leave, listen
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from training.memory import GB, MAIN, OWN, PHASES, Table
+from doctor.memory import GB, MAIN, OWN, PHASES, Table
 
 OK, WARNING, PROBLEM, NOT_RUN = "ok", "warning", "problem", "not run"
 WIDTH = 110

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 
-from training.terminal import number, thin
+from report.terminal import number, thin
 
 PHASES = ("generate", "render", "score", "train")
 CURVE_POINTS = 400

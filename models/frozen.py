@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from interfaces import Reward, Sample
 from rewards import RewardError
-from training.weights import Checkpoint, WeightsError, read_weights, verify
+from models.weights import Checkpoint, WeightsError, read_weights, verify
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

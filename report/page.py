@@ -5,7 +5,7 @@ that is no number, a picture that is gone, a sample that is absent) is said at t
 adversarial text: everything goes through Jinja's autoescaping, and pictures are only read from inside the run folder.
 The page depends on the folder's contents alone: the same files give the same bytes.
 
-    python -m training.report runs/demo
+    python -m report.page runs/demo
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from training.curves import BOX, CURVE_POINTS, PHASES, column, panels
-from training.terminal import CATEGORIES, POLICIES, number
+from report.plots import BOX, CURVE_POINTS, PHASES, column, panels
+from report.terminal import CATEGORIES, POLICIES, number
 
 GALLERY_ROWS = 24  # half of them folded away
 GROUPS_PER_STEP, PICTURES_PER_ROLLOUT = 3, 2
@@ -303,7 +303,7 @@ def _environment() -> Environment:
 
 def main() -> int:
     """Command line: write the report of one run folder."""
-    parser = argparse.ArgumentParser(prog="python -m training.report", description="Write report.html of a run.")
+    parser = argparse.ArgumentParser(prog="python -m report.page", description="Write report.html of a run.")
     parser.add_argument("run_dir", type=Path, help="the run folder, e.g. runs/demo")
     try:
         print(write_report(parser.parse_args().run_dir))

@@ -1,7 +1,7 @@
 """Will this run work? What can be known before the queue: `examine` looks, `report` says it, `as_json` as data.
 
 For scripts/doctor.py and `r1_prompter.py --dry_run true`. Nothing is written and nothing is fetched. What can only be
-estimated is called so (training/memory.py); what was not looked at is "not run", never "ok". Advice is a set of flags
+estimated is called so (doctor/memory.py); what was not looked at is "not run", never "ok". Advice is a set of flags
 whose own estimate fits: each is parsed and estimated again before it is given.
 """
 
@@ -20,9 +20,9 @@ import torch
 
 from data.prompts import DataError, load_prompts
 from interfaces import Prompt
-from preflight.models import named_models, names_of
-from preflight.probes import probe_all
-from preflight.report import (
+from doctor.models import named_models, names_of
+from doctor.probes import probe_all
+from doctor.report import (
     NOT_RUN,
     OK,
     PROBLEM,
@@ -38,14 +38,14 @@ from preflight.report import (
     readable,
     report,
 )
-from preflight.sizing import ELEMENT, Advisor, Parse, Plan, describe, tables_of
+from doctor.sizing import ELEMENT, Advisor, Parse, Plan, describe, tables_of
 from prompting import MAX_PROMPT_CHARS
 from rewards import RewardError, check
-from training import shapes
-from training.memory import GB, Policy, Run, Table
-from training.options import UsageError
-from training.progress import rounded_away
-from training.run_folder import RunFolder, RunFolderError
+from doctor import shapes
+from doctor.memory import GB, Policy, Run, Table
+from run.options import UsageError
+from run.progress import rounded_away
+from run.folder import RunFolder, RunFolderError
 
 if TYPE_CHECKING:
     from r1_prompter import Options

@@ -1,6 +1,6 @@
 """What every client of an HTTP API shares: which URLs are spoken to, when to ask again, when to stop asking.
 
-The judges' client (`rewards.vlm`), the teacher's (`scripts.teacher`) and the remote renderer (`rendering.remote`)
+The judges' client (`clients.chat`), the teacher's (`scripts.teacher`) and the remote renderer (`rendering.remote`)
 differ in what they say; here is what they have in common. Only the standard library, so that a program that only asks
 starts at once.
 """
@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import TypeVar
 from urllib.parse import urlsplit
 
-from training.signals import leaving
+from run.signals import leaving
 
 BACKOFF, LONGEST_BACKOFF = 0.5, 8.0  # seconds before the second attempt, doubled each time, and their most
 CONNECT_TIMEOUT, CHECK_TIMEOUT = 10.0, 10.0  # seconds

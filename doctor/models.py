@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub import try_to_load_from_cache
 
-from preflight.report import OK, PROBLEM, Check, readable
+from doctor.report import OK, PROBLEM, Check, readable
 from rewards import CHECKPOINTS, RewardOptions
-from training import shapes
-from training.weights import WeightsError, locked, verify
+from doctor import shapes
+from models.weights import WeightsError, locked, verify
 
 if TYPE_CHECKING:
     from r1_prompter import Options

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from training.run_folder import write_whole
+from run.folder import write_whole
 
 logger = logging.getLogger(__name__)
 

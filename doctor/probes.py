@@ -15,15 +15,15 @@ import torch
 from PIL import Image, ImageDraw
 
 from interfaces import Prompt, Renderer, Reward, Sample
-from preflight.models import names_of
-from preflight.report import OK, PROBLEM, WARNING, Check
+from doctor.models import names_of
+from doctor.report import OK, PROBLEM, WARNING, Check
 from prompting import completion, messages, parse
 from rendering import AUTO, CheckpointError
 from rendering.levers import smallest_good_batch
 from rewards import RewardError, Setting, build
-from training.policy import PolicyError, load_policy, load_tokenizer
-from training.seeds import render_seed
-from training.whole import whole_parameters
+from models.policy import PolicyError, load_policy, load_tokenizer
+from run.seeds import render_seed
+from models.whole import whole_parameters
 
 if TYPE_CHECKING:
     from r1_prompter import Options

@@ -1,4 +1,4 @@
-"""The shapes of models for training/memory.py, without their weights: from a folder's configuration, or from tables.
+"""The shapes of models for doctor/memory.py, without their weights: from a folder's configuration, or from tables.
 
 A model that lies on this disk is counted there (headers of its safetensors files), its widths are its config.json's.
 The tables hold published models that may not be here; their counts are of the classes built from the published
@@ -16,9 +16,9 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from training.api import is_url
-from training.memory import Pipeline, Policy, Scorer
-from training.weights import locked
+from clients.http import is_url
+from doctor.memory import Pipeline, Policy, Scorer
+from models.weights import locked
 
 WORDS = 151936  # rows of Qwen2.5's embeddings; 152064 in 7B
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")

@@ -23,10 +23,10 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import preflight
+from doctor import checks
 import r1_prompter
-from training.memory import GB
-from training.options import UsageError
+from doctor.memory import GB
+from run.options import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
 TRUE, FALSE = ("true", "1", "yes"), ("false", "0", "no")
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         machine = _machine(args.gpus, args.gpu_memory)
         launch = _launch(args.processes, args.config_file, machine)
-        found = preflight.examine(
+        found = checks.examine(
             trainer,
             lambda flags: r1_prompter.parse_options(flags, planned(launch.processes)),
             r1_prompter.plan,
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"doctor: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    print(json.dumps(preflight.as_json(found), indent=2) if args.json else preflight.report(found))
+    print(json.dumps(checks.as_json(found), indent=2) if args.json else checks.report(found))
     return found.exit_code
 
 
@@ -76,8 +76,8 @@ def _flag(word: str) -> bool:
     return word.lower() in TRUE
 
 
-def _machine(gpus: int | None, memory: float | None) -> preflight.Machine:
-    here = preflight.this_machine()
+def _machine(gpus: int | None, memory: float | None) -> checks.Machine:
+    here = checks.this_machine()
     if gpus is None and memory is None:
         return here
     if gpus is not None and gpus < 0 or memory is not None and memory <= 0:
@@ -90,7 +90,7 @@ def _machine(gpus: int | None, memory: float | None) -> preflight.Machine:
     return replace(here, gpus=gpus or max(here.gpus, 1), memory=room, here=False)
 
 
-def _launch(processes: int | None, config: Path | None, machine: preflight.Machine) -> preflight.Launch:
+def _launch(processes: int | None, config: Path | None, machine: checks.Machine) -> checks.Launch:
     if config is None and (processes or machine.gpus) > 1:
         config = ROOT / "deepspeed_2.yaml"
     said = {}
@@ -103,7 +103,7 @@ def _launch(processes: int | None, config: Path | None, machine: preflight.Machi
     if count < 1:
         raise UsageError(f"--processes {count}: give at least 1")
     zero = said.get("deepspeed_config", {}).get("zero_stage", 0)
-    return preflight.Launch(count, zero, machine.gpus > 0)
+    return checks.Launch(count, zero, machine.gpus > 0)
 
 
 if __name__ == "__main__":
