@@ -3,19 +3,19 @@ PYTHON ?= python3.11
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test check miniature size lock
+.PHONY: demo test test-all check miniature size lock environment
 
-demo: $(VENV)/ready
+demo: environment
 	$(RUN) scripts/demo.py
 
-test: $(VENV)/ready check
+test: environment check
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
 
-check: $(VENV)/ready
+check: environment
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-miniature: $(VENV)/ready
+miniature: environment
 	$(RUN) -m miniature.build
 
 size: $(VENV)/ready
@@ -24,6 +24,10 @@ size: $(VENV)/ready
 lock: $(VENV)/ready
 	$(VENV)/bin/uv pip compile --quiet pyproject.toml --extra dev --extra serve --generate-hashes --no-header \
 	  --no-annotate -o requirements.lock
+
+# The project itself, editable: its files are imported from this checkout, wherever the environment lies.
+environment: $(VENV)/ready
+	@$(VENV)/bin/uv pip install --quiet --python $(RUN) --no-deps --no-build-isolation -e .
 
 $(VENV)/ready: requirements.lock
 	$(PYTHON) -m venv $(VENV)

@@ -29,35 +29,34 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config, get_quantization_config
 from trl.trainer.utils import RepeatSampler
 
-from doctor import checks
-from data.prompts import DataError, load_prompts
+from data.prompts import load_prompts
+from errors import UserError
 from interfaces import Prompt, Renderer, Reward
-from prompting import messages
-from rendering import AUTO, CheckpointError, RenderOptions
-from rendering.levers import settle_batch
-from rewards import REWARDS, RewardError, RewardOptions, Setting, build, check
 from models.frozen import footprint
-from scoring.cache import PictureCache
-from run.checkpoints import file_hash
-from report.plots import progressing
-from scoring.diagnostics import diagnose, mean_of_processes
-from run.epochs import EpochOrder
-from run.trainer import GuardedTrainer, Stopped
-from run.options import RESUME, UsageError, parse, set_renamed
-from models.policy import PolicyError, load_tokenizer, name_base, trainee
-from run.progress import RunLog, begin, finish, rounded_away
-from scoring.rollouts import rollout_rows
-from run.folder import RunFolder, RunFolderError
-from scoring.judge import Scorer, ScoringError
-from run.heartbeat import Watch
+from models.policy import load_tokenizer, name_base, trainee
 from models.whole import whole_parameters
+from prompting import messages
+from rendering import AUTO, RenderOptions
+from rendering.levers import settle_batch
+from report.plots import progressing
+from rewards import REWARDS, RewardOptions, Setting, build, check
+from run.checkpoints import file_hash
+from run.epochs import EpochOrder
+from run.folder import RunFolder
+from run.heartbeat import Watch
+from run.options import RESUME, parse, run_main, set_renamed
+from run.progress import RunLog, begin, finish, rounded_away
+from run.trainer import GuardedTrainer
+from scoring.cache import PictureCache
+from scoring.diagnostics import diagnose, mean_of_processes
+from scoring.judge import Scorer
+from scoring.rollouts import rollout_rows
 
 HERE = Path(__file__).resolve().parent
 RECIPE = HERE / "configs" / "flux_dev.yaml"
@@ -126,9 +125,6 @@ class ScriptArguments:
         metadata={"help": "Seconds of one phase (generate, render, ...) after which all stacks are written down."},
     )
     resume: str | None = field(default=None, metadata=RESUME)
-    dry_run: bool = field(
-        default=False, metadata={"help": "Check this run as scripts/doctor.py does, write nothing, and leave."}
-    )
 
 
 @dataclass(frozen=True)
@@ -146,7 +142,7 @@ def parse_options(argv: Sequence[str], training: type[GRPOConfig] = GRPOConfig) 
     """Options of one run: the recipe, then the `--config` YAML, then flags; TRL's in a class that may be `training`.
 
     Raises:
-        UsageError: an unknown key or flag (with the nearest valid one), a missing or ill-typed value.
+        UserError: an unknown key or flag (with the nearest valid one), a missing or ill-typed value.
     """
     kinds = (ScriptArguments, RenderOptions, RewardOptions, training, ModelConfig)
     options = Options(*parse(kinds, RECIPE, argv))
@@ -159,30 +155,30 @@ def plan(script: ScriptArguments, training: GRPOConfig, prompts: int) -> dict[st
     """The numbers that follow from the options; options that cut a group, a step or a checkpoint in two are refused.
 
     Raises:
-        UsageError: with the numbers that do not fit.
+        UserError: with the numbers that do not fit.
     """
     group, micro_batches = training.num_generations, training.steps_per_generation
     local = training.per_device_train_batch_size * micro_batches
     if local % group:
-        raise UsageError(
+        raise UserError(
             f"per_device_train_batch_size {training.per_device_train_batch_size} x steps_per_generation "
             f"{micro_batches} = {local} is not a multiple of num_generations {group}: a group must not be split"
         )
     passes, accumulation = micro_batches * training.num_iterations, training.gradient_accumulation_steps
     if passes % accumulation:
-        raise UsageError(
+        raise UserError(
             f"steps_per_generation {micro_batches} x num_iterations {training.num_iterations} = {passes} is not a "
             f"multiple of gradient_accumulation_steps {accumulation}: an optimiser step would mix two generations"
         )
     cycle = passes // accumulation
     if training.save_strategy == "steps" and training.save_steps % cycle:
-        raise UsageError(
+        raise UserError(
             f"save_steps {training.save_steps} is not a multiple of the {cycle} optimiser steps that one generation "
             "serves: a checkpoint in between would draw its pictures again on --resume"
         )
     per_generation = training.generation_batch_size // group
     if prompts < per_generation:
-        raise UsageError(f"{script.data} has {prompts} prompts, fewer than the {per_generation} of one generation")
+        raise UserError(f"{script.data} has {prompts} prompts, fewer than the {per_generation} of one generation")
     per_epoch = prompts // per_generation * cycle
     steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * per_epoch)
     pictures = training.generation_batch_size * script.images_per_rewrite
@@ -205,15 +201,15 @@ def check_rewards(options: Options, weights: Sequence[float] | None) -> None:
     """Refuse rewards, weights and time limits that cannot be meant.
 
     Raises:
-        UsageError, RewardError: with the names or the numbers.
+        UserError: with the names or the numbers.
     """
     script = options.script
     check([*script.rewards, *script.held_out], options.reward, options.training.ddp_timeout)
     if weights is not None and len(weights) != len(script.rewards):
-        raise UsageError(f"reward_weights {weights} for rewards {script.rewards}: give one for each")
+        raise UserError(f"reward_weights {weights} for rewards {script.rewards}: give one for each")
     waiting, most = options.render.render_batch_timeout, options.training.ddp_timeout
     if options.render.remote and waiting >= most / 2:
-        raise UsageError(
+        raise UserError(
             f"render_batch_timeout {waiting:g} s is not below half of ddp_timeout {most} s, when processes that wait "
             "take each other for dead: lower the first or raise the second"
         )
@@ -230,18 +226,18 @@ def load_frozen(
     """Tokenizer, renderer, rewards and held-out scorers; one error names all that is missing.
 
     Raises:
-        UsageError: with each missing checkpoint's name, size, licence and the command that fetches it.
+        UserError: with each missing checkpoint's name, size, licence and the command that fetches it.
     """
     script, training, missing, tokenizer, renderer = options.script, options.training, [], None, None
     names = [*script.rewards, *script.held_out]
     with whole_parameters():
         try:
             tokenizer = load_tokenizer(script.gpt_path, options.model.model_revision, training.trust_remote_code)
-        except PolicyError as error:
+        except UserError as error:
             missing.append(str(error))
         try:
             renderer = options.render.load(str(training.device), measuring=True)
-        except (CheckpointError, ValueError) as error:
+        except (UserError, ValueError) as error:
             missing.append(str(error))
             names = [name for name in names if name != "length"]  # it counts the tokens of the renderer
         device = options.reward.reward_device or options.render.render_device or str(training.device)
@@ -249,10 +245,10 @@ def load_frozen(
         setting = Setting(device, renderer, prompts, training.seed, verdicts)
         try:
             rewards = build(names, options.reward, setting)
-        except (RewardError, ValueError) as error:
+        except (UserError, ValueError) as error:
             missing.append(str(error))
     if missing:
-        raise UsageError("; and ".join(missing))
+        raise UserError("; and ".join(missing))
     return tokenizer, renderer, rewards[: len(script.rewards)], rewards[len(script.rewards) :]
 
 
@@ -338,7 +334,7 @@ def train(options: Options) -> None:
     """One run, from options to trained policy and report.
 
     Raises:
-        UsageError, DataError, RunFolderError: bad input, found before any model is loaded where that is possible.
+        UserError: bad input, found before any model is loaded where that is possible.
         ScoringError, Stopped: the run cannot go on.
         Leave: a signal told it to.
     """
@@ -376,7 +372,7 @@ def settled(renderer: Renderer, asked: int | str, folder: RunFolder) -> int:
     """Pictures a call of this run: as asked for, or for auto what the run began with, or else what a trial finds now.
 
     Raises:
-        UsageError: auto, and no trial of this renderer can be made.
+        UserError: auto, and no trial of this renderer can be made.
     """
     before = folder.derived().get("render_batch_size") if asked == AUTO else None
     if before is not None:
@@ -385,7 +381,7 @@ def settled(renderer: Renderer, asked: int | str, folder: RunFolder) -> int:
     try:
         return settle_batch(renderer, asked)
     except ValueError as error:
-        raise UsageError(str(error)) from error
+        raise UserError(str(error)) from error
 
 
 def resolved(options: Options) -> dict[str, Any]:
@@ -416,31 +412,9 @@ def _announce(options: Options, numbers: dict[str, int], folder: RunFolder, scor
     ]
 
 
-def dry_run(argv: Sequence[str], training: GRPOConfig) -> int:
-    """Print what scripts/doctor.py says of this run as it is launched; returns the exit code, 1 for a problem."""
-    if not PartialState().is_main_process:
-        return 0
-    zero = training.deepspeed_plugin.zero_stage if training.deepspeed_plugin else 0
-    machine = checks.this_machine()
-    launch = checks.Launch(training.world_size, zero, machine.gpus > 0)
-    found = checks.examine(argv, parse_options, plan, resolved, machine, launch)
-    print(checks.report(found), flush=True)
-    return found.exit_code
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
-    try:
-        options = parse_options(argv)
-        if options.script.dry_run:
-            return dry_run(argv, options.training)
-        train(options)
-    except (UsageError, DataError, PolicyError, RewardError, RunFolderError, ScoringError, Stopped) as error:
-        if PartialState().is_main_process:
-            print(f"r1_prompter: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        return 1 if isinstance(error, ScoringError | Stopped) else 2
-    return 0
+    return run_main("r1_prompter", lambda: train(parse_options(sys.argv[1:] if argv is None else argv)))
 
 
 if __name__ == "__main__":

@@ -26,20 +26,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
-from data.prompts import DataError
+from errors import UserError
+from models.policy import load_tokenizer, name_base, trainee
 from prompting import completion, messages
 from run.checkpoints import file_hash
-from run.trainer import GuardedTrainer, Stopped
-from run.options import RESUME, UsageError, parse, set_renamed
-from models.policy import PolicyError, load_tokenizer, name_base, trainee
-from run.progress import RunLog, begin, finish, rounded_away
-from run.folder import RunFolder, RunFolderError
+from run.folder import RunFolder
 from run.heartbeat import Watch
+from run.options import RESUME, parse, run_main, set_renamed
+from run.progress import RunLog, begin, finish, rounded_away
+from run.trainer import GuardedTrainer
 
 HERE = Path(__file__).resolve().parent
 RECIPE = HERE / "configs" / "cold_start.yaml"
@@ -78,15 +77,15 @@ def parse_options(argv: Sequence[str]) -> tuple[ScriptArguments, SFTConfig, Mode
     """Options of one run: the recipe, then the `--config` YAML, then flags.
 
     Raises:
-        UsageError: an unknown key or flag (with the nearest valid one), a missing or ill-typed value, or options that
+        UserError: an unknown key or flag (with the nearest valid one), a missing or ill-typed value, or options that
             do not go together.
     """
     script, training, model = parse((ScriptArguments, SFTConfig, ModelConfig), RECIPE, argv)
     set_renamed(script.outdir, script.gpt_path, training, model)
     if not 0 <= script.validation_share < 1:
-        raise UsageError(f"validation_share is {script.validation_share}: give a share from 0 to below 1")
+        raise UserError(f"validation_share is {script.validation_share}: give a share from 0 to below 1")
     if (training.packing or training.padding_free) and not str(model.attn_implementation).startswith(FLASH):
-        raise UsageError(
+        raise UserError(
             f"packing and padding_free let examples see each other with --attn_implementation "
             f"{model.attn_implementation}: give flash_attention_2, or leave them out"
         )
@@ -102,15 +101,15 @@ def load_examples(path: str | Path, reasoning: bool) -> list[Example]:
     """The examples of a `.jsonl`, in its order.
 
     Raises:
-        DataError: no such file, no example in it, or a row that is none; with the line and what is wrong.
+        UserError: no such file, no example in it, or a row that is none; with the line and what is wrong.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); name a .jsonl of scripts/make_sft.py") from error
+        raise UserError(f"{path}: cannot be read ({error}); name a .jsonl of scripts/make_sft.py") from error
     found = [_example(line, f"{path}, line {i}", reasoning) for i, line in enumerate(lines, 1) if line.strip()]
     if not found:
-        raise DataError(f"{path}: no examples in it; make some with scripts/make_sft.py")
+        raise UserError(f"{path}: no examples in it; make some with scripts/make_sft.py")
     return found
 
 
@@ -118,14 +117,14 @@ def _example(line: str, where: str, reasoning: bool) -> Example:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise DataError(f"{where}: not JSON ({error}); write one JSON object a line") from error
+        raise UserError(f"{where}: not JSON ({error}); write one JSON object a line") from error
     wanted = ("prompt", "rewrite", "reasoning") if reasoning else ("prompt", "rewrite")
     if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in wanted):
-        raise DataError(f"{where}: not an object with the texts {', '.join(wanted)}: {line[:80]!r}")
+        raise UserError(f"{where}: not an object with the texts {', '.join(wanted)}: {line[:80]!r}")
     try:
         return Example(row["prompt"], completion(row["reasoning"] if reasoning else None, row["rewrite"]))
     except ValueError as error:
-        raise DataError(f"{where}: {error}") from error
+        raise UserError(f"{where}: {error}") from error
 
 
 def split(examples: Sequence[Example], validation_share: float) -> tuple[list[Example], list[Example]]:
@@ -134,7 +133,7 @@ def split(examples: Sequence[Example], validation_share: float) -> tuple[list[Ex
     held_out = set(order[: math.ceil(validation_share * len(order))])
     sides = ([e for e in examples if e.prompt not in held_out], [e for e in examples if e.prompt in held_out])
     if not sides[0]:
-        raise DataError(f"{len(order)} prompts, all held out by validation_share {validation_share}: give more")
+        raise UserError(f"{len(order)} prompts, all held out by validation_share {validation_share}: give more")
     return sides
 
 
@@ -167,7 +166,7 @@ def train(script: ScriptArguments, training: SFTConfig, model: ModelConfig) -> N
     """One run, from examples to trained policy and report.
 
     Raises:
-        UsageError, DataError, RunFolderError, PolicyError: bad input, found before the model is loaded.
+        UserError: bad input, found before the model is loaded.
         Stopped: the run cannot go on.
         Leave: a signal told it to.
     """
@@ -181,7 +180,7 @@ def train(script: ScriptArguments, training: SFTConfig, model: ModelConfig) -> N
         _dataset(side, tokenizer, script.reasoning, longest) for side in split(examples, script.validation_share)
     )
     if not len(learnt):
-        raise UsageError(f"all {too_long} examples are longer than max_length {longest} tokens: raise it")
+        raise UserError(f"all {too_long} examples are longer than max_length {longest} tokens: raise it")
     if training.padding_free:
         training.max_length = None  # TRL's condition; what is too long has been left out
     numbers = _plan(training, len(learnt), len(watched), too_long + too_long_to_watch)
@@ -240,13 +239,7 @@ def _watched(row: Mapping[str, Any]) -> dict[str, float | None]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    try:
-        train(*parse_options(sys.argv[1:] if argv is None else argv))
-    except (UsageError, DataError, PolicyError, RunFolderError, Stopped) as error:
-        if PartialState().is_main_process:
-            print(f"sft: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        return 1 if isinstance(error, Stopped) else 2
-    return 0
+    return run_main("sft", lambda: train(*parse_options(sys.argv[1:] if argv is None else argv)))
 
 
 if __name__ == "__main__":

@@ -35,19 +35,9 @@ from pathlib import Path
 from openai import APIConnectionError, APIStatusError, AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
 from PIL import Image
 
+from clients.http import ALIVE, CHECK_TIMEOUT, CONNECT_TIMEOUT, RETRIED, Circuit, back_off, checked_url, finished
+from errors import UserError, one_line
 from prompting import MAX_PROMPT_CHARS, well_formed
-from rewards import RewardError
-from clients.http import (
-    ALIVE,
-    CHECK_TIMEOUT,
-    CONNECT_TIMEOUT,
-    RETRIED,
-    Circuit,
-    back_off,
-    checked_url,
-    finished,
-    one_line,
-)
 from run.signals import leaving
 
 logger = logging.getLogger(__name__)
@@ -158,7 +148,7 @@ class VLMClient:
         reasons: of the last `ask`, one per question: why there is no verdict, on one line; "" where there is one.
 
     Raises:
-        RewardError: a value that cannot work, plain http to another machine, or a cache that is no such file.
+        UserError: a value that cannot work, plain http to another machine, or a cache that is no such file.
     """
 
     def __init__(
@@ -171,14 +161,14 @@ class VLMClient:
         batch_timeout: float = 900.0,
         cache: str | Path | None = None,
     ):
-        self.url, self.loopback = checked_url(url, "judge", RewardError)
+        self.url, self.loopback = checked_url(url, "judge", UserError)
         if not model:
-            raise RewardError("the judge's model has no name: give --judge_model, see GET /v1/models of the server")
+            raise UserError("the judge's model has no name: give --judge_model, see GET /v1/models of the server")
         if concurrency < 1:
-            raise RewardError(f"judge concurrency is {concurrency}, must be at least 1")
+            raise UserError(f"judge concurrency is {concurrency}, must be at least 1")
         for name, seconds in (("call_timeout", call_timeout), ("batch_timeout", batch_timeout)):
             if not (math.isfinite(seconds) and seconds > 0):
-                raise RewardError(f"judge {name} is {seconds}, must be a positive number of seconds")
+                raise UserError(f"judge {name} is {seconds}, must be a positive number of seconds")
         self.model, self.concurrency = model, concurrency
         self.call_timeout, self.batch_timeout = call_timeout, batch_timeout
         self.cache = _Cache(cache) if cache is not None else None
@@ -225,11 +215,11 @@ class VLMClient:
         """Ask the server once which models it has (GET /models).
 
         Raises:
-            RewardError: nobody answers, access is denied, it is no such API, or it lacks `model`; with what to do.
+            UserError: nobody answers, access is denied, it is no such API, or it lacks `model`; with what to do.
         """
         names = asyncio.run(self._model_names())
         if self.model not in names:
-            raise RewardError(
+            raise UserError(
                 f"the judge at {self.url} serves {', '.join(map(repr, names)) or 'no model'}, not {self.model!r}: "
                 "correct --judge_model"
             )
@@ -318,18 +308,18 @@ class VLMClient:
                 async with asyncio.timeout(CHECK_TIMEOUT):
                     reply = await api.models.with_raw_response.list()
             except (APIConnectionError, TimeoutError) as error:
-                raise RewardError(
+                raise UserError(
                     f"no {where} ({one_line(error.__cause__ or error)}): start one with scripts/serve_judge.sh, or "
                     "name another with --judge_url"
                 ) from error
             except APIStatusError as error:
                 hint = {401: "set JUDGE_API_KEY", 403: "set JUDGE_API_KEY", 404: "does --judge_url end in /v1?"}
                 what = hint.get(error.status_code, "start one with scripts/serve_judge.sh")
-                raise RewardError(f"{where} answers {one_line(error)}: {what}") from error
+                raise UserError(f"{where} answers {one_line(error)}: {what}") from error
         try:
             return [str(model["id"]) for model in json.loads(reply.text)["data"]]
         except (ValueError, KeyError, TypeError) as error:
-            raise RewardError(f"{where} is no OpenAI-compatible API: --judge_url must end in its /v1") from error
+            raise UserError(f"{where} is no OpenAI-compatible API: --judge_url must end in its /v1") from error
 
     def _connect(self) -> AsyncOpenAI:
         key = os.environ.get("JUDGE_API_KEY", "").strip()
@@ -440,7 +430,7 @@ class _Cache:
     The file is made with the first batch: a run that is refused before leaves nothing behind.
 
     Raises:
-        RewardError: what is at `path` is no such file, or `path` lies in something that is no folder.
+        UserError: what is at `path` is no such file, or `path` lies in something that is no folder.
     """
 
     def __init__(self, path: str | Path):
@@ -452,7 +442,7 @@ class _Cache:
             if self.path.exists():
                 self._open().close()
         except (OSError, sqlite3.DatabaseError) as error:
-            raise RewardError(
+            raise UserError(
                 f"{str(path)!r} cannot hold the judge's verdicts ({one_line(error)}): name another file, or none"
             ) from error
 

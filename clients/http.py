@@ -27,11 +27,6 @@ ALIVE = {400, 413, 422, 429}  # this question was refused, which says nothing ag
 Key, Result = TypeVar("Key"), TypeVar("Result")
 
 
-def one_line(error: BaseException, most: int = 200) -> str:
-    """The text of an error on one line, or its class where it has none."""
-    return " ".join(str(error).split())[:most] or type(error).__name__
-
-
 def back_off(attempt: int) -> float:
     """Seconds to wait after that failed attempt; drawn outside the random state that a run is seeded with."""
     longest = min(LONGEST_BACKOFF, BACKOFF * 2 ** min(attempt - 1, 10))

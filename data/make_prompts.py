@@ -15,18 +15,15 @@ import argparse
 import json
 import random
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-if __name__ == "__main__" and not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from data import vocabulary as words
 from data.grammar import COLORS, LEAD, TASKS, article, canonical, normalize, plural, read, write
-from data.prompts import DataError, dump_prompt, load_prompts
+from data.prompts import dump_prompt, load_prompts
+from errors import UserError
 from interfaces import Prompt
 
 RL_STEM, COLD_START = "generation_prompts_1k_filterd", "cold_start_prompts_8k.jsonl"
@@ -66,7 +63,7 @@ def make_prompts(
         taken: the same, but that they count as repeats and not as leaks.
 
     Raises:
-        DataError: there are no `total` prompts.
+        UserError: there are no `total` prompts.
     """
     report, prompts = Report(), []
     barred, seen = ({key for prompt in some for key in _keys(prompt)} for some in (excluded, taken))
@@ -89,7 +86,7 @@ def make_prompts(
                 report.repeats += dropped.repeats
                 dropped = Report()
     if len(prompts) < total:
-        raise DataError(f"only {len(prompts)} of {total} prompts of {', '.join(tasks)} exist; ask for fewer")
+        raise UserError(f"only {len(prompts)} of {total} prompts of {', '.join(tasks)} exist; ask for fewer")
     random.Random(f"{seed}/order").shuffle(prompts)
     return prompts, report
 
@@ -311,12 +308,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         if min(args.rl, args.cold_start) < 1:
-            raise DataError(f"--rl is {args.rl} and --cold_start {args.cold_start}; give 1 or more")
+            raise UserError(f"--rl is {args.rl} and --cold_start {args.cold_start}; give 1 or more")
         excluded = [prompt for path in args.exclude for prompt in load_prompts(path)]
         rl, for_rl = make_prompts(f"{args.seed}/rl", args.rl, TASKS, excluded)
         everything = (*TASKS, *MORE_TASKS)
         cold, for_cold = make_prompts(f"{args.seed}/cold start", args.cold_start, everything, excluded, rl)
-    except DataError as error:
+    except UserError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     for path in write_files(rl, cold, args.out_dir):
         print(f"wrote {path}")

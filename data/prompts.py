@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data.grammar import DEPTH_RELATIONS, RELATIONS, TASKS, read
+from errors import UserError
 from interfaces import Prompt
 
 log = logging.getLogger(__name__)
@@ -32,10 +33,6 @@ _TASK_TYPES = {  # task -> T2I-R1's task_type; back again by the number of nouns
 }
 
 
-class DataError(ValueError):
-    """A prompt file cannot be used. The message is one line and says what to do."""
-
-
 def load_prompts(path: str | Path) -> list[Prompt]:
     """All prompts of a file in its order; a text that comes twice is kept once and the number of those is logged.
 
@@ -43,11 +40,11 @@ def load_prompts(path: str | Path) -> list[Prompt]:
         path: a `.txt`, `.jsonl` or `.json` file in UTF-8, with or without BOM, with any line ends.
 
     Raises:
-        DataError: missing, empty or unreadable file, unknown extension, or a bad row (with its line number).
+        UserError: missing, empty or unreadable file, unknown extension, or a bad row (with its line number).
     """
     path = Path(path)
     if path.suffix not in (".txt", ".jsonl", ".json"):
-        raise DataError(f"{path}: unknown extension {path.suffix!r}; give a .txt, .jsonl or .json file of prompts")
+        raise UserError(f"{path}: unknown extension {path.suffix!r}; give a .txt, .jsonl or .json file of prompts")
     prompts = [_parse(line, path, number) for number, line in _lines(path)]
     unique: dict[str, Prompt] = {}
     for prompt in prompts:
@@ -78,14 +75,14 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(
+        raise UserError(
             f"{path}: not UTF-8 (byte {error.start}); convert it, e.g. iconv -f latin1 -t utf-8 {path}"
         ) from error
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path given as --data") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path given as --data") from error
     lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
-        raise DataError(f"{path}: no prompts in it; write one prompt a line")
+        raise UserError(f"{path}: no prompts in it; write one prompt a line")
     yield from lines
 
 
@@ -96,19 +93,19 @@ def _parse(line: str, path: Path, number: int) -> Prompt:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON ({error}); write one JSON object a line") from error
+        raise UserError(f"{where}: not JSON ({error}); write one JSON object a line") from error
     if not isinstance(row, dict):
-        raise DataError(f"{where}: a {type(row).__name__}, not an object; write one JSON object a line (JSON Lines)")
+        raise UserError(f"{where}: a {type(row).__name__}, not an object; write one JSON object a line (JSON Lines)")
     text = row.get("prompt")
     if not isinstance(text, str) or not text.strip():
-        raise DataError(f"{where}: prompt is {text!r}; give each row a non-empty string 'prompt'")
+        raise UserError(f"{where}: prompt is {text!r}; give each row a non-empty string 'prompt'")
     if any("\ud800" <= character <= "\udfff" for character in text):
-        raise DataError(f"{where}: prompt holds half a surrogate pair ({ascii(text)[:60]}); write it as UTF-8")
+        raise UserError(f"{where}: prompt holds half a surrogate pair ({ascii(text)[:60]}); write it as UTF-8")
     try:
         return _from_row(text.strip(), row)
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        reason = str(error) if isinstance(error, DataError) else f"{type(error).__name__} {error}"
-        raise DataError(f"{where}: {reason}; the row's format is in data/README.md") from error
+        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__} {error}"
+        raise UserError(f"{where}: {reason}; the row's format is in data/README.md") from error
 
 
 def _from_row(text: str, row: dict) -> Prompt:
@@ -122,7 +119,7 @@ def _from_row(text: str, row: dict) -> Prompt:
     needs = {"position": needs_spatial, "spatial_3d": needs_spatial, "counting": not counts and "numeracy_info"}
     missing = needs.get(task)
     if missing or (task and not nouns):
-        raise DataError(f"task_type {row['task_type']!r} without {missing or 'nouns'}")
+        raise UserError(f"task_type {row['task_type']!r} without {missing or 'nouns'}")
     return Prompt(text, task, nouns, _names(row, "attr_nouns"), spatial, counts)
 
 
@@ -131,7 +128,7 @@ def _from_geneval(text: str, row: dict) -> Prompt:
     items = row["include"]
     spatial = None
     if row["tag"] not in TASKS:
-        raise DataError(f"tag is {row['tag']!r}, known are {', '.join(TASKS)}")
+        raise UserError(f"tag is {row['tag']!r}, known are {', '.join(TASKS)}")
     if row["tag"] == "position":
         relation, target = items[-1]["position"]
         items = [items[-1], items[target]]
@@ -154,14 +151,14 @@ def _task(row: dict, n_nouns: int) -> str:
     tasks = [task for task, name in _TASK_TYPES.items() if name == task_type]
     if not tasks:
         known = ", ".join((*dict.fromkeys(_TASK_TYPES.values()), *_OTHER_TASKS, *TASKS))
-        raise DataError(f"task_type is {task_type!r}, known are {known}")
+        raise UserError(f"task_type is {task_type!r}, known are {known}")
     return tasks[0] if n_nouns <= 1 else tasks[-1]
 
 
 def _names(row: dict, field: str) -> tuple[str, ...]:
     names = row.get(field) or []
     if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
-        raise DataError(f"{field} is {names!r}, not a list of non-empty strings")
+        raise UserError(f"{field} is {names!r}, not a list of non-empty strings")
     return tuple(" ".join(name.lower().split()) for name in names)
 
 
@@ -171,7 +168,7 @@ def _spatial(row: dict, nouns: tuple[str, ...]) -> tuple[str, str, str] | None:
         return None
     locality = RELATIONS.get(info["locality"], info["locality"])
     if locality not in (*RELATIONS, *DEPTH_RELATIONS):
-        raise DataError(f"locality is {locality!r}, known are {', '.join((*RELATIONS, *DEPTH_RELATIONS))}")
+        raise UserError(f"locality is {locality!r}, known are {', '.join((*RELATIONS, *DEPTH_RELATIONS))}")
     return _known(info["obj1"], nouns), locality, _known(info["obj2"], nouns)
 
 
@@ -179,12 +176,12 @@ def _counts(row: dict, nouns: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
     counts = tuple((_known(item["obj_name"], nouns), item["num"]) for item in row.get("numeracy_info") or ())
     for name, number in counts:
         if type(number) is not int or number < 1:
-            raise DataError(f"num of {name!r} is {number!r}, not a whole number from 1")
+            raise UserError(f"num of {name!r} is {number!r}, not a whole number from 1")
     return counts
 
 
 def _known(name: object, nouns: tuple[str, ...]) -> str:
     noun = " ".join(str(name).lower().split())
     if noun not in nouns:
-        raise DataError(f"{name!r} is not among its nouns {list(nouns)}")
+        raise UserError(f"{name!r} is not among its nouns {list(nouns)}")
     return noun

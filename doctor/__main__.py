@@ -1,8 +1,8 @@
 """Will this run work? Find out before the queue: the trainer's own options are checked, and nothing is written.
 
-    python scripts/doctor.py --data data/generation_prompts_1k_filterd.txt --outdir r1_prompter_with_flux \\
+    python -m doctor --data data/generation_prompts_1k_filterd.txt --outdir r1_prompter_with_flux \\
         --gpus 8 --gpu_memory 80 [any other flag of r1_prompter.py] [--json]
-    python scripts/doctor.py --config configs/miniature.yaml --outdir runs/mine
+    python -m doctor --config configs/miniature.yaml --outdir runs/mine
 
 Looks at versions, devices, data, batch numbers, checkpoints, disk and judge; estimates the memory of each phase, and
 says which flags make it fit; where the weights are on this disk, loads each model and uses it once. Exit code 0:
@@ -21,12 +21,10 @@ from pathlib import Path
 
 import yaml
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from doctor import checks
 import r1_prompter
+from doctor import checks
 from doctor.memory import GB
-from run.options import UsageError
+from errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 TRUE, FALSE = ("true", "1", "yes"), ("false", "0", "no")
@@ -58,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             launch,
             args.probe,
         )
-    except UsageError as error:
+    except UserError as error:
         print(f"doctor: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(json.dumps(checks.as_json(found), indent=2) if args.json else checks.report(found))
@@ -81,12 +79,12 @@ def _machine(gpus: int | None, memory: float | None) -> checks.Machine:
     if gpus is None and memory is None:
         return here
     if gpus is not None and gpus < 0 or memory is not None and memory <= 0:
-        raise UsageError(f"--gpus {gpus} --gpu_memory {memory}: give a number of GPUs and the GB of each")
+        raise UserError(f"--gpus {gpus} --gpu_memory {memory}: give a number of GPUs and the GB of each")
     if gpus == 0:
         return replace(here, gpus=0, memory=None)
     room = int(memory * GB) if memory is not None else here.memory
     if room is None:
-        raise UsageError(f"--gpus {gpus} and no GPU here to look at: give --gpu_memory too, the GB of each")
+        raise UserError(f"--gpus {gpus} and no GPU here to look at: give --gpu_memory too, the GB of each")
     return replace(here, gpus=gpus or max(here.gpus, 1), memory=room, here=False)
 
 
@@ -98,10 +96,10 @@ def _launch(processes: int | None, config: Path | None, machine: checks.Machine)
         try:
             said = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
         except (OSError, yaml.YAMLError) as error:
-            raise UsageError(f"--config_file {config} cannot be read ({error})") from error
+            raise UserError(f"--config_file {config} cannot be read ({error})") from error
     count = processes or machine.gpus or said.get("num_processes", 1)
     if count < 1:
-        raise UsageError(f"--processes {count}: give at least 1")
+        raise UserError(f"--processes {count}: give at least 1")
     zero = said.get("deepspeed_config", {}).get("zero_stage", 0)
     return checks.Launch(count, zero, machine.gpus > 0)
 

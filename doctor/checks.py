@@ -1,6 +1,6 @@
 """Will this run work? What can be known before the queue: `examine` looks, `report` says it, `as_json` as data.
 
-For scripts/doctor.py and `r1_prompter.py --dry_run true`. Nothing is written and nothing is fetched. What can only be
+For python -m doctor and `r1_prompter.py --dry_run true`. Nothing is written and nothing is fetched. What can only be
 estimated is called so (doctor/memory.py); what was not looked at is "not run", never "ok". Advice is a set of flags
 whose own estimate fits: each is parsed and estimated again before it is given.
 """
@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from data.prompts import DataError, load_prompts
-from interfaces import Prompt
+from data.prompts import load_prompts
+from doctor import shapes
+from doctor.memory import GB, Policy, Run, Table
 from doctor.models import named_models, names_of
 from doctor.probes import probe_all
 from doctor.report import (
@@ -39,13 +40,12 @@ from doctor.report import (
     report,
 )
 from doctor.sizing import ELEMENT, Advisor, Parse, Plan, describe, tables_of
+from errors import UserError
+from interfaces import Prompt
 from prompting import MAX_PROMPT_CHARS
-from rewards import RewardError, check
-from doctor import shapes
-from doctor.memory import GB, Policy, Run, Table
-from run.options import UsageError
+from rewards import check
+from run.folder import RunFolder
 from run.progress import rounded_away
-from run.folder import RunFolder, RunFolderError
 
 if TYPE_CHECKING:
     from r1_prompter import Options
@@ -78,7 +78,7 @@ def examine(
         probe: load the models and use each once; None: where they are on this disk and this machine is meant.
 
     Raises:
-        UsageError: `argv` cannot be parsed.
+        UserError: `argv` cannot be parsed.
     """
     options, found = parse_options(argv), Report(machine, launch)
     script, training = options.script, options.training
@@ -204,7 +204,7 @@ def read_data(options: Options) -> tuple[list[Check], list[Prompt]]:
     path = options.script.data
     try:
         prompts = load_prompts(path)
-    except DataError as error:
+    except UserError as error:
         return [Check("data", PROBLEM, str(error))], []
     tasks = Counter(prompt.task or "unknown" for prompt in prompts)
     shown = ", ".join(f"{name} {count}" for name, count in tasks.most_common())
@@ -226,7 +226,7 @@ def batch_numbers(options: Options, plan: Plan, prompts: int, launch: Launch) ->
     script, training = options.script, options.training
     try:
         numbers = plan(script, training, prompts)
-    except UsageError as error:
+    except UserError as error:
         return [Check("batch", PROBLEM, str(error))], {}
     weights = training.reward_weights
     if weights is not None and len(weights) != len(script.rewards):
@@ -245,7 +245,7 @@ def outdir(options: Options, resolved: Callable[[Options], dict[str, Any]], numb
     """Whether this run may write there. Reads only."""
     script = options.script
     folder = RunFolder(script.outdir, resolved(options), resume=script.resume)
-    refused = _refused("outdir", RunFolderError, lambda: folder.check(numbers.get("optimizer_steps")))
+    refused = _refused("outdir", UserError, lambda: folder.check(numbers.get("optimizer_steps")))
     if refused:
         return refused
     parent = _existing(Path(script.outdir))
@@ -258,7 +258,7 @@ def outdir(options: Options, resolved: Callable[[Options], dict[str, Any]], numb
 def rewards(options: Options) -> list[Check]:
     """Names, and whether judges can hold a process for longer than the others wait."""
     script, training = options.script, options.training
-    refused = _refused("rewards", RewardError, lambda: check(names_of(options), options.reward, training.ddp_timeout))
+    refused = _refused("rewards", UserError, lambda: check(names_of(options), options.reward, training.ddp_timeout))
     shown = f"{', '.join(script.rewards)}; held out {', '.join(script.held_out) or 'none'}"
     return refused or [Check("rewards", OK, f"{shown}; processes wait {training.ddp_timeout} s for each other")]
 
@@ -290,7 +290,7 @@ def disk(options: Options, launch: Launch, numbers: dict[str, int], free: int) -
     script, training = options.script, options.training
     try:
         policy = shapes.policy(script.gpt_path)
-    except shapes.ShapeError:
+    except shapes.UserError:
         policy = None
     if policy is None:
         return [Check("disk", NOT_RUN, f"{readable(free)} free; nothing is known of {script.gpt_path}'s size")]
@@ -336,7 +336,7 @@ def memory(
     machine, launch = found.machine, found.launch
     try:
         tables = tables_of(options, machine, launch, prompts)
-    except shapes.ShapeError as error:
+    except shapes.UserError as error:
         return [Check("memory", NOT_RUN, f"no estimate: {error}")]
     found.tables = tables
     checks = [*(_room(table, machine) for table in tables), *_loading(options, machine, launch)]

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub import try_to_load_from_cache
 
-from doctor.report import OK, PROBLEM, Check, readable
-from rewards import CHECKPOINTS, RewardOptions
 from doctor import shapes
-from models.weights import WeightsError, locked, verify
+from doctor.report import OK, PROBLEM, Check, readable
+from errors import UserError
+from models.weights import locked, verify
+from rewards import CHECKPOINTS, RewardOptions
 
 if TYPE_CHECKING:
     from r1_prompter import Options
@@ -42,14 +43,14 @@ class Model:
             return Check(self.role, PROBLEM, f"{self.path} is not on this disk{known}", self.command)
         try:
             lacking = shapes.missing_files(self.place) if self.place.is_dir() else []
-        except shapes.ShapeError as error:
+        except shapes.UserError as error:
             return Check(self.role, PROBLEM, str(error), self.command)
         if lacking:
             shown = ", ".join(lacking[:3]) + (f" and {len(lacking) - 3} more" if len(lacking) > 3 else "")
             return Check(self.role, PROBLEM, f"{self.path} lacks {shown}", self.command)
         try:
             verify(self.place)
-        except WeightsError as error:
+        except UserError as error:
             return Check(self.role, PROBLEM, str(error))
         return Check(self.role, OK, f"{self.path} is here, {readable(self.bytes)}{known}")
 

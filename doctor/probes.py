@@ -14,16 +14,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image, ImageDraw
 
-from interfaces import Prompt, Renderer, Reward, Sample
 from doctor.models import names_of
 from doctor.report import OK, PROBLEM, WARNING, Check
-from prompting import completion, messages, parse
-from rendering import AUTO, CheckpointError
-from rendering.levers import smallest_good_batch
-from rewards import RewardError, Setting, build
-from models.policy import PolicyError, load_policy, load_tokenizer
-from run.seeds import render_seed
+from errors import UserError
+from interfaces import Prompt, Renderer, Reward, Sample
+from models.policy import load_policy, load_tokenizer
 from models.whole import whole_parameters
+from prompting import completion, messages, parse
+from rendering import AUTO
+from rendering.levers import smallest_good_batch
+from rewards import Setting, build
+from run.seeds import render_seed
 
 if TYPE_CHECKING:
     from r1_prompter import Options
@@ -75,7 +76,7 @@ def probe_policy(options: Options, prompt: Prompt) -> list[Check]:
                 num_return_sequences=training.num_generations,
                 pad_token_id=tokenizer.pad_token_id,
             )
-    except (PolicyError, torch.OutOfMemoryError) as error:
+    except (UserError, torch.OutOfMemoryError) as error:
         return [Check("answers", PROBLEM, _one_line(error))]
     texts = tokenizer.batch_decode(rows[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     answers = [answer for text in texts if (answer := parse(text, script.reasoning))]
@@ -101,7 +102,7 @@ def probe_renderer(
         before = pictures
         if seconds < 20:  # the first call also warms up
             pictures, seconds = _timed(lambda: renderer([prompt.text] * drawn, seeds[:drawn]))
-    except (CheckpointError, ValueError, torch.OutOfMemoryError) as error:
+    except (UserError, ValueError, torch.OutOfMemoryError) as error:
         return [Check("picture", PROBLEM, _one_line(error))], None, []
     if None in pictures:
         why = ", ".join(f"{reason} ({count})" for reason, count in renderer.failures.items())
@@ -143,7 +144,7 @@ def probe_reward(
         (reward,) = build([name], replace(options.reward, judge_cache=None), setting)
         samples = _samples(reward, prompt, pictures)
         scores, seconds = _timed(lambda: reward(samples))
-    except (RewardError, ValueError, torch.OutOfMemoryError) as error:
+    except (UserError, ValueError, torch.OutOfMemoryError) as error:
         return Check(f"score {name}", PROBLEM, _one_line(error))
     if name in JUDGES and None in scores:
         said = {key.partition("/")[2]: value for key, value in reward.metrics.items()}

@@ -18,14 +18,11 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from clients.http import is_url
 from doctor.memory import Pipeline, Policy, Scorer
+from errors import UserError
 from models.weights import locked
 
 WORDS = 151936  # rows of Qwen2.5's embeddings; 152064 in 7B
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
-
-
-class ShapeError(ValueError):
-    """A checkpoint's files are damaged, or of a kind that is not known here; the message names the file."""
 
 
 POLICIES = {
@@ -95,7 +92,7 @@ def missing_files(folder: Path) -> list[str]:
     """What a checkpoint's folder lacks: weights, shards that an index names, or parts that model_index.json names.
 
     Raises:
-        ShapeError: one of its JSON files is damaged.
+        UserError: one of its JSON files is damaged.
     """
     parts, lacking = [folder], []
     if (folder / "model_index.json").is_file():
@@ -131,7 +128,7 @@ def _count(file: Path) -> int:
             (length,) = struct.unpack("<Q", opened.read(8))
             header = json.loads(opened.read(length))
     except (struct.error, ValueError) as error:
-        raise ShapeError(f"{file} is no safetensors file ({error}): fetch it again") from error
+        raise UserError(f"{file} is no safetensors file ({error}): fetch it again") from error
     return sum(prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
 
 
@@ -237,4 +234,4 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ShapeError(f"{path} cannot be read ({error}): fetch it again") from error
+        raise UserError(f"{path} cannot be read ({error}): fetch it again") from error

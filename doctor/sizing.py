@@ -10,14 +10,14 @@ import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from interfaces import Prompt
-from doctor.models import names_of, reward_path
-from doctor.report import Advice, Launch, Machine, capacity, fits
-from prompting import MAX_PROMPT_CHARS, messages
-from rendering import AUTO
 from doctor import shapes
 from doctor.memory import EIGHT_BIT, FOUR_BIT, Policy, Run, Table, estimate, lora
-from run.options import UsageError
+from doctor.models import names_of, reward_path
+from doctor.report import Advice, Launch, Machine, capacity, fits
+from errors import UserError
+from interfaces import Prompt
+from prompting import MAX_PROMPT_CHARS, messages
+from rendering import AUTO
 
 if TYPE_CHECKING:
     from r1_prompter import Options
@@ -81,13 +81,13 @@ def tables_of(options: Options, machine: Machine, launch: Launch, prompts: Seque
     """The estimate of these options.
 
     Raises:
-        ShapeError: a model of which nothing is known, or whose files are damaged.
+        UserError: a model of which nothing is known, or whose files are damaged.
     """
     script = options.script
     policy, pipeline = shapes.policy(script.gpt_path), shapes.pipeline(options.render.sdmodel_name)
     for path, shape in ((script.gpt_path, policy), (options.render.sdmodel_name, pipeline)):
         if shape is None:
-            raise shapes.ShapeError(f"{path} is not on this disk and in no table of doctor/shapes.py")
+            raise shapes.UserError(f"{path} is not on this disk and in no table of doctor/shapes.py")
     sizes = {"orm": ELEMENT[options.reward.orm_dtype]}
     scorers = [
         shapes.scorer(name, reward_path(name, options.reward), sizes.get(name, ELEMENT["float32"]))
@@ -163,7 +163,7 @@ class Advisor:
         try:
             options = self._options(chosen)
             self.plan(options.script, options.training, max(len(self.prompts), 1))
-        except UsageError:
+        except UserError:
             return None
         return tables_of(options, self.machine, self.launch, self.prompts)
 

@@ -17,10 +17,6 @@ from PIL import Image
 from interfaces import Prompt
 
 
-class BenchmarkError(RuntimeError):
-    """A benchmark cannot be run; the message is one line and says what to do."""
-
-
 @dataclass(frozen=True)
 class Item:
     """One prompt of a benchmark.
@@ -73,7 +69,7 @@ class Benchmark(Protocol):
         """The prompts in the file or folder at `path`; needs no model.
 
         Raises:
-            data.prompts.DataError: malformed rows, named with their line number; all of them in one message.
+            data.prompts.UserError: malformed rows, named with their line number; all of them in one message.
         """
         ...
 

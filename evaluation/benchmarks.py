@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from clients.chat import VLMClient
 from evaluation.benchmark import Benchmark
 from rewards import RewardOptions
-from clients.chat import VLMClient
 
 
 def option(default: object, help: str, **more: object):

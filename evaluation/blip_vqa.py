@@ -27,10 +27,10 @@ from safetensors import SafetensorError
 from torchvision.transforms import Compose, InterpolationMode, Normalize, Resize, ToTensor
 from transformers import AutoTokenizer, BlipConfig, BlipForQuestionAnswering
 
-from prompting import well_formed
-from rewards import RewardError, one_line
+from errors import UserError, one_line
 from models.frozen import batches, check_whole, folder_of, freeze, known_token
 from models.weights import locked
+from prompting import well_formed
 
 PUBLISHED = locked("Salesforce/blip-vqa-capfilt-large")
 NEEDS = ("config.json", "tokenizer_config.json")
@@ -62,7 +62,7 @@ class BlipVQA:
         batch_size: pictures, or (picture, question) pairs, per forward pass.
 
     Raises:
-        RewardError: no checkpoint at `path`, or one that cannot be used.
+        UserError: no checkpoint at `path`, or one that cannot be used.
     """
 
     def __init__(self, path: str | Path = PUBLISHED.repo, *, device: str | torch.device, batch_size: int = 32):
@@ -148,11 +148,11 @@ def _load(folder: Path):
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, EOFError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
-        raise RewardError(f"cannot read {folder} as a BLIP-VQA checkpoint ({one_line(error)})") from error
+        raise UserError(f"cannot read {folder} as a BLIP-VQA checkpoint ({one_line(error)})") from error
     check_whole(report["missing_keys"], folder, "BlipForQuestionAnswering", PUBLISHED)
     text = config.text_config
     if text.hidden_size == 768 and text.num_attention_heads != 12:
-        raise RewardError(
+        raise UserError(
             f"{folder}/config.json gives BLIP's text model {text.num_attention_heads} heads, it was trained with 12: "
             "set text_config.num_attention_heads to 12 (the hub's current revision has it)"
         )
@@ -162,12 +162,12 @@ def _load(folder: Path):
 def _check_ids(folder: Path, vocabulary: int, dec: int, yes: int, no: int) -> None:
     """[DEC] and [ENC] end the vocabulary; in the published one all ids are known numbers."""
     if dec + 2 != vocabulary:
-        raise RewardError(
+        raise UserError(
             f"{folder}/config.json has bos_token_id {dec} in a vocabulary of {vocabulary}: [DEC] and [ENC] must be "
             "its last two ids; set text_config.bos_token_id and vocab_size as the model was trained"
         )
     if vocabulary == VOCABULARY and (dec, yes, no) != (DEC, YES, NO):
-        raise RewardError(
+        raise UserError(
             f"{folder} has [DEC], yes and no at {(dec, yes, no)}, BLIP-VQA was trained with {(DEC, YES, NO)}: put the "
             "tokenizer of bert-base-uncased there"
         )

@@ -23,10 +23,10 @@ from torchvision.ops import box_convert, nms
 from transformers import AutoTokenizer, Owlv2ForObjectDetection
 from transformers.models.owlv2.image_processing_pil_owlv2 import Owlv2ImageProcessorPil
 
-from prompting import well_formed
-from rewards import RewardError, one_line
+from errors import UserError, one_line
 from models.frozen import batches, check_whole, folder_of, freeze
 from models.weights import locked
+from prompting import well_formed
 
 PUBLISHED = locked("google/owlv2-base-patch16-ensemble")
 NEEDS = ("config.json", "preprocessor_config.json", "tokenizer_config.json")
@@ -71,7 +71,7 @@ class Owlv2:
         threshold: a box counts if its score is above this.
 
     Raises:
-        RewardError: no checkpoint at `path`, or one that cannot be used.
+        UserError: no checkpoint at `path`, or one that cannot be used.
     """
 
     name = "OWLv2"
@@ -162,11 +162,11 @@ def _load(folder: Path):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         processor = Owlv2ImageProcessorPil.from_pretrained(folder, local_files_only=True)
     except (OSError, EOFError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
-        raise RewardError(f"cannot read {folder} as an OWLv2 checkpoint ({one_line(error)})") from error
+        raise UserError(f"cannot read {folder} as an OWLv2 checkpoint ({one_line(error)})") from error
     check_whole(report["missing_keys"], folder, "Owlv2ForObjectDetection", PUBLISHED)
     side, asked = model.config.vision_config.image_size, processor.size
     if (asked["height"], asked["width"]) != (side, side):
-        raise RewardError(
+        raise UserError(
             f"the image processor in {folder} resizes to {asked['height']}x{asked['width']}, the model reads "
             f"{side}x{side}: give the preprocessor_config.json that it was trained with"
         )

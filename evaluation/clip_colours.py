@@ -24,8 +24,8 @@ from torchvision import transforms
 from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from errors import UserError, one_line
 from evaluation.geneval import CLIP, COLORS, Detection, Question
-from rewards import RewardError, one_line
 from models.frozen import arithmetic, autocast, batches, check_whole, folder_of, freeze
 from models.weights import locked
 
@@ -65,7 +65,7 @@ class ClipColours:
         batch_size: crops, or texts, per forward pass.
 
     Raises:
-        RewardError: no checkpoint at `path`, or one that cannot be used.
+        UserError: no checkpoint at `path`, or one that cannot be used.
         ValueError: a `batch_size` below 1.
     """
 
@@ -132,11 +132,11 @@ def _load(folder: Path) -> tuple[CLIPModel, PreTrainedTokenizerBase]:
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        raise RewardError(f"cannot read {folder} as a CLIP checkpoint ({one_line(error)})") from error
+        raise UserError(f"cannot read {folder} as a CLIP checkpoint ({one_line(error)})") from error
     check_whole(info["missing_keys"], folder, "CLIPModel", PUBLISHED)
     for part, config in (("text", model.config.text_config), ("vision", model.config.vision_config)):
         if config.hidden_act != "quick_gelu":
-            raise RewardError(
+            raise UserError(
                 f"the {part} model in {folder} computes with {config.hidden_act}, GenEval's CLIP with quick_gelu: "
                 f"give {PUBLISHED.repo}"
             )

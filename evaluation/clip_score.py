@@ -18,10 +18,10 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from prompting import well_formed
-from rewards import RewardError, one_line
+from errors import UserError, one_line
 from models.frozen import batches, check_whole, folder_of, freeze
 from models.weights import locked
+from prompting import well_formed
 
 PUBLISHED = locked("openai/clip-vit-base-patch32")
 NEEDS = ("config.json", "preprocessor_config.json", "tokenizer_config.json")
@@ -37,7 +37,7 @@ class ClipScore:
         batch_size: pictures, or texts, per forward pass.
 
     Raises:
-        RewardError: no checkpoint at `path`, or one that cannot be used.
+        UserError: no checkpoint at `path`, or one that cannot be used.
     """
 
     def __init__(self, path: str | Path = PUBLISHED.repo, *, device: str | torch.device, batch_size: int = 32):
@@ -85,6 +85,6 @@ def _load(folder: Path):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
     except (OSError, EOFError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
-        raise RewardError(f"cannot read {folder} as a CLIP checkpoint ({one_line(error)})") from error
+        raise UserError(f"cannot read {folder} as a CLIP checkpoint ({one_line(error)})") from error
     check_whole(report["missing_keys"], folder, "CLIPModel", PUBLISHED)
     return model, tokenizer, processor

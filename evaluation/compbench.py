@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data.prompts import DataError
+from errors import UserError
 from evaluation import blip_vqa, boxes, clip_score, depth
 from evaluation.benchmark import Item, Verdict
 from evaluation.boxes import LabelledBox
@@ -292,7 +292,7 @@ def load_items(
         split: "val" for the benchmark.
 
     Raises:
-        DataError: no such file, a line that is no text, or one that the source has no parse of, with line numbers.
+        UserError: no such file, a line that is no text, or one that the source has no parse of, with line numbers.
     """
     files = _files(Path(path), categories, split)
     source, parse = parses or ("no parses given", lambda prompt: None)
@@ -313,7 +313,7 @@ def load_items(
                 items.append(Item(f"{category}_{number:05d}", Prompt(prompt), ROWS[category], fields))
     if problems:
         more = f"; and {len(problems) - _MOST_PROBLEMS} more" if len(problems) > _MOST_PROBLEMS else ""
-        raise DataError(f"{path}: {'; '.join(problems[:_MOST_PROBLEMS])}{more}{hint}")
+        raise UserError(f"{path}: {'; '.join(problems[:_MOST_PROBLEMS])}{more}{hint}")
     return items
 
 
@@ -323,7 +323,7 @@ def _files(path: Path, categories: Sequence[str], split: str) -> dict[str, Path]
         files = {category: path / f"{category}_{split}.txt" for category in categories}
         there = {category: file for category, file in files.items() if file.is_file()}
         if not there:
-            raise DataError(f"{path}: has none of {', '.join(file.name for file in files.values())}; name a file")
+            raise UserError(f"{path}: has none of {', '.join(file.name for file in files.values())}; name a file")
         if len(there) < len(files):
             log.warning("%s has no %s: not in the table", path, ", ".join(sorted(set(files) - set(there))))
         return there
@@ -331,7 +331,7 @@ def _files(path: Path, categories: Sequence[str], split: str) -> dict[str, Path]
     if not told and len(categories) == 1:
         told = list(categories)
     if not told or told[0] not in categories:
-        raise DataError(
+        raise UserError(
             f"{path}: its name tells {told[0] if told else 'no category'}, wanted is one of {', '.join(categories)}; "
             "name it as in the benchmark (color_val.txt), or ask for its category"
         )
@@ -343,7 +343,7 @@ def _lines(file: Path, problems: list[str]) -> list[tuple[int, str]]:
     try:
         raw = file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror}); check the path") from error
+        raise UserError(f"{file}: cannot be read ({error.strerror}); check the path") from error
     lines: list[tuple[int, str]] = []
     before = len(problems)
     for number, line in enumerate(raw, 1):
@@ -406,20 +406,20 @@ def _singulars(file: Path) -> dict[str, str]:
     lines = _lines(file, problems)
     problems += [f"line {number}: {text!r} is not 'singular - plural'" for number, text in lines if " - " not in text]
     if problems:
-        raise DataError(f"{file}: {'; '.join(problems)}")
+        raise UserError(f"{file}: {'; '.join(problems)}")
     pairs = [[name.strip().lower() for name in text.split(" - ")[:2]] for _, text in lines]
     return {plural: singular for singular, plural in reversed(pairs)}  # the first of equal plurals wins
 
 
 def _list(file: Path) -> set[str]:
     if not file.is_file():
-        raise DataError(
+        raise UserError(
             f"{file}: missing; complex prompts are judged by the benchmark's lists: put its file beside the prompts"
         )
     problems: list[str] = []
     lines = _lines(file, problems)
     if problems:
-        raise DataError(f"{file}: {'; '.join(problems)}")
+        raise UserError(f"{file}: {'; '.join(problems)}")
     return {list_key(text) for _, text in lines}
 
 
@@ -440,9 +440,9 @@ class CompBench:
         split: which files of a folder are read.
 
     Raises:
-        RewardError: a checkpoint that is missing or cannot be used.
-        BenchmarkError: "spacy" where it is not installed.
-        DataError: a file of parses that cannot be used.
+        UserError: a checkpoint that is missing or cannot be used.
+        UserError: "spacy" where it is not installed.
+        UserError: a file of parses that cannot be used.
         ValueError: an unknown category.
     """
 

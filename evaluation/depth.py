@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from torchvision.transforms import Compose, Normalize, Resize, ToTensor
 from transformers import DPTForDepthEstimation
 
+from errors import UserError, one_line
 from evaluation.boxes import frame_size
-from rewards import RewardError, one_line
 from models.frozen import batches, check_whole, folder_of, freeze
 from models.weights import locked
 
@@ -41,7 +41,7 @@ class Depth:
         batch_size: pictures per forward pass.
 
     Raises:
-        RewardError: no checkpoint at `path`, or one that cannot be used.
+        UserError: no checkpoint at `path`, or one that cannot be used.
     """
 
     name = "DPT"
@@ -83,7 +83,7 @@ def _load(folder: Path) -> DPTForDepthEstimation:
             folder, local_files_only=True, dtype=torch.float32, weights_only=True, output_loading_info=True
         )
     except (OSError, EOFError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
-        raise RewardError(f"cannot read {folder} as a DPT checkpoint ({one_line(error)})") from error
+        raise UserError(f"cannot read {folder} as a DPT checkpoint ({one_line(error)})") from error
     missing = [name for name in report["missing_keys"] if not name.startswith(UNUSED)]
     check_whole(missing, folder, "DPTForDepthEstimation", PUBLISHED)
     return model

@@ -26,12 +26,11 @@ from typing import Any
 
 from PIL import Image
 
-from data.prompts import DataError
+from clients.chat import Question, Template, VLMClient
+from errors import UserError, one_line
 from evaluation.benchmark import Benchmark, Item, Verdict
 from evaluation.judged import Faults, ask, csv_rows, one_word, settings_of, told
 from interfaces import Prompt
-from rewards import one_line
-from clients.chat import Question, Template, VLMClient
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +86,7 @@ class DPG(Benchmark):
         `settings` gets the ids of prompts that the official bugs leave out.
 
         Raises:
-            DataError: see `Benchmark`.
+            UserError: see `Benchmark`.
         """
         items, left_out = load(path, self.official_bugs)
         self.settings["left_out"] = left_out
@@ -145,7 +144,7 @@ def load(path: Path, official_bugs: bool) -> tuple[list[Item], list[str]]:
     if path.is_dir():
         path = path / FILE
         if not path.is_file():
-            raise DataError(
+            raise UserError(
                 f"{path}: no such file: put {FILE} of ELLA's repository there; prompts alone are not enough"
             )
     faults = Faults()

@@ -34,9 +34,9 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from data.grammar import TASKS
-from data.prompts import DataError, load_prompts
-from evaluation.benchmark import Benchmark, BenchmarkError, Item, Verdict
-from rewards import RewardError, one_line
+from data.prompts import load_prompts
+from errors import UserError, one_line
+from evaluation.benchmark import Benchmark, Item, Verdict
 
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 CLIP = "openai/clip-vit-large-patch14"
@@ -265,12 +265,12 @@ def load_rows(path: Path, class_names: Sequence[str] = CLASS_NAMES) -> list[dict
     """The rows of a metadata file in JSON Lines, in order; blank lines are skipped.
 
     Raises:
-        DataError: an unreadable or empty file; or bad rows, all of them in one message, each with its line number.
+        UserError: an unreadable or empty file; or bad rows, all of them in one message, each with its line number.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({one_line(error)}); give GenEval's metadata, JSON Lines") from error
+        raise UserError(f"{path}: cannot be read ({one_line(error)}); give GenEval's metadata, JSON Lines") from error
     rows, problems, first = [], [], {}
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -286,9 +286,9 @@ def load_rows(path: Path, class_names: Sequence[str] = CLASS_NAMES) -> list[dict
         problems += [f"line {number}: {problem}" for problem in found]
         rows.append(row)
     if problems:
-        raise DataError(f"{path}: {'; '.join(problems)}; correct these lines, none was used")
+        raise UserError(f"{path}: {'; '.join(problems)}; correct these lines, none was used")
     if not rows:
-        raise DataError(f"{path}: no rows in it; give GenEval's metadata, JSON Lines")
+        raise UserError(f"{path}: no rows in it; give GenEval's metadata, JSON Lines")
     return rows
 
 
@@ -359,24 +359,21 @@ class GenEval(Benchmark):
             rules: thresholds.
 
         Raises:
-            BenchmarkError: a checkpoint is not there or cannot be used; says which command fetches it.
+            UserError: a checkpoint is not there or cannot be used; says which command fetches it.
             ValueError: a batch size below 1.
         """
         from evaluation.clip_colours import ClipColours
         from evaluation.mask2former import Mask2Former
 
-        try:
-            detect = Mask2Former(
-                detector,
-                device=device,
-                batch_size=batch_size,
-                threshold=min(rules.threshold, rules.counting_threshold),
-                short_side=short_side,
-                long_side=long_side,
-            )
-            colours = ClipColours(clip, device=device, batch_size=clip_batch_size)
-        except RewardError as error:
-            raise BenchmarkError(str(error)) from error
+        detect = Mask2Former(
+            detector,
+            device=device,
+            batch_size=batch_size,
+            threshold=min(rules.threshold, rules.counting_threshold),
+            short_side=short_side,
+            long_side=long_side,
+        )
+        colours = ClipColours(clip, device=device, batch_size=clip_batch_size)
         settings = {"detector": detect.settings, "colours": colours.settings}
         return cls(detect, colours, title="GenEval-HF", settings=settings, rules=rules, batch_size=4 * batch_size)
 
@@ -384,7 +381,7 @@ class GenEval(Benchmark):
         """The prompts of a metadata file; an item's `meta` is its row, its id the row's number from 0: "00017".
 
         Raises:
-            DataError: malformed rows, named with their line number, all of them in one message.
+            UserError: malformed rows, named with their line number, all of them in one message.
         """
         rows = load_rows(Path(path), self.class_names)
         prompts = load_prompts(path)

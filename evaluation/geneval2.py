@@ -33,12 +33,12 @@ from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from evaluation.benchmark import Benchmark, BenchmarkError, Item, Verdict
+from clients.chat import TOP_TOKENS, Question, Template, VLMClient
+from errors import UserError, one_line
+from evaluation.benchmark import Benchmark, Item, Verdict
 from evaluation.judged import Faults, ask, json_lines, one_word, settings_of, told
 from interfaces import Prompt
-from rewards import RewardError, one_line
 from models.frozen import arithmetic, batches, check_whole, folder_of, freeze
-from clients.chat import TOP_TOKENS, Question, Template, VLMClient
 from models.weights import locked
 
 log = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ class ServedVLM(VLM):
         revision: of the model and server, for the settings.
 
     Raises:
-        BenchmarkError: the probe was not answered.
+        UserError: the probe was not answered.
         ValueError: unknown `scores`.
     """
 
@@ -132,7 +132,7 @@ class LocalVLM(VLM):
         batch_size: questions per forward pass.
 
     Raises:
-        RewardError: no checkpoint at `path`, or one that cannot be used.
+        UserError: no checkpoint at `path`, or one that cannot be used.
         ValueError: an unknown `dtype`, or a `batch_size` below 1.
     """
 
@@ -186,7 +186,7 @@ class LocalVLM(VLM):
         ids = [tokenizer.encode(spelling, add_special_tokens=False) for spelling in spellings(answer)]
         known = {id for (id, *rest) in ids if not rest and id != tokenizer.unk_token_id}
         if not known:
-            raise RewardError(f"the tokenizer in {folder} has no token for the answer {answer!r}: give another VLM")
+            raise UserError(f"the tokenizer in {folder} has no token for the answer {answer!r}: give another VLM")
         return sorted(known)
 
 
@@ -209,7 +209,7 @@ class GenEval2(Benchmark):
         """The rows of `geneval2_data.jsonl`.
 
         Raises:
-            DataError: see `Benchmark`.
+            UserError: see `Benchmark`.
         """
         return load(path)
 
@@ -317,7 +317,7 @@ def _probe(client: VLMClient) -> Template:
         return SOFT
     why = client.reasons[0] or f"the likeliest first tokens are {chances}"
     if client.ask([_question(HARD, black, PROBE)]) == [None]:
-        raise BenchmarkError(
+        raise UserError(
             f"{client.model!r} at {client.url} answers no probe ({client.reasons[0]}): is it a VLM, and is it served?"
         )
     log.warning("%r tells no probabilities of its answer (%s): hard scores, 1 for the right word", client.model, why)
@@ -332,6 +332,6 @@ def _load(folder: Path, dtype: torch.dtype):
         )
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise RewardError(f"cannot read {folder} as a VLM of transformers ({one_line(error)})") from error
+        raise UserError(f"cannot read {folder} as a VLM of transformers ({one_line(error)})") from error
     check_whole(report["missing_keys"], folder, "VLM", PUBLISHED)
     return model, processor

@@ -13,10 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.prompts import DataError
-from rewards import one_line
 from clients.chat import MAX_TOKENS, Question, Template, VLMClient, after_thinking
 from clients.chat import Verdict as Answer
+from errors import UserError, one_line
 
 _BLANK = re.compile(r"\s*")
 _AROUND = ".,;:!?*_`\"'()"
@@ -32,23 +31,23 @@ class Faults:
         self.found.append(f"{path}, line {line}: {what}")
 
     def check(self) -> None:
-        """Raise DataError, with all that was found, if anything was."""
+        """Raise UserError, with all that was found, if anything was."""
         if self.found:
-            raise DataError(f"{len(self.found)} malformed rows: {'; '.join(self.found)}; correct or remove them")
+            raise UserError(f"{len(self.found)} malformed rows: {'; '.join(self.found)}; correct or remove them")
 
 
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file, with or without BOM.
 
     Raises:
-        DataError: it is missing, unreadable, empty, or not UTF-8.
+        UserError: it is missing, unreadable, empty, or not UTF-8.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text ({one_line(error)}): correct the path") from error
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({one_line(error)}): correct the path") from error
     if not text.strip():
-        raise DataError(f"{path}: nothing in it: fetch it again")
+        raise UserError(f"{path}: nothing in it: fetch it again")
     return text
 
 
@@ -56,7 +55,7 @@ def csv_rows(path: Path, faults: Faults, *choices: Sequence[str]) -> Iterator[tu
     """(number of its first line, column -> cell) of each row; rows of another width go to `faults`.
 
     Raises:
-        DataError: the file cannot be read, has none of the `choices` of columns, or a quote that is not closed.
+        UserError: the file cannot be read, has none of the `choices` of columns, or a quote that is not closed.
     """
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     line = 1
@@ -65,7 +64,7 @@ def csv_rows(path: Path, faults: Faults, *choices: Sequence[str]) -> Iterator[tu
         if not any(set(columns) <= set(header) for columns in choices):
             wanted = " or ".join(", ".join(columns) for columns in choices)
             there = ", ".join(header)[:200]
-            raise DataError(f"{path}: its columns are {there}, not {wanted}: give the original file")
+            raise UserError(f"{path}: its columns are {there}, not {wanted}: give the original file")
         line = reader.line_num + 1
         for cells in reader:
             if cells and len(cells) != len(header):
@@ -74,14 +73,14 @@ def csv_rows(path: Path, faults: Faults, *choices: Sequence[str]) -> Iterator[tu
                 yield line, dict(zip(header, cells, strict=True))
             line = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{path}, line {line}: not CSV ({one_line(error)}): correct the row") from error
+        raise UserError(f"{path}, line {line}: not CSV ({one_line(error)}): correct the row") from error
 
 
 def json_list(path: Path) -> Iterator[tuple[int, object]]:
     """(number of its first line, element) of the JSON list in a file.
 
     Raises:
-        DataError: the file cannot be read, or holds no list with something in it; with the line that is at fault.
+        UserError: the file cannot be read, or holds no list with something in it; with the line that is at fault.
     """
     text, decoder = read_text(path), json.JSONDecoder()
     at, before = _BLANK.match(text).end(), "["
@@ -96,7 +95,7 @@ def json_list(path: Path) -> Iterator[tuple[int, object]]:
             raise ValueError(f"{before!r} or ']' expected, not {text[at : at + 20]!r}")
     except (ValueError, RecursionError) as error:
         line = text.count("\n", 0, at) + 1
-        raise DataError(f"{path}, line {line}: not a list in JSON ({one_line(error)}): correct it") from error
+        raise UserError(f"{path}, line {line}: not a list in JSON ({one_line(error)}): correct it") from error
 
 
 def json_lines(path: Path, faults: Faults) -> Iterator[tuple[int, object]]:

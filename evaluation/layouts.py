@@ -16,7 +16,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from evaluation.benchmark import BenchmarkError, Item
+from errors import UserError
+from evaluation.benchmark import Item
 from evaluation.pipeline import open_picture
 from evaluation.systems import Drawn
 
@@ -69,7 +70,7 @@ class There:
         if self.benchmark == "dpg" and len(pictures) == 1:
             pictures = quarters(pictures[0])
         if len(pictures) < count:
-            raise BenchmarkError(
+            raise UserError(
                 f"{self.folder} has {len(pictures)} pictures of prompt {item.id} ({item.prompt.text[:60]!r}), "
                 f"{count} are wanted: draw them, or lower --samples"
             )

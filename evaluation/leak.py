@@ -49,7 +49,7 @@ def of_policy(items: Sequence[Item], files: Sequence[Path]) -> Leak:
     """`leaks` against the prompts of all files.
 
     Raises:
-        DataError: a file that cannot be read.
+        UserError: a file that cannot be read.
     """
     return leaks(items, [prompt for path in files for prompt in load_prompts(path)])
 

@@ -36,8 +36,8 @@ from PIL import Image
 from safetensors import SafetensorError
 from transformers import Mask2FormerForUniversalSegmentation
 
+from errors import UserError, one_line
 from evaluation.geneval import CLASS_NAMES, DETECTOR, Box, Detection
-from rewards import RewardError, one_line
 from models.frozen import arithmetic, batches, check_whole, folder_of, freeze
 from models.weights import locked
 
@@ -155,7 +155,7 @@ class Mask2Former:
         long_side: and the most that its longer side may have.
 
     Raises:
-        RewardError: no checkpoint at `path`, one that is not whole, or one of other classes.
+        UserError: no checkpoint at `path`, one that is not whole, or one of other classes.
         ValueError: a `batch_size` below 1.
     """
 
@@ -219,7 +219,7 @@ def _load(folder: Path) -> Mask2FormerForUniversalSegmentation:
             folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        raise RewardError(f"cannot read {folder} as a Mask2Former checkpoint ({one_line(error)})") from error
+        raise UserError(f"cannot read {folder} as a Mask2Former checkpoint ({one_line(error)})") from error
     missing = [name for name in info["missing_keys"] if not name.startswith("criterion.")]  # of the loss only
     check_whole(missing, folder, "Mask2Former", PUBLISHED)
     _check_classes(model.config.id2label, folder)
@@ -229,14 +229,14 @@ def _load(folder: Path) -> Mask2FormerForUniversalSegmentation:
 def _check_classes(id2label: dict[int, str], folder: Path) -> None:
     """Detections are joined on the class number, so the numbers must be COCO's."""
     if len(id2label) != len(CLASS_NAMES):
-        raise RewardError(
+        raise UserError(
             f"{folder} detects {len(id2label)} classes, GenEval needs COCO's {len(CLASS_NAMES)}: give an instance "
             f"checkpoint of COCO such as {PUBLISHED.repo}"
         )
     for number, name in enumerate(CLASS_NAMES):
         spelling = "".join(id2label[number].lower().split())
         if SPELLINGS.get(spelling, spelling) != "".join(name.split()):
-            raise RewardError(
+            raise UserError(
                 f"class {number} of {folder} is {id2label[number]!r}, COCO's is {name!r}: give a checkpoint with "
                 "COCO's order, or correct id2label in its config.json if only the spelling differs"
             )

@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.grammar import read
-from data.prompts import DataError
-from evaluation.benchmark import BenchmarkError
+from errors import UserError
 
 SPACY_MODEL = "en_core_web_sm"
 HOW_TO_FREEZE = (
@@ -60,8 +59,8 @@ def parser(source: str | Path) -> Source:
     """The source "spacy", "grammar", or the JSON file at a path.
 
     Raises:
-        BenchmarkError: spaCy or its model is not installed.
-        DataError: a file that is missing or not of the format.
+        UserError: spaCy or its model is not installed.
+        UserError: a file that is missing or not of the format.
     """
     if source == "spacy":
         nlp = _spacy()
@@ -129,13 +128,13 @@ def freeze(prompts: str | Path, out: str | Path) -> None:
     """Write the frozen file `out` for each line of the text file `prompts`; parses that `out` has already stay.
 
     Raises:
-        BenchmarkError: spaCy or its model is not installed.
-        DataError: an `out` that is not of the format, or was written by another version.
+        UserError: spaCy or its model is not installed.
+        UserError: an `out` that is not of the format, or was written by another version.
     """
     (name, parse), out = parser("spacy"), Path(out)
     said, known = _load(out) if out.exists() else (name, {})
     if said != name:
-        raise DataError(f"{out} was written by {said!r}, this is {name!r}: give another file")
+        raise UserError(f"{out} was written by {said!r}, this is {name!r}: give another file")
     lines = [line.strip() for line in Path(prompts).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     known |= {line: parse(line) for line in lines if line not in known}
     rows = {prompt: asdict(one) for prompt, one in known.items()}
@@ -146,14 +145,14 @@ def _spacy():
     try:
         import spacy
     except ModuleNotFoundError as error:
-        raise BenchmarkError(
+        raise UserError(
             f"spaCy is not installed, which parses 'spacy' needs: install it with its model {SPACY_MODEL}, or give a "
             "frozen file of parses"
         ) from error
     try:
         return spacy.load(SPACY_MODEL)
     except OSError as error:
-        raise BenchmarkError(
+        raise UserError(
             f"spaCy has no model {SPACY_MODEL}: run `python -m spacy download {SPACY_MODEL}`, or give a frozen file"
         ) from error
 
@@ -163,12 +162,12 @@ def _load(path: Path) -> tuple[str, dict[str, Parse]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: no file of parses can be read there ({error}); {HOW_TO_FREEZE}") from error
+        raise UserError(f"{path}: no file of parses can be read there ({error}); {HOW_TO_FREEZE}") from error
     if not isinstance(content, dict) or not isinstance(content.get("prompts"), dict):
-        raise DataError(f"{path}: not an object with 'source' and 'prompts'; {HOW_TO_FREEZE}")
+        raise UserError(f"{path}: not an object with 'source' and 'prompts'; {HOW_TO_FREEZE}")
     problems = [f"{prompt!r} {wrong}" for prompt, row in content["prompts"].items() if (wrong := _wrong(row))]
     if problems:
-        raise DataError(f"{path}: {'; '.join(problems[:10])}; the format is in evaluation/parses.py")
+        raise UserError(f"{path}: {'; '.join(problems[:10])}; the format is in evaluation/parses.py")
     rows = content["prompts"].items()
     return str(content.get("source", "an unnamed source")), {prompt: _parse(row) for prompt, row in rows}
 

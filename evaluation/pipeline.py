@@ -21,7 +21,8 @@ from typing import Any
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from evaluation.benchmark import Benchmark, BenchmarkError, Item, Verdict
+from errors import UserError
+from evaluation.benchmark import Benchmark, Item, Verdict
 from evaluation.systems import Drawn, System
 from run.folder import differences, save_png, whole_lines, write_whole
 from run.seeds import render_seed
@@ -50,7 +51,7 @@ class Evaluation:
         share: which units are this process's.
 
     Raises:
-        BenchmarkError: `out` holds another run.
+        UserError: `out` holds another run.
     """
 
     def __init__(
@@ -81,14 +82,14 @@ class Evaluation:
         """Item id -> its verdicts in the order of the samples.
 
         Raises:
-            BenchmarkError: rows are missing.
+            UserError: rows are missing.
         """
         found: dict[str, list[Verdict]] = {item.id: [] for item in self.items}
         for row in self.rows(name):
             found[row["id"]].append(Verdict(row["parts"], row["detail"]))
         short = [id for id, of in found.items() if len(of) != self.samples]
         if short:
-            raise BenchmarkError(
+            raise UserError(
                 f"{self.out}: {name} lacks rows of {len(short)} prompts, the first {short[0]}: run it again"
             )
         return found
@@ -151,24 +152,24 @@ def _check_settings(out: Path, settings: Mapping[str, Any]) -> None:
     path = out / "settings.json"
     if not path.exists():
         if out.exists() and any(out.iterdir()):
-            raise BenchmarkError(f"--out {out} is not empty and holds no evaluation: name another folder")
+            raise UserError(f"--out {out} is not empty and holds no evaluation: name another folder")
         return
     try:
         old = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise BenchmarkError(f"{path} is not JSON ({error}): name another --out") from error
+        raise UserError(f"{path} is not JSON ({error}): name another --out") from error
     if changed := differences(old, json.loads(json.dumps(settings))):
-        raise BenchmarkError(f"--out {out} holds another evaluation ({changed}): name another folder")
+        raise UserError(f"--out {out} holds another evaluation ({changed}): name another folder")
 
 
 def open_picture(path: Path) -> Image.Image:
     """A picture from disk as RGB, upright.
 
     Raises:
-        BenchmarkError: it is none.
+        UserError: it is none.
     """
     try:
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, UnidentifiedImageError) as error:
-        raise BenchmarkError(f"{path} is no picture ({error}): draw it again, or leave it out") from error
+        raise UserError(f"{path} is no picture ({error}): draw it again, or leave it out") from error

@@ -27,14 +27,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
 from accelerate import PartialState
 
-from data.prompts import DataError
+from errors import UserError
 from evaluation import leak
-from evaluation.benchmark import Benchmark, BenchmarkError, Item
+from evaluation.benchmark import Benchmark, Item
 from evaluation.benchmarks import BENCHMARKS, BenchmarkOptions
 from evaluation.layouts import There
 from evaluation.pipeline import Evaluation, Share, unjudged
@@ -42,14 +40,13 @@ from evaluation.sheet import draw_examples
 from evaluation.statistics import Table, measure
 from evaluation.systems import BestOf, Chooser, Fixed, Revise, System
 from evaluation.table import cost, cost_table, text_table
+from inference import Reprompter, Rewrite
 from interfaces import Prompt, Renderer
 from prompting import well_formed
-from rendering import CheckpointError, RenderOptions
-from rewards import REWARDS, RewardError, RewardOptions, Setting, build
-from scripts.reprompt import Reprompter, Rewrite
-from run.options import UsageError, parse
-from models.policy import PolicyError
+from rendering import RenderOptions
+from rewards import REWARDS, RewardOptions, Setting, build
 from run.folder import PACKAGES, git_commit, whole_lines, write_whole
+from run.options import parse, run_main
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_RESULTS = ("out", "training_prompts", "judge_url", "judge_concurrency", "judge_timeout", "judge_batch_timeout",
@@ -108,20 +105,20 @@ def parse_options(argv: Sequence[str], known: Constructors) -> Options:
     """Options of one evaluation.
 
     Raises:
-        UsageError: an unknown flag or benchmark (with the nearest one), or options that do not go together.
+        UserError: an unknown flag or benchmark (with the nearest one), or options that do not go together.
     """
     options = Options(*parse((EvaluateOptions, RenderOptions, RewardOptions, BenchmarkOptions), None, argv))
     args = options.evaluate
     if args.benchmark not in known:
-        raise UsageError(f"unknown benchmark {args.benchmark!r}: one of {', '.join(known)}")
+        raise UserError(f"unknown benchmark {args.benchmark!r}: one of {', '.join(known)}")
     if (args.n > 1 or args.revise) and not (args.select and args.gpt_path):
-        raise UsageError(f"--n {args.n} and --revise {args.revise} choose among a policy's pictures: name --select "
+        raise UserError(f"--n {args.n} and --revise {args.revise} choose among a policy's pictures: name --select "
                          "and --gpt_path")  # fmt: skip
     if args.images and (args.gpt_path or args.rewrites):
-        raise UsageError("--images are judged as they are: leave --gpt_path and --rewrites out")
+        raise UserError("--images are judged as they are: leave --gpt_path and --rewrites out")
     for name in ("unit", "n", "rewrite_batch_size", "max_new_tokens"):
         if (given := vars(args)[name]) < 1:
-            raise UsageError(f"--{name} is {given}: give 1 or more")
+            raise UserError(f"--{name} is {given}: give 1 or more")
     return options
 
 
@@ -132,8 +129,8 @@ def systems(options: Options, items: Sequence[Item], share: Share, wait: Callabl
     """Name -> system, the baseline first. Rewriting is done here, all else when a system is asked.
 
     Raises:
-        PolicyError, CheckpointError, RewardError, BenchmarkError, DataError: something named cannot be had.
-        UsageError: the renderer does not take what it is asked for.
+        UserError: something named cannot be had.
+        UserError: the renderer does not take what it is asked for.
     """
     args = options.evaluate
     if args.images:
@@ -142,7 +139,7 @@ def systems(options: Options, items: Sequence[Item], share: Share, wait: Callabl
     try:
         renderer = options.render.load(device)
     except ValueError as error:  # a setting that this pipeline does not take
-        raise UsageError(f"renderer: {error}") from error
+        raise UserError(f"renderer: {error}") from error
     made: dict[str, System] = {"raw": Fixed(renderer, {i.id: (well_formed(i.prompt.text), True) for i in items}, {})}
     if args.rewrites:
         made["given"] = Fixed(renderer, _given(Path(args.rewrites), items), {})
@@ -198,10 +195,10 @@ def _given(path: Path, items: Sequence[Item]) -> dict[str, tuple[str, bool]]:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         known = {row["prompt"]: row["rewrite"] for row in rows}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not rows of `prompt` and `rewrite` ({type(error).__name__} {error})") from error
+        raise UserError(f"{path}: not rows of `prompt` and `rewrite` ({type(error).__name__} {error})") from error
     missing = [item for item in items if not str(known.get(item.prompt.text) or "").strip()]
     if missing:
-        raise DataError(f"{path} has no rewrite of {len(missing)} prompts, the first {missing[0].prompt.text[:80]!r}")
+        raise UserError(f"{path} has no rewrite of {len(missing)} prompts, the first {missing[0].prompt.text[:80]!r}")
     return {item.id: (known[item.prompt.text], True) for item in items}
 
 
@@ -211,7 +208,7 @@ def _chooser(options: Options, device: str, renderer: Renderer, items: Sequence[
     setting = Setting(options.reward.reward_device or device, renderer, prompts, options.evaluate.seed)
     (reward,) = build([name], options.reward, setting)
     if not reward.needs_images:
-        raise UsageError(f"--select {name} does not look at pictures: choose one that does")
+        raise UserError(f"--select {name} does not look at pictures: choose one that does")
     return Chooser(reward)
 
 
@@ -322,15 +319,5 @@ def _numbers(table: Table) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None, known: Constructors = BENCHMARKS) -> int:
     """Run the command line; returns the exit code."""
-    try:
-        evaluate(parse_options(sys.argv[1:] if argv is None else argv, known), known)
-    except (
-        UsageError, DataError, BenchmarkError, PolicyError, CheckpointError, RewardError,
-    ) as error:  # fmt: skip
-        print(f"evaluate: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    words = sys.argv[1:] if argv is None else argv
+    return run_main("evaluate", lambda: evaluate(parse_options(words, known), known))

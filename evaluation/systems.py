@@ -49,7 +49,7 @@ class Drawn:
 
 
 class Answer(Protocol):
-    """One of the policy's answers, as `scripts.reprompt.Rewrite`."""
+    """One of the policy's answers, as `inference.Rewrite`."""
 
     rewrite: str
     readable: bool
@@ -57,7 +57,7 @@ class Answer(Protocol):
 
 
 class Sampler(Protocol):
-    """A policy that can be asked again, as `scripts.reprompt.Reprompter.sample`."""
+    """A policy that can be asked again, as `inference.Reprompter.sample`."""
 
     def __call__(
         self, text: str, conversation: list[dict[str, str]], count: int, temperature: float

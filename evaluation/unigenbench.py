@@ -29,11 +29,11 @@ from typing import Any
 
 from PIL import Image
 
+from clients.chat import Question, Template, VLMClient, after_thinking
+from errors import one_line
 from evaluation.benchmark import Benchmark, Item, Verdict
 from evaluation.judged import Faults, ask, csv_rows, settings_of, told
 from interfaces import Prompt
-from rewards import one_line
-from clients.chat import Question, Template, VLMClient, after_thinking
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +161,7 @@ class UniGenBench(Benchmark):
         `settings` gets the file's name and its repaired rows.
 
         Raises:
-            DataError: see `Benchmark`.
+            UserError: see `Benchmark`.
         """
         items, repaired = load(path)
         self.settings |= {"file": Path(path).name, "repaired_rows": repaired}

@@ -26,12 +26,11 @@ from typing import Any
 
 from PIL import Image
 
-from data.prompts import DataError
+from clients.chat import Question, Template, VLMClient, after_thinking
+from errors import UserError, one_line
 from evaluation.benchmark import Benchmark, Item, Verdict
 from evaluation.judged import Faults, ask, json_list, settings_of, told
 from interfaces import Prompt
-from rewards import one_line
-from clients.chat import Question, Template, VLMClient, after_thinking
 
 CATEGORIES = ("culture", "time", "space", "biology", "physics", "chemistry")
 WEIGHTS = {
@@ -161,7 +160,7 @@ class WISE(Benchmark):
         """The rows of a JSON file, or of all JSON files of a folder but the authors' rewrites (`*_rewrite.json`).
 
         Raises:
-            DataError: see `Benchmark`.
+            UserError: see `Benchmark`.
         """
         return load(path, self.version)
 
@@ -207,7 +206,7 @@ def load(path: Path, version: str) -> list[Item]:
     if path.is_dir():
         files = sorted(file for file in path.glob("*.json") if not file.stem.endswith("_rewrite"))
     if not files:
-        raise DataError(f"{path}: no .json file in it: give the folder of WISE's data")
+        raise UserError(f"{path}: no .json file in it: give the folder of WISE's data")
     rows = [(file, *found) for file in files for found in json_list(file)]
     items: dict[str, Item] = {}
     faults = Faults()

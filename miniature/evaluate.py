@@ -24,11 +24,11 @@ from PIL import Image
 from evaluation.benchmark import Benchmark, Item, Verdict
 from evaluation.benchmarks import BENCHMARKS, BenchmarkOptions
 from evaluation.geneval import Detection, GenEval
+from evaluation.run import main
 from interfaces import Prompt
 from miniature import world
 from miniature.fit import ROOT
 from rewards import RewardOptions
-from evaluation.run import main
 
 RENDERER = ("sdmodel_name", "render_steps", "resolution", "max_sequence_length", "render_dtype", "render_batch_size")
 REWARDS = ("hps_path", "git_path", "gdino_path", "orm_path", "imagereward_path", "pickscore_path")

@@ -27,10 +27,10 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
+from clients.chat import SLOT, Template
 from data import grammar
 from interfaces import Sample
 from rewards import judge, preference
-from clients.chat import SLOT, Template
 
 Score = Callable[[list[Sample]], list[float | None]]
 Key = tuple[str, str]  # SHA-256 of a picture's data URI, prompt

@@ -63,6 +63,7 @@ def exact_counts(gdino: Reward, pairs: Sequence[Pair]) -> float:
 
 def measure(count: int = 300) -> dict[str, float]:
     """Every figure by its name."""
+    from clients.chat import VLMClient
     from miniature.judge_server import MODEL, JudgeServer
     from rewards.gdino import GroundingDino
     from rewards.git import GIT
@@ -72,7 +73,6 @@ def measure(count: int = 300) -> dict[str, float]:
     from rewards.orm import ORM
     from rewards.pickscore import PickScore
     from rewards.preference import Preference
-    from clients.chat import VLMClient
 
     liked, held = pairs(count, wrong=disliked), pairs(count)
     found = {

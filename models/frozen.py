@@ -16,9 +16,9 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
+from errors import UserError
 from interfaces import Reward, Sample
-from rewards import RewardError
-from models.weights import Checkpoint, WeightsError, read_weights, verify
+from models.weights import Checkpoint, read_weights, verify
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -88,7 +88,7 @@ def folder_of(path: str | Path, published: Checkpoint, needs: Sequence[str]) -> 
     """The folder at `path` (or of `published.repo` in the hub's local cache) with all files `needs`.
 
     Raises:
-        RewardError: no such folder, or a file is missing (with size, licence and the command that fetches it), or is
+        UserError: no such folder, or a file is missing (with size, licence and the command that fetches it), or is
             not the one that the lock names.
     """
     if Path(path).is_dir():
@@ -97,40 +97,34 @@ def folder_of(path: str | Path, published: Checkpoint, needs: Sequence[str]) -> 
         try:
             folder = Path(snapshot_download(published.repo, revision=published.revision, local_files_only=True))
         except LocalEntryNotFoundError as error:
-            raise RewardError(
+            raise UserError(
                 f"{published.repo} ({published.size}, {published.licence}) is not in the Hugging Face cache: "
                 f"run `{published.command}`"
             ) from error
     else:
-        raise RewardError(f"no folder at {str(path)!r}: give a checkpoint folder, or {published.repo!r}")
+        raise UserError(f"no folder at {str(path)!r}: give a checkpoint folder, or {published.repo!r}")
     missing = [name for name in needs if not (folder / name).is_file()]
     if missing:
         hint = "name the folder that holds them" if Path(path).is_dir() else f"run `{published.command}`"
-        raise RewardError(f"{folder} has no {', '.join(missing)}: {hint}")
+        raise UserError(f"{folder} has no {', '.join(missing)}: {hint}")
     check_files(folder)
     return folder
 
 
 def check_files(folder: Path) -> None:
-    """`verify`, with what is wrong as a RewardError."""
-    try:
-        verify(folder)
-    except WeightsError as error:
-        raise RewardError(str(error)) from error
+    """`verify`, with what is wrong as a UserError."""
+    verify(folder)
 
 
 def tensors_of(path: Path, under: str | None = None) -> dict[str, torch.Tensor]:
-    """`read_weights`, with what is wrong as a RewardError."""
-    try:
-        return read_weights(path, under)
-    except WeightsError as error:
-        raise RewardError(str(error)) from error
+    """`read_weights`, with what is wrong as a UserError."""
+    return read_weights(path, under)
 
 
 def check_whole(missing: Iterable[str], folder: Path, kind: str, published: Checkpoint) -> None:
-    """Raise RewardError if any weight of a `kind` is `missing` from `folder`: transformers would make it up."""
+    """Raise UserError if any weight of a `kind` is `missing` from `folder`: transformers would make it up."""
     if names := sorted(missing):
-        raise RewardError(
+        raise UserError(
             f"{folder} lacks {len(names)} weights of a {kind} ({', '.join(names[:5])}): fetch it again, run "
             f"`{published.command}`, or name another folder"
         )
@@ -140,11 +134,11 @@ def freeze(model: torch.nn.Module, device: torch.device, source: str | Path) -> 
     """`model` on `device`, in eval mode, without gradients.
 
     Raises:
-        RewardError: a weight is empty or has no storage, as inside DeepSpeed's `zero.Init`.
+        UserError: a weight is empty or has no storage, as inside DeepSpeed's `zero.Init`.
     """
     for name, parameter in model.named_parameters():
         if parameter.numel() == 0 or parameter.is_meta:
-            raise RewardError(f"{name} of {source} is empty: load rewards outside DeepSpeed's `zero.Init`")
+            raise UserError(f"{name} of {source} is empty: load rewards outside DeepSpeed's `zero.Init`")
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -157,11 +151,11 @@ def known_token(tokenizer: PreTrainedTokenizerBase, word: str, folder: Path, mod
     """The one token id of `word`, which `model` answers with or is marked up by.
 
     Raises:
-        RewardError: the tokenizer does not know it as one token.
+        UserError: the tokenizer does not know it as one token.
     """
     ids = tokenizer.encode(word, add_special_tokens=False)
     if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
-        raise RewardError(
+        raise UserError(
             f"the tokenizer in {folder} reads {word!r} as {ids}, {model} needs it as one known token: "
             "give the tokenizer that the model was trained with"
         )

@@ -24,15 +24,12 @@ from transformers import (
     TrainingArguments,
 )
 
-from models.weights import WeightsError, absent_shards, check_folder, locked
+from errors import UserError
+from models.weights import absent_shards, check_folder, locked
 
 READ = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors", "*.py")  # of a model that is not locked
 DTYPES = ("auto", "bfloat16", "float32")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-
-
-class PolicyError(RuntimeError):
-    """The policy cannot be loaded; the message is one line and says what to do."""
 
 
 def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -43,7 +40,7 @@ def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
         trust_remote_code: run Python code that comes with it; `run.options` allows it at a full commit only.
 
     Raises:
-        PolicyError: nothing at `path`, unreadable files, or no chat template.
+        UserError: nothing at `path`, unreadable files, or no chat template.
     """
     source = path
     if is_adapter(path) and not Path(path, "tokenizer_config.json").is_file():
@@ -56,7 +53,7 @@ def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
     except (OSError, ValueError) as error:
         raise _cannot_load("tokenizer", source, error) from error
     if tokenizer.chat_template is None:
-        raise PolicyError(f"the tokenizer of {source!r} has no chat template; name an instruct model")
+        raise UserError(f"the tokenizer of {source!r} has no chat template; name an instruct model")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -70,7 +67,7 @@ def load_policy(path: str, dtype: str = "auto", device: str | None = "auto") -> 
         device: "auto" is the GPU if there is one; None leaves the weights where loading put them (a trainer's choice).
 
     Raises:
-        PolicyError: nothing at `path`, unreadable weights, an unknown dtype, or a GPU named where there is none.
+        UserError: nothing at `path`, unreadable weights, an unknown dtype, or a GPU named where there is none.
     """
     device = pick_device(device) if device else None
     options = {"dtype": pick_dtype(dtype, device), "use_safetensors": True, "local_files_only": True}
@@ -89,7 +86,7 @@ def trainee(path: str, training: TrainingArguments, use_peft: bool) -> str | Pre
     """What a TRL trainer is to train: the model's folder, which TRL loads, or the adapter at `path`, ready to go on.
 
     Raises:
-        PolicyError: nothing at `path`, the adapter cannot be loaded, or a second one was asked for.
+        UserError: nothing at `path`, the adapter cannot be loaded, or a second one was asked for.
     """
     safely = {"use_safetensors": True, "trust_remote_code": training.trust_remote_code}
     training.model_init_kwargs = {**training.model_init_kwargs, **safely}
@@ -97,10 +94,10 @@ def trainee(path: str, training: TrainingArguments, use_peft: bool) -> str | Pre
     if not is_adapter(path):
         folder = _folder(path, revision)
         if not any(Path(folder).glob("*.safetensors")):
-            raise PolicyError(f"{folder} has no weights in safetensors: name the folder of a whole model")
+            raise UserError(f"{folder} has no weights in safetensors: name the folder of a whole model")
         return folder
     if use_peft:
-        raise PolicyError(f"{path!r} is an adapter, which is trained on as it is: leave --use_peft out")
+        raise UserError(f"{path!r} is an adapter, which is trained on as it is: leave --use_peft out")
     options, training.model_init_kwargs = training.model_init_kwargs, None  # TRL's are for a path
     return _adapted(path, revision, options, is_trainable=True)
 
@@ -122,18 +119,18 @@ def _adapted(path: str, revision: str | None, options: dict[str, Any], **more: b
 
 
 def pick_device(device: str) -> str:
-    """`device`, or for "auto" the GPU if there is one, else "cpu". PolicyError if one is named that is not there."""
+    """`device`, or for "auto" the GPU if there is one, else "cpu". UserError if one is named that is not there."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise PolicyError(f"device {device!r} is asked for and no GPU is to be seen; use cpu")
+        raise UserError(f"device {device!r} is asked for and no GPU is to be seen; use cpu")
     return device
 
 
 def pick_dtype(dtype: str, device: str | None) -> str:
-    """`dtype`, or for "auto" "bfloat16" on a GPU that has it, else "float32". PolicyError if it is not in DTYPES."""
+    """`dtype`, or for "auto" "bfloat16" on a GPU that has it, else "float32". UserError if it is not in DTYPES."""
     if dtype not in DTYPES:
-        raise PolicyError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
+        raise UserError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     if dtype != "auto":
         return dtype
     on_gpu = torch.cuda.is_available() if device is None else device.startswith("cuda")
@@ -151,27 +148,24 @@ def base_of(path: str, revision: str | None) -> tuple[str, str | None]:
         config = PeftConfig.from_pretrained(path)
         return config.base_model_name_or_path, config.revision if revision in (None, "main") else revision
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise PolicyError(f"bad adapter_config.json in {path!r}: {_one_line(error)}; save it again") from error
+        raise UserError(f"bad adapter_config.json in {path!r}: {_one_line(error)}; save it again") from error
 
 
 def _folder(path: str, revision: str | None = None) -> str:
     """The folder of the model at `path`, checked: `path` itself, or that of a hub name, downloaded if it must be.
 
     Raises:
-        PolicyError: there is none, or its weights are damaged, unsafe or not those that are locked.
+        UserError: there is none, or its weights are damaged, unsafe or not those that are locked.
     """
     if Path(path).is_dir():
         if not Path(path, "config.json").is_file() and not is_adapter(path):
-            raise PolicyError(f"no model in folder {path!r}: config.json is missing; name the folder that holds it")
+            raise UserError(f"no model in folder {path!r}: config.json is missing; name the folder that holds it")
         folder = path
     elif not _HUB_NAME.fullmatch(path):
-        raise PolicyError(f"no model at {path!r}: no such folder, and not a hub name (owner/name)")
+        raise UserError(f"no model at {path!r}: no such folder, and not a hub name (owner/name)")
     else:
         folder = _from_hub(path, locked(path).revision if revision in (None, "main") else revision)
-    try:
-        check_folder(Path(folder))
-    except WeightsError as error:
-        raise PolicyError(str(error)) from error
+    check_folder(Path(folder))
     return folder
 
 
@@ -187,15 +181,15 @@ def _from_hub(repo: str, revision: str | None) -> str:
         HfApi().model_info(repo, revision=revision, timeout=10)  # at once, instead of five attempts for each file
         return snapshot_download(repo, revision=revision, allow_patterns=known.include or READ)
     except (OSError, httpx.HTTPError) as error:
-        raise PolicyError(
+        raise UserError(
             f"no model {_named(repo)}: no such folder, not in the Hugging Face cache, and the hub does not give it "
             f"({_one_line(error)}); where there is a network: {known.command}"
         ) from error
 
 
-def _cannot_load(what: str, path: str, error: Exception) -> PolicyError:
+def _cannot_load(what: str, path: str, error: Exception) -> UserError:
     hint = "name another folder" if Path(path).is_dir() else locked(path).command
-    return PolicyError(f"cannot load the {what} of {_named(path)}: {_one_line(error)}; {hint}")
+    return UserError(f"cannot load the {what} of {_named(path)}: {_one_line(error)}; {hint}")
 
 
 def _named(path: str) -> str:

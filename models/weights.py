@@ -32,6 +32,7 @@ from huggingface_hub.utils import WeakFileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from errors import UserError
 from run.folder import write_whole
 
 LOCK = Path(__file__).resolve().parent.parent / "checkpoints.lock"
@@ -43,10 +44,6 @@ DAMAGED = (
     pickle.UnpicklingError, SafetensorError, OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError,
     AttributeError, AssertionError, struct.error,
 )  # fmt: skip
-
-
-class WeightsError(RuntimeError):
-    """Weights are not what they should be, or cannot be read safely; one line, with what to do."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +103,7 @@ def verify(path: Path) -> None:
     Known are the files of a locked repository in the hub's cache, at the locked commit.
 
     Raises:
-        WeightsError: a file of another size or hash; with both, and what to do.
+        UserError: a file of another size or hash; with both, and what to do.
     """
     cached = re.search(
         r"(.*/models--([^/]+)--([^/]+)/snapshots/([0-9a-f]{40}))(?:/(.+))?$", path.absolute().as_posix()
@@ -127,7 +124,7 @@ def verify(path: Path) -> None:
 def _first_sum(path: Path) -> str:
     words = path.read_text(encoding="utf-8", errors="replace").lower().split()
     if not words or not re.fullmatch(r"[0-9a-f]{64}", words[0]):
-        raise WeightsError(f"{path} is no line of sha256sum: correct or delete it")
+        raise UserError(f"{path} is no line of sha256sum: correct or delete it")
     return words[0]
 
 
@@ -135,7 +132,7 @@ def check(path: Path, size: int | None, sha256: str | None, source: str) -> None
     """Compare one file with what `source` says of it; what is None is not compared.
 
     Raises:
-        WeightsError: another size or hash, with both and what to do.
+        UserError: another size or hash, with both and what to do.
     """
     found = path.stat().st_size
     if size is not None and found != size:
@@ -144,8 +141,8 @@ def check(path: Path, size: int | None, sha256: str | None, source: str) -> None
         raise _mismatch(path, f"SHA-256 {digest}", sha256, source)
 
 
-def _mismatch(path: Path, found: str, expected: str, source: str) -> WeightsError:
-    return WeightsError(
+def _mismatch(path: Path, found: str, expected: str, source: str) -> UserError:
+    return UserError(
         f"{path} has {found}, {source} says {expected}: it is damaged or not the file that is meant, and was neither "
         f"loaded nor deleted; delete {path.resolve()} and fetch it again (python scripts/fetch.py)"
     )
@@ -170,7 +167,7 @@ def _digest(path: Path, expected: str) -> str:
                 verified[str(path.resolve())] = known
                 write_whole(home / "verified.json", json.dumps(verified, indent=1).encode())
     except OSError as error:
-        raise WeightsError(f"cannot check {path} ({error}): XDG_CACHE_HOME must name a writable folder") from error
+        raise UserError(f"cannot check {path} ({error}): XDG_CACHE_HOME must name a writable folder") from error
     return digest
 
 
@@ -194,10 +191,10 @@ def read_weights(path: Path, under: str | None = None) -> dict[str, torch.Tensor
         under: the key of a pickle that holds the tensors; None if it is they.
 
     Raises:
-        WeightsError: another kind of file, another hash, a damaged file, or one that holds anything else than tensors.
+        UserError: another kind of file, another hash, a damaged file, or one that holds anything else than tensors.
     """
     if path.suffix not in (".safetensors", *PICKLES):
-        raise WeightsError(f"{path} is neither .safetensors nor {', '.join(PICKLES)}: give weights in one of these")
+        raise UserError(f"{path} is neither .safetensors nor {', '.join(PICKLES)}: give weights in one of these")
     verify(path)
     try:
         if path.suffix == ".safetensors":
@@ -207,13 +204,13 @@ def read_weights(path: Path, under: str | None = None) -> dict[str, torch.Tensor
         held = torch.load(path, weights_only=True, map_location="cpu", mmap=zipped)
     except DAMAGED as error:
         cause = " ".join(" ".join(str(error).splitlines()[:2]).split())  # the lines in which torch says what is wrong
-        raise WeightsError(f"{path} is no checkpoint of plain tensors, fetch it again ({cause[:300]})") from error
+        raise UserError(f"{path} is no checkpoint of plain tensors, fetch it again ({cause[:300]})") from error
     if under is not None:
         if not isinstance(held, dict) or under not in held:
-            raise WeightsError(f"{path} has no `{under}`: its weights must lie under that key")
+            raise UserError(f"{path} has no `{under}`: its weights must lie under that key")
         held = held[under]
     if not isinstance(held, dict) or not all(isinstance(value, torch.Tensor) for value in held.values()):
-        raise WeightsError(f"{path} holds something else than tensors by name: fetch it again")
+        raise UserError(f"{path} holds something else than tensors by name: fetch it again")
     return held
 
 
@@ -221,7 +218,7 @@ def check_folder(folder: Path) -> None:
     """Check the folder of one model before a library loads it: what the lock says, and that its weights are safe.
 
     Raises:
-        WeightsError: a file that is not as locked, weights that are there as a pickle alone, a damaged safetensors
+        UserError: a file that is not as locked, weights that are there as a pickle alone, a damaged safetensors
             file, or one that an index names and that is not there.
     """
     verify(folder)
@@ -231,12 +228,12 @@ def check_folder(folder: Path) -> None:
             with safe_open(path, framework="pt"):  # reads the header and compares it with the file's length
                 pass
         except (SafetensorError, OSError) as error:
-            raise WeightsError(f"{path} is damaged ({error}): fetch or save it again") from error
+            raise UserError(f"{path} is damaged ({error}): fetch or save it again") from error
     if absent := absent_shards(folder):
-        raise WeightsError(f"{folder} has no {', '.join(absent)}, which its index names: fetch it again")
+        raise UserError(f"{folder} has no {', '.join(absent)}, which its index names: fetch it again")
     pickles = sorted(path for path in folder.glob("*.bin") if path.name.startswith(PICKLED_WEIGHTS))
     if pickles and not tensors:
-        raise WeightsError(
+        raise UserError(
             f"{pickles[0]} is a pickle, which could run code, and no safetensors lie beside it: convert it to "
             "safetensors, or name a folder that has them"
         )

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from interfaces import Seen
 from clients.http import is_url
+from interfaces import Seen
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -30,10 +30,6 @@ OF_THE_DRAWER = (  # what is not asked of a server with a picture
     "render_slice_vae", "render_lora", "render_lora_scale",
 )  # fmt: skip
 QUANTIZATIONS = ("fp8", "fp8_weights", "int8", "nf4")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint is not there, cannot be fetched or did not load whole. The message says what to do."""
 
 
 @dataclass
@@ -156,7 +152,7 @@ class RenderOptions:
             pipe: a pipeline that is built already, in place of the one at `sdmodel_name`.
 
         Raises:
-            CheckpointError: nothing at `sdmodel_name`, or weights that did not load whole.
+            UserError: nothing at `sdmodel_name`, or weights that did not load whole.
             ValueError: a setting that this pipeline does not take, or out of range.
         """
         if self.remote:

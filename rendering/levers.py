@@ -31,8 +31,9 @@ from diffusers import DiffusionPipeline
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 
-from rendering import AUTO, QUANTIZATIONS, CheckpointError
-from models.weights import WeightsError, check_folder, locked
+from errors import UserError
+from models.weights import check_folder, locked
+from rendering import AUTO, QUANTIZATIONS
 
 if TYPE_CHECKING:
     from rendering.local import LocalRenderer
@@ -64,7 +65,7 @@ def apply(levers: Levers, pipe: DiffusionPipeline, device: torch.device) -> None
     whole on the device.
 
     Raises:
-        CheckpointError: no such LoRA.
+        UserError: no such LoRA.
         ValueError: a lever that this pipeline, device or installation does not have; with what to do.
     """
     if levers.lora is not None:
@@ -218,10 +219,7 @@ def _fuse(pipe: DiffusionPipeline, source: str, scale: float) -> None:
     place, _, file = source.partition(":")
     options = {"weight_name": file or None, "use_safetensors": True}
     if Path(place).is_dir():
-        try:
-            check_folder(Path(place))
-        except WeightsError as error:
-            raise CheckpointError(str(error)) from error
+        check_folder(Path(place))
         options["local_files_only"] = True
     else:
         options["revision"] = locked(place).revision
@@ -229,7 +227,7 @@ def _fuse(pipe: DiffusionPipeline, source: str, scale: float) -> None:
         pipe.load_lora_weights(place, **options)
     except (OSError, httpx.HTTPError) as error:
         why = " ".join(str(error).split())[:200]
-        raise CheckpointError(
+        raise UserError(
             f"--render_lora {source} cannot be loaded ({why}): give a folder with its .safetensors file, or fetch it "
             f"with: {locked(place).command} {file}".rstrip()
         ) from error

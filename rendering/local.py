@@ -27,12 +27,13 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from PIL import Image
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from errors import UserError
 from interfaces import Seen
-from rendering import CheckpointError, telling
+from models.weights import check_folder, locked
+from models.whole import whole_parameters
+from rendering import telling
 from rendering.levers import SHARE, Levers, apply, at_hand, text_encoders
 from run.signals import leaving
-from models.weights import WeightsError, check_folder, locked
-from models.whole import whole_parameters
 
 # Pipelines print every text that they cut, padding included; `LocalRenderer.truncated` counts them and warns once.
 logging.getLogger("diffusers.pipelines").setLevel(logging.ERROR)
@@ -85,7 +86,7 @@ class LocalRenderer:
             levers: what makes it faster or smaller; none by default.
 
         Raises:
-            CheckpointError: nothing at `path`, Hub out of reach, or weights that did not load whole.
+            UserError: nothing at `path`, Hub out of reach, or weights that did not load whole.
             ValueError: a setting or lever that this pipeline does not take, or out of range.
         """
         if dtype not in DTYPES:
@@ -436,15 +437,13 @@ def _load(path: str, dtype: torch.dtype) -> DiffusionPipeline:
             pipe = AutoPipelineForText2Image.from_pretrained(
                 str(folder), dtype=dtype, local_files_only=True, use_safetensors=True
             )
-    except WeightsError as error:
-        raise CheckpointError(str(error)) from error
     except (OSError, httpx.HTTPError) as error:  # missing file, gated repository, lost connection
-        raise CheckpointError(_missing(path, f"cannot be loaded ({_first_line(error)})")) from error
+        raise UserError(_missing(path, f"cannot be loaded ({_first_line(error)})")) from error
     for name, component in pipe.components.items():
         if isinstance(component, torch.nn.Module):
             for parameter_name, parameter in component.named_parameters():
                 if parameter.numel() == 0 or parameter.is_meta:
-                    raise CheckpointError(
+                    raise UserError(
                         f"{path}: {name}.{parameter_name} is empty after loading, as under DeepSpeed ZeRO-3: load the "
                         "renderer before the Accelerator exists, or use deepspeed_2.yaml (ZeRO-2)"
                     )
@@ -459,7 +458,7 @@ def _folder(path: str) -> Path:
     if Path(path).is_dir():
         return Path(path)
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path):
-        raise CheckpointError(f"no such folder: {path}. Give a folder with a model_index.json or a Hub name org/name")
+        raise UserError(f"no such folder: {path}. Give a folder with a model_index.json or a Hub name org/name")
     revision = locked(path).revision
     try:
         HfApi().model_info(path, revision=revision, timeout=10)
@@ -467,7 +466,7 @@ def _folder(path: str) -> Path:
         cached = try_to_load_from_cache(path, "model_index.json", revision=revision)
         if isinstance(cached, str):
             return Path(cached).parent
-        raise CheckpointError(_missing(path, f"is not here, and the Hub gave: {_first_line(error)}")) from error
+        raise UserError(_missing(path, f"is not here, and the Hub gave: {_first_line(error)}")) from error
     return Path(DiffusionPipeline.download(path, revision=revision, use_safetensors=True))
 
 

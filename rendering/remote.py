@@ -51,21 +51,12 @@ from PIL import Image
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from clients.http import ALIVE, CHECK_TIMEOUT, CONNECT_TIMEOUT, LISTEN, RETRIED, Circuit, back_off, checked_url
+from errors import UserError, one_line
 from interfaces import Seen
-from rendering import CheckpointError, telling
-from clients.http import (
-    ALIVE,
-    CHECK_TIMEOUT,
-    CONNECT_TIMEOUT,
-    LISTEN,
-    RETRIED,
-    Circuit,
-    back_off,
-    checked_url,
-    one_line,
-)
-from run.signals import leaving
 from models.weights import locked
+from rendering import telling
+from run.signals import leaving
 
 logger = logging.getLogger(__name__)
 
@@ -230,7 +221,7 @@ class RemoteRenderer:
         max_tokens: tokens of a text that are read.
 
     Raises:
-        CheckpointError: a URL that cannot work, or plain http to another machine.
+        UserError: a URL that cannot work, or plain http to another machine.
         ValueError: a number out of range.
     """
 
@@ -251,9 +242,9 @@ class RemoteRenderer:
                 raise ValueError(f"{name} is {seconds}, must be a positive number of seconds")
         if concurrency is not None and concurrency < 1:
             raise ValueError(f"render_concurrency is {concurrency}, must be at least 1")
-        named = [checked_url(url.strip(), "render", CheckpointError) for url in urls.split(",") if url.strip()]
+        named = [checked_url(url.strip(), "render", UserError) for url in urls.split(",") if url.strip()]
         if len(dict(named)) != len(named):
-            raise CheckpointError(f"a server is named twice in {urls!r}: name each once")
+            raise UserError(f"a server is named twice in {urls!r}: name each once")
         self.model, self.settings, self.concurrency, self.processes = model, settings, concurrency, processes
         self.timeout, self.batch_timeout = timeout, batch_timeout
         self.servers = [Server(url, loopback, Circuit(TRIP, PAUSE)) for url, loopback in named]
@@ -267,7 +258,7 @@ class RemoteRenderer:
         """Ask every server what it serves, once; those that do not answer are left out until they do.
 
         Raises:
-            CheckpointError: nobody answers, access is denied, it is no such API, servers that differ, another model or
+            UserError: nobody answers, access is denied, it is no such API, servers that differ, another model or
                 other settings than asked for, or nothing is known of the tokenizer; with what to do.
         """
         asyncio.run(self._ask_all())
@@ -321,7 +312,7 @@ class RemoteRenderer:
     async def _ask_all(self) -> None:
         problems = await asyncio.gather(*(self._ask(server) for server in self.servers))
         if all(problems):
-            raise CheckpointError("; and ".join(problems))
+            raise UserError("; and ".join(problems))
         here = [server for server, problem in zip(self.servers, problems, strict=True) if not problem]
         for server, problem in zip(self.servers, problems, strict=True):
             if problem:  # it is asked for what the others draw, and joins them when it answers
@@ -335,7 +326,7 @@ class RemoteRenderer:
         """Fill in what a server says of itself; "" or why it could not be asked.
 
         Raises:
-            CheckpointError: it answers, and must not be used as it is.
+            UserError: it answers, and must not be used as it is.
         """
         where = f"renderer at {server.url}"
         async with self._connect(server) as client:
@@ -352,13 +343,13 @@ class RemoteRenderer:
             server.slots = self.concurrency or share
             busy = float(server.card.get("batch_seconds", 0.0))
         except (*UNREADABLE, AttributeError) as error:
-            raise CheckpointError(f"the {where} is no OpenAI-compatible API: its URL must end in its /v1") from error
+            raise UserError(f"the {where} is no OpenAI-compatible API: its URL must end in its /v1") from error
         if name not in cards:
             shown = ", ".join(map(repr, cards)) or "no model"
             given = "no name is given" if name is None else f"not {name!r}"
-            raise CheckpointError(f"the {where} serves {shown}, {given}: give one of them as --render_model")
+            raise UserError(f"the {where} serves {shown}, {given}: give one of them as --render_model")
         if self.timeout < BATCHES * busy:
-            raise CheckpointError(
+            raise UserError(
                 f"render_timeout {self.timeout:g} s is short for the {where}, whose batches take {busy:.1f} s each, "
                 f"and a picture may wait for two before it: give --render_timeout {math.ceil(BATCHES * busy)} or more"
             )
@@ -369,17 +360,17 @@ class RemoteRenderer:
         """What was asked for, completed by what the server says.
 
         Raises:
-            CheckpointError: they differ.
+            UserError: they differ.
         """
         told, asked = asdict(server.settings), asdict(self.settings)
         for name, value in asked.items():
             if None not in (value, told[name]) and told[name] != value:
-                raise CheckpointError(
+                raise UserError(
                     f"the renderer at {server.url} draws with {name} {told[name]}, asked for is {value}: start the "
                     "server with the same options as the run, they are part of the reward"
                 )
         if self.settings.dtype and told["dtype"] is None:
-            raise CheckpointError(
+            raise UserError(
                 f"render_dtype {self.settings.dtype} cannot be asked of the renderer at {server.url}: it is an option "
                 "of that server, leave it out here"
             )
@@ -389,10 +380,10 @@ class RemoteRenderer:
         """From --render_tokenizer, or else from the server.
 
         Raises:
-            CheckpointError: neither gives one.
+            UserError: neither gives one.
         """
         if self._named_tokenizer is None and "max_tokens" not in server.card:
-            raise CheckpointError(
+            raise UserError(
                 f"the renderer at {server.url} does not say how it counts tokens: give --render_tokenizer, the folder "
                 "or hub name of its longest text encoder's tokenizer (FLUX.1: google/t5-v1_1-xxl)"
             )
@@ -404,7 +395,7 @@ class RemoteRenderer:
                 try:
                     self._tokenizer = Tokenizer.from_buffer(await _fetched(client, "tokenizer", self.timeout))
                 except (_Failed, ValueError) as error:
-                    raise CheckpointError(
+                    raise UserError(
                         f"the renderer at {server.url} gives no tokenizer ({one_line(error)}): give --render_tokenizer"
                     ) from error
         self._tokenizer.no_truncation()
@@ -687,19 +678,19 @@ def _named(path: str, read: int | None) -> tuple[Tokenizer, int]:
         read: tokens that are read of a text, None if nobody said.
 
     Raises:
-        CheckpointError: there is none, or neither it nor `read` says how much is read.
+        UserError: there is none, or neither it nor `read` says how much is read.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=locked(path).revision)
     except (OSError, ValueError, httpx.HTTPError) as error:
-        raise CheckpointError(
+        raise UserError(
             f"--render_tokenizer {path!r} cannot be read ({one_line(error)}): give a hub name or a folder with a "
             "tokenizer.json"
         ) from error
     if not tokenizer.is_fast:
-        raise CheckpointError(f"--render_tokenizer {path!r} has no tokenizer.json: give one that has")
+        raise UserError(f"--render_tokenizer {path!r} has no tokenizer.json: give one that has")
     if tokenizer.model_max_length > UNLIMITED and not read:
-        raise CheckpointError(f"--render_tokenizer {path!r} has no limit: give --max_sequence_length, what is read")
+        raise UserError(f"--render_tokenizer {path!r} has no limit: give --max_sequence_length, what is read")
     return tokenizer.backend_tokenizer, tokenizer.model_max_length
 
 
@@ -707,7 +698,7 @@ def _check_alike(servers: Iterable[Server]) -> None:
     """All servers draw the same model with the same settings, as far as they say.
 
     Raises:
-        CheckpointError: two differ.
+        UserError: two differ.
     """
     first, *others = servers
     for other in others:
@@ -715,7 +706,7 @@ def _check_alike(servers: Iterable[Server]) -> None:
         theirs = {"model": other.model, **other.card}
         for name in sorted({*mine, *theirs} - {"concurrency", "fingerprint", "batch_seconds"}):
             if mine.get(name) != theirs.get(name):
-                raise CheckpointError(
+                raise UserError(
                     f"the renderers at {first.url} and {other.url} differ in {name}, {mine.get(name)} and "
                     f"{theirs.get(name)}: all pictures of a run must be made alike"
                 )

@@ -42,7 +42,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from errors import UserError, one_line
+
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = (
     "0"  # its name apart: Ray's node is 127.0.0.1 and listens there alone
@@ -60,11 +61,11 @@ from ray.serve.config import HTTPOptions
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from prompting import well_formed
-from rendering import AUTO, CheckpointError, RenderOptions
-from clients.http import checked_key, is_loopback, one_line
-from run.options import UsageError, parse
+from clients.http import checked_key, is_loopback
 from models.weights import locked
+from prompting import well_formed
+from rendering import AUTO, RenderOptions
+from run.options import parse
 
 if TYPE_CHECKING:
     from rendering.local import LocalRenderer  # diffusers: for the replicas alone
@@ -143,7 +144,7 @@ class Renderers:
         self.free, self.broken = asyncio.Lock(), False
         (first,) = self.renderer([WARM_UP[0]], [WARM_UP[1]])
         if first is None:
-            raise CheckpointError(f"the renderer cannot draw {WARM_UP[0]!r}: {dict(self.renderer.failures)}")
+            raise UserError(f"the renderer cannot draw {WARM_UP[0]!r}: {dict(self.renderer.failures)}")
         started = time.perf_counter()
         self.renderer([WARM_UP[0]], [WARM_UP[1] + 1])
         given = asdict(options)
@@ -341,26 +342,26 @@ def check(server: ServerOptions, render: RenderOptions) -> None:
     """What can be known before anything is loaded.
 
     Raises:
-        UsageError: an option that cannot work.
+        UserError: an option that cannot work.
     """
     if render.remote:
-        raise UsageError(f"--sdmodel_name {render.sdmodel_name} is a server: this one draws itself, name a pipeline")
+        raise UserError(f"--sdmodel_name {render.sdmodel_name} is a server: this one draws itself, name a pipeline")
     if AUTO in (render.render_batch_size, render.max_sequence_length):
-        raise UsageError(
+        raise UserError(
             f"{AUTO} is settled by r1_prompter.py alone: give --render_batch_size and --max_sequence_length"
         )
     if server.replicas is not None and server.replicas < 1:
-        raise UsageError(f"--replicas is {server.replicas}, must be at least 1")
+        raise UserError(f"--replicas is {server.replicas}, must be at least 1")
     if not 0 < server.port < 2**16:
-        raise UsageError(f"--port is {server.port}, must be from 1 to 65535")
-    if not checked_key("render", UsageError) and not is_loopback(server.host):
-        raise UsageError(
+        raise UserError(f"--port is {server.port}, must be from 1 to 65535")
+    if not checked_key("render", UserError) and not is_loopback(server.host):
+        raise UserError(
             f"--host {server.host} can be reached from other machines: set environment RENDER_API_KEY, or leave "
             "--host at 127.0.0.1"
         )
     gpus = torch.cuda.device_count()
     if gpus and render.render_device is None and (server.replicas or gpus) > gpus:
-        raise UsageError(f"--replicas is {server.replicas}, but there are {gpus} GPU(s), one for each")
+        raise UserError(f"--replicas is {server.replicas}, but there are {gpus} GPU(s), one for each")
 
 
 def run(server: ServerOptions, render: RenderOptions, temp_dir: str) -> None:
@@ -396,7 +397,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         server, render = parse((ServerOptions, RenderOptions), None, sys.argv[1:] if argv is None else list(argv))
         check(server, render)
-    except UsageError as error:
+    except UserError as error:
         print(f"render_server: {error}", file=sys.stderr)
         return 2
     try:
@@ -411,7 +412,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit:  # told to stop before it served, by the handler of Ray's start or by ours
         return 0
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -13,17 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from errors import UserError
 from interfaces import Prompt, Renderer, Reward
-from clients.http import one_line as one_line
 
 if TYPE_CHECKING:
+    from clients.chat import VLMClient
     from rewards.judge import Judge
     from rewards.preference import Preference
-    from clients.chat import VLMClient
-
-
-class RewardError(RuntimeError):
-    """A reward cannot be built or its checkpoint cannot be read; the message says what to do next."""
 
 
 def option(default: object, help: str, **more: object):
@@ -175,7 +171,7 @@ def _length(options: RewardOptions, setting: Setting) -> Reward:
 
     renderer = setting.renderer
     if renderer is None:
-        raise RewardError("reward 'length' counts the renderer's tokens, but Setting.renderer is None: set it")
+        raise UserError("reward 'length' counts the renderer's tokens, but Setting.renderer is None: set it")
     return Length(renderer.count_tokens, options.length_low, options.length_high, renderer.max_tokens)
 
 
@@ -208,21 +204,19 @@ def check(names: Sequence[str], options: RewardOptions, ddp_timeout: float = mat
     """Check what can be known before any model is loaded.
 
     Raises:
-        RewardError: a name that is unknown (with the nearest one) or comes twice; judges that together may hold a
+        UserError: a name that is unknown (with the nearest one) or comes twice; judges that together may hold a
             process for half of `ddp_timeout` seconds or more, while the others wait and take it for dead.
     """
     for name in names:
         if name not in REWARDS:
             nearest = difflib.get_close_matches(name, REWARDS, n=1, cutoff=0.0)[0]
-            raise RewardError(
-                f"unknown reward {name!r}, did you mean {nearest!r}? Valid: {', '.join(sorted(REWARDS))}"
-            )
+            raise UserError(f"unknown reward {name!r}, did you mean {nearest!r}? Valid: {', '.join(sorted(REWARDS))}")
     if len(set(names)) != len(names):
-        raise RewardError(f"a reward is named twice in {list(names)}: name each once and weight it instead")
+        raise UserError(f"a reward is named twice in {list(names)}: name each once and weight it instead")
     judges = sum(name in ("judge", "preference") for name in names)
     waiting = (judges + 1) * options.judge_batch_timeout if judges else 0  # + 1: calls begun while the last were drawn
     if waiting and waiting >= ddp_timeout / 2:
-        raise RewardError(
+        raise UserError(
             f"judges may take {waiting:g} s of a batch (judge_batch_timeout {options.judge_batch_timeout:g} s each, "
             "and once for what was begun during drawing), "
             f"not below half of ddp_timeout {ddp_timeout:g} s: lower the first or raise the second"
@@ -233,7 +227,7 @@ def build(names: Sequence[str], options: RewardOptions, setting: Setting) -> lis
     """Build the named rewards, in the order of `names`. All names are checked before the first model is loaded.
 
     Raises:
-        RewardError: an unknown or repeated name, or rewards that cannot be built (missing checkpoints, a judge that
+        UserError: an unknown or repeated name, or rewards that cannot be built (missing checkpoints, a judge that
             does not answer): all of them in one message.
     """
     check(names, options)
@@ -241,10 +235,10 @@ def build(names: Sequence[str], options: RewardOptions, setting: Setting) -> lis
     for name in names:
         try:
             rewards.append(REWARDS[name](options, setting))
-        except RewardError as error:
+        except UserError as error:
             missing.append(str(error))
     if missing:
-        raise RewardError("; and ".join(missing))
+        raise UserError("; and ".join(missing))
     if not options.reward_offload:
         return rewards
     from models.frozen import offloaded

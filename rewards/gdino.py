@@ -37,11 +37,11 @@ from transformers import (
 from transformers.models.grounding_dino.modeling_grounding_dino import SPECIAL_TOKENS
 
 from data.grammar import RELATIONS
+from errors import UserError, one_line
 from interfaces import Prompt, Reward, Sample
-from prompting import well_formed
-from rewards import RewardError, one_line
 from models.frozen import arithmetic, autocast, batches, check_pictures, check_whole, folder_of, freeze
 from models.weights import locked
+from prompting import well_formed
 
 log = logging.getLogger(__name__)
 
@@ -322,7 +322,7 @@ class GroundingDino(Reward):
         nms_iou: boxes of one object that overlap by more than this are one.
 
     Raises:
-        RewardError: no checkpoint at `path`, one that is not whole, or a prompt with an unknown locality.
+        UserError: no checkpoint at `path`, one that is not whole, or a prompt with an unknown locality.
         ValueError: an unknown `dtype` or `formula`, or a `batch_size` below 1.
     """
 
@@ -476,7 +476,7 @@ def _formula(formula: str | Formula) -> Formula:
 def _check_prompts(prompts: Sequence[Prompt]) -> None:
     for prompt in prompts:
         if prompt.task == "position" and prompt.spatial and prompt.spatial[1] not in RELATIONS:
-            raise RewardError(
+            raise UserError(
                 f"reward 'gdino' knows no locality {prompt.spatial[1]!r} (prompt {prompt.text!r}): correct it to "
                 f"one of {', '.join(_DIRECTIONS)}"
             )
@@ -498,14 +498,14 @@ def _load(
         with safe_open(folder / WEIGHTS, "pt") as file:
             names = set(file.keys())
     except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        raise RewardError(f"cannot read {folder} as a GroundingDINO checkpoint ({one_line(error)})") from error
+        raise UserError(f"cannot read {folder} as a GroundingDINO checkpoint ({one_line(error)})") from error
     missing = sorted(info["missing_keys"]) or [name for name in (BOX_HEAD,) if name not in names]
     check_whole(missing, folder, "GroundingDINO", PUBLISHED)
     if not tokenizer.is_fast:
-        raise RewardError(f"the tokenizer of {folder} has no offsets: save its fast form there (tokenizer.json)")
+        raise UserError(f"the tokenizer of {folder} has no offsets: save its fast form there (tokenizer.json)")
     ids = [tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.convert_tokens_to_ids(".")]
     if ids != SPECIAL_TOKENS[:3]:
-        raise RewardError(
+        raise UserError(
             f"the tokenizer of {folder} has [CLS], [SEP] and '.' at {ids}, GroundingDINO at {SPECIAL_TOKENS[:3]}: put "
             "the tokenizer there that the model was trained with"
         )

@@ -28,9 +28,8 @@ from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoImageProcessor, AutoTokenizer, DynamicCache, GitForCausalLM
 
+from errors import UserError, one_line
 from interfaces import Prompt, Reward, Sample
-from prompting import well_formed
-from rewards import RewardError, one_line
 from models.frozen import (
     arithmetic,
     autocast,
@@ -43,6 +42,7 @@ from models.frozen import (
     known_token,
 )
 from models.weights import locked
+from prompting import well_formed
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class GIT(Reward):
         prompts: the data; what cannot be judged in it is counted in one log line.
 
     Raises:
-        RewardError: no checkpoint at `path`, or one that cannot be used.
+        UserError: no checkpoint at `path`, or one that cannot be used.
         ValueError: an unknown `dtype` or `formula`, or a `batch_size` below 1.
     """
 
@@ -199,8 +199,8 @@ def _load(folder: Path):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
     except (OSError, EOFError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
-        raise RewardError(f"cannot read {folder} as a GIT checkpoint ({one_line(error)})") from error
+        raise UserError(f"cannot read {folder} as a GIT checkpoint ({one_line(error)})") from error
     check_whole(report["missing_keys"], folder, "GitForCausalLM", PUBLISHED)
     if tokenizer.cls_token_id is None:
-        raise RewardError(f"the tokenizer in {folder} has no [CLS], with which GIT's questions begin: set cls_token")
+        raise UserError(f"the tokenizer in {folder} has no [CLS], with which GIT's questions begin: set cls_token")
     return model, tokenizer, processor

@@ -23,8 +23,8 @@ from PIL import Image
 from safetensors import SafetensorError
 from torchvision.transforms.v2 import functional as tv
 
+from errors import UserError
 from interfaces import Reward, Sample
-from rewards import RewardError
 from models.frozen import arithmetic, autocast, batches, check_files, check_pictures, freeze, mean_cosines, tensors_of
 from models.weights import locked
 
@@ -49,7 +49,7 @@ class HPS(Reward):
         model_name: open_clip architecture of a checkpoint file; a folder's configuration names its own.
 
     Raises:
-        RewardError: no checkpoint at `path`, or one that is not what the configuration says.
+        UserError: no checkpoint at `path`, or one that is not what the configuration says.
         ValueError: an unknown `dtype` or a `batch_size` below 1.
     """
 
@@ -122,14 +122,14 @@ def _locate(path: str | Path) -> Path:
     """The checkpoint file or folder on this disk. Nothing is fetched: that is a person's call."""
     if str(path) != DEFAULT:
         if not Path(path).exists():
-            raise RewardError(
+            raise UserError(
                 f"no HPS checkpoint at {str(path)!r}: give a .pt file, a folder with {CONFIG}, or {DEFAULT!r}"
             )
         return Path(path)
     try:
         return Path(hf_hub_download(PUBLISHED.repo, DEFAULT_FILE, revision=PUBLISHED.revision, local_files_only=True))
     except LocalEntryNotFoundError as error:
-        raise RewardError(
+        raise UserError(
             f"{DEFAULT_FILE} (HPS v2.1, {PUBLISHED.size}, {PUBLISHED.licence}) is not in the Hugging Face cache: "
             f"run `{PUBLISHED.command}`"
         ) from error
@@ -139,13 +139,13 @@ def _load_file(path: Path, model_name: str) -> Loaded:
     """(model, tokenizer, mean, std) of a torch checkpoint; only tensors are unpickled, names and shapes must match."""
     model_cfg = open_clip.get_model_config(model_name)
     if model_cfg is None:
-        raise RewardError(f"open_clip has no architecture {model_name!r}; known: {', '.join(open_clip.list_models())}")
+        raise UserError(f"open_clip has no architecture {model_name!r}; known: {', '.join(open_clip.list_models())}")
     weights = tensors_of(path, under="state_dict")
     model = open_clip.CLIP(**model_cfg)
     try:
         model.load_state_dict(weights, strict=True)
     except RuntimeError as error:
-        raise RewardError(f"the weights of {path} are not those of {model_name} ({_cause(error)})") from error
+        raise UserError(f"the weights of {path} are not those of {model_name} ({_cause(error)})") from error
     return model, open_clip.get_tokenizer(model_name), OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
 
@@ -153,7 +153,7 @@ def _load_folder(path: Path) -> Loaded:
     """(model, tokenizer, mean, std) of a folder in open_clip's own layout."""
     for name in (CONFIG, WEIGHTS):
         if not (path / name).is_file():
-            raise RewardError(f"{path} has no {name}: an open_clip folder needs {CONFIG} and {WEIGHTS}")
+            raise UserError(f"{path} has no {name}: an open_clip folder needs {CONFIG} and {WEIGHTS}")
     check_files(path)
     source = f"local-dir:{path}"
     try:
@@ -161,10 +161,10 @@ def _load_folder(path: Path) -> Loaded:
         tokenizer = open_clip.get_tokenizer(source)
         preprocess = json.loads((path / CONFIG).read_text(encoding="utf-8")).get("preprocess_cfg", {})
     except (ValueError, TypeError, OSError, RuntimeError, SafetensorError) as error:
-        raise RewardError(f"cannot read {path} as an open_clip folder ({_cause(error)})") from error
+        raise UserError(f"cannot read {path} as an open_clip folder ({_cause(error)})") from error
     for key, value in PREPROCESSING.items():
         if preprocess.get(key, value) != value:
-            raise RewardError(
+            raise UserError(
                 f"{path / CONFIG} asks for {key} {preprocess[key]!r}, but HPS is defined with {value!r}: correct the "
                 "file if the model was trained so, else it is no HPS"
             )
@@ -174,7 +174,7 @@ def _load_folder(path: Path) -> Loaded:
 def _square_size(model: torch.nn.Module, path: Path) -> int:
     height, width = model.visual.image_size
     if height != width:
-        raise RewardError(f"the model in {path} reads {height}x{width} pictures, HPS needs square ones")
+        raise UserError(f"the model in {path} reads {height}x{width} pictures, HPS needs square ones")
     return height
 
 

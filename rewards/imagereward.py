@@ -34,9 +34,8 @@ from torch import nn
 from torchvision.transforms.v2 import functional as tv
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
+from errors import UserError, one_line
 from interfaces import Reward, Sample
-from prompting import well_formed
-from rewards import RewardError, one_line
 from models.frozen import (
     arithmetic,
     autocast,
@@ -48,6 +47,7 @@ from models.frozen import (
     tensors_of,
 )
 from models.weights import locked
+from prompting import well_formed
 
 PUBLISHED, WORDS = locked("THUDM/ImageReward"), locked("google-bert/bert-base-uncased")
 WEIGHTS = ("ImageReward.safetensors", "ImageReward.pt")
@@ -137,7 +137,7 @@ class ImageReward(Reward):
         batch_size: pictures, or pairs of a picture and a prompt, per forward pass.
 
     Raises:
-        RewardError: no checkpoint at `path`, or one that is not what its configuration says.
+        UserError: no checkpoint at `path`, or one that is not what its configuration says.
         ValueError: an unknown `dtype` or a `batch_size` below 1.
     """
 
@@ -235,7 +235,7 @@ def _load(folder: Path) -> tuple[Network, BertTokenizer, Mapping]:
     try:
         network = Network(vision, text)
     except (StrictDataclassError, TypeError, ValueError) as error:
-        raise RewardError(
+        raise UserError(
             f"the sizes in {folder} make no BLIP ({one_line(error)}): correct its *_config.json"
         ) from error
     _fill(network, _weights(folder), folder)
@@ -247,10 +247,10 @@ def _json(path: Path, keys: Sequence[str] | Mapping) -> dict:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RewardError(f"{path} is no JSON ({one_line(error)}): fetch it again") from error
+        raise UserError(f"{path} is no JSON ({one_line(error)}): fetch it again") from error
     if not isinstance(values, dict) or not set(keys) <= set(values):
         lacking = ", ".join(sorted(set(keys) - set(values))) if isinstance(values, dict) else "all"
-        raise RewardError(f"{path} lacks {lacking}: it must name {', '.join(keys)}")
+        raise UserError(f"{path} lacks {lacking}: it must name {', '.join(keys)}")
     return values
 
 
@@ -258,7 +258,7 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
     """The weights of a folder under their original names."""
     path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if path is None:
-        raise RewardError(f"{folder} has neither {' nor '.join(WEIGHTS)}: run `{PUBLISHED.command}`")
+        raise UserError(f"{folder} has neither {' nor '.join(WEIGHTS)}: run `{PUBLISHED.command}`")
     return tensors_of(path)
 
 
@@ -268,11 +268,11 @@ def _fill(network: Network, weights: Mapping[str, torch.Tensor], folder: Path) -
     try:
         report = network.load_state_dict(used, strict=False)
     except RuntimeError as error:
-        raise RewardError(f"the weights in {folder} do not have the configured sizes ({one_line(error)})") from error
+        raise UserError(f"the weights in {folder} do not have the configured sizes ({one_line(error)})") from error
     for problem, names in (("lack", report.missing_keys), ("have unknown", report.unexpected_keys)):
         if names:
             named = ", ".join(original_name(name) for name in names[:5])
-            raise RewardError(f"the weights in {folder} {problem} {named} ({len(names)} in all): no ImageReward")
+            raise UserError(f"the weights in {folder} {problem} {named} ({len(names)} in all): no ImageReward")
 
 
 def _tokenizer(folder: Path, vocab_size: int) -> BertTokenizer:
@@ -281,10 +281,10 @@ def _tokenizer(folder: Path, vocab_size: int) -> BertTokenizer:
     try:
         tokenizer = BertTokenizer.from_pretrained(reader, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise RewardError(f"cannot read the tokenizer in {reader} ({one_line(error)})") from error
+        raise UserError(f"cannot read the tokenizer in {reader} ({one_line(error)})") from error
     tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
     if len(tokenizer) != vocab_size:
-        raise RewardError(
+        raise UserError(
             f"the tokenizer in {reader} has {len(tokenizer)} entries with [DEC] and [ENC], the model in {folder} "
             f"{vocab_size}: give the tokenizer that the model was trained with"
         )

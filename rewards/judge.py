@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from clients.chat import Question, Template, Verdict, VLMClient, after_thinking
 from interfaces import Reward, Sample
 from models.frozen import check_pictures
-from clients.chat import Question, Template, Verdict, VLMClient, after_thinking
 
 BEST = 10.0
 

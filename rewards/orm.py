@@ -34,9 +34,8 @@ from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
+from errors import UserError, one_line
 from interfaces import Reward, Sample
-from prompting import MAX_PROMPT_CHARS, well_formed
-from rewards import RewardError, one_line
 from models.frozen import (
     arithmetic,
     batches,
@@ -49,6 +48,7 @@ from models.frozen import (
     tensors_of,
 )
 from models.weights import locked
+from prompting import MAX_PROMPT_CHARS, well_formed
 
 PUBLISHED = locked("CaraJ/ORM-T2I-R1")
 NEEDS = ("config.json", "tokenizer_config.json")
@@ -76,7 +76,7 @@ class ORM(Reward):
         temperature: T of the module's formula, above 0.
 
     Raises:
-        RewardError: no checkpoint at `path`, or one that cannot be used.
+        UserError: no checkpoint at `path`, or one that cannot be used.
         ValueError: an unknown `dtype`, a `batch_size` below 1, or a `temperature` not above 0.
     """
 
@@ -193,11 +193,11 @@ def _load(folder: Path, dtype: torch.dtype, device: torch.device):
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise RewardError(f"cannot read {folder} as a LLaVA-OneVision checkpoint ({one_line(error)})") from error
+        raise UserError(f"cannot read {folder} as a LLaVA-OneVision checkpoint ({one_line(error)})") from error
     check_whole(report["missing_keys"], folder, "LlavaOnevisionForConditionalGeneration", PUBLISHED)
     config = model.config
     if config.vision_feature_select_strategy != "full" or not isinstance(config.vision_feature_layer, int):
-        raise RewardError(
+        raise UserError(
             f"{folder / 'config.json'} selects {config.vision_feature_select_strategy!r} of vision layers "
             f"{config.vision_feature_layer!r}: an ORM reads 'full' of one layer, give a checkpoint of that kind"
         )
@@ -260,13 +260,13 @@ def native_folder(folder: Path) -> Path:
     or `folder` is the hub's cache. One process makes it while others wait; it is made again once the original changes.
 
     Raises:
-        RewardError: another model, one that cannot be converted, or no room for the copy.
+        UserError: another model, one that cannot be converted, or no room for the copy.
     """
     config = _json(folder / "config.json")
     if config.get("model_type") == "llava_onevision":
         return folder
     if config.get("model_type") != "llava_qwen":
-        raise RewardError(
+        raise UserError(
             f"{folder / 'config.json'} has model_type {config.get('model_type')!r}: the ORM is a 'llava_onevision', "
             "or a 'llava_qwen' in the original layout"
         )
@@ -277,7 +277,7 @@ def native_folder(folder: Path) -> Path:
             if not _converted(folder, target):
                 convert(folder, target)
     except (OSError, SafetensorError) as error:
-        raise RewardError(f"cannot convert {folder} to {target} ({one_line(error)}): make room there") from error
+        raise UserError(f"cannot convert {folder} to {target} ({one_line(error)}): make room there") from error
     return target
 
 
@@ -285,7 +285,7 @@ def convert(folder: Path, target: Path) -> None:
     """Write `folder`, in the original layout, to `target` in transformers' own, shard by shard.
 
     Raises:
-        RewardError: a weight or a setting that does not belong to such a model, or one that is missing.
+        UserError: a weight or a setting that does not belong to such a model, or one that is missing.
     """
     config = _native_config(folder)
     renames = _renames(folder, config)
@@ -313,13 +313,13 @@ def _native_config(folder: Path) -> LlavaOnevisionConfig:
     original = _json(path)
     for key, value in ORIGINAL_CONFIG.items():
         if original.get(key, value) != value:
-            raise RewardError(f"{path} has {key} {original[key]!r}: only checkpoints with {value!r} can be converted")
+            raise UserError(f"{path} has {key} {original[key]!r}: only checkpoints with {value!r} can be converted")
     absent = [field for field in (*TEXT_FIELDS, "mm_vision_tower", "mm_hidden_size") if field not in original]
     if absent:
-        raise RewardError(f"{path} has no {', '.join(absent)}: fetch it again, run `{PUBLISHED.command}`")
+        raise UserError(f"{path} has no {', '.join(absent)}: fetch it again, run `{PUBLISHED.command}`")
     tower = TOWERS.get(Path(original["mm_vision_tower"]).name)
     if tower is None or tower["hidden_size"] != original["mm_hidden_size"]:
-        raise RewardError(
+        raise UserError(
             f"{path} has mm_vision_tower {original['mm_vision_tower']!r} of width {original['mm_hidden_size']}: only "
             f"{', '.join(TOWERS)} can be converted"
         )
@@ -353,7 +353,7 @@ def _renames(folder: Path, config: LlavaOnevisionConfig) -> dict[str, dict[str, 
             with safe_open(folder / shard, framework="pt") as weights:
                 renames[shard] = {name: _native_name(name) for name in weights.keys()}
     except (OSError, SafetensorError) as error:
-        raise RewardError(
+        raise UserError(
             f"cannot read {folder / shard} ({one_line(error)}): fetch it again, run `{PUBLISHED.command}`"
         ) from error
     with torch.device("meta"):
@@ -372,9 +372,9 @@ def _native_name(name: str) -> str:
 
 
 def _check_names(folder: Path, names: dict[str, str], expected: set[str], config: LlavaOnevisionConfig) -> None:
-    """Raise RewardError unless `names` (there -> here) are those `expected`, but for what the original never reads."""
+    """Raise UserError unless `names` (there -> here) are those `expected`, but for what the original never reads."""
     if not any(name.startswith("model.vision_tower.") for name in names):
-        raise RewardError(
+        raise UserError(
             f"{folder} holds no vision tower, only a reference to {_json(folder / 'config.json')['mm_vision_tower']}: "
             "save the model together with its tower"
         )
@@ -386,7 +386,7 @@ def _check_names(folder: Path, names: dict[str, str], expected: set[str], config
     missing = expected - set(names.values()) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
     if unknown or missing:
         faults = [f"{what} {_some(found)}" for what, found in (("lacks", missing), ("has unknown", unknown)) if found]
-        raise RewardError(f"{folder} is no LLaVA-OneVision in the original layout: it {' and '.join(faults)}")
+        raise UserError(f"{folder} is no LLaVA-OneVision in the original layout: it {' and '.join(faults)}")
 
 
 def _beside(folder: Path) -> Path:
@@ -403,7 +403,7 @@ def _converted(folder: Path, target: Path) -> bool:
     if not target.exists():
         return False
     if not (target / RECORD).is_file():
-        raise RewardError(f"{target} is in the way of a converted copy of {folder}: move it, or name it as --orm_path")
+        raise UserError(f"{target} is in the way of a converted copy of {folder}: move it, or name it as --orm_path")
     return _json(target / RECORD) == _record(folder)
 
 
@@ -417,7 +417,7 @@ def _json(path: Path) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise RewardError(f"{path} is not JSON ({one_line(error)}): fetch it again") from error
+        raise UserError(f"{path} is not JSON ({one_line(error)}): fetch it again") from error
 
 
 def _write_json(path: Path, content: dict) -> None:

@@ -21,9 +21,8 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from errors import UserError, one_line
 from interfaces import Reward, Sample
-from prompting import well_formed
-from rewards import RewardError, one_line
 from models.frozen import (
     arithmetic,
     autocast,
@@ -35,6 +34,7 @@ from models.frozen import (
     mean_cosines,
 )
 from models.weights import locked
+from prompting import well_formed
 
 PUBLISHED = locked("yuvalkirstain/PickScore_v1")
 PROCESSOR_FILES = ("preprocessor_config.json", "tokenizer_config.json")
@@ -55,7 +55,7 @@ class PickScore(Reward):
         batch_size: pictures, or texts, per forward pass.
 
     Raises:
-        RewardError: no checkpoint at `path`, or one that cannot be used.
+        UserError: no checkpoint at `path`, or one that cannot be used.
         ValueError: an unknown `dtype` or a `batch_size` below 1.
     """
 
@@ -125,7 +125,7 @@ def _load(folder: Path):
             folder, local_files_only=True, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise RewardError(f"cannot read {folder} as a CLIP checkpoint ({one_line(error)})") from error
+        raise UserError(f"cannot read {folder} as a CLIP checkpoint ({one_line(error)})") from error
     check_whole(report["missing_keys"], folder, "CLIPModel", PUBLISHED)
     reader = folder
     if not all((folder / name).is_file() for name in PROCESSOR_FILES):
@@ -134,10 +134,10 @@ def _load(folder: Path):
         tokenizer = AutoTokenizer.from_pretrained(reader, local_files_only=True)
         processor = CLIPImageProcessorPil.from_pretrained(reader, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise RewardError(f"cannot read the tokenizer or image processor in {reader} ({one_line(error)})") from error
+        raise UserError(f"cannot read the tokenizer or image processor in {reader} ({one_line(error)})") from error
     side, crop = model.config.vision_config.image_size, processor.crop_size
     if (crop["height"], crop["width"]) != (side, side):
-        raise RewardError(
+        raise UserError(
             f"the image processor in {reader} crops to {crop['height']}x{crop['width']}, the model in {folder} reads "
             f"{side}x{side}: give the {PROCESSOR_FILES[0]} that the model was trained with"
         )

@@ -20,10 +20,10 @@ from itertools import combinations
 
 from PIL import Image
 
-from interfaces import Prompt, Reward, Sample
-from rewards import RewardError
-from models.frozen import check_pictures
 from clients.chat import Question, Template, VLMClient, after_thinking, picture_hash
+from errors import UserError
+from interfaces import Prompt, Reward, Sample
+from models.frozen import check_pictures
 
 FIRST, SECOND, TIE = "first", "second", "tie"
 VERDICTS = {"image 1 is better": FIRST, "image 2 is better": SECOND, "tie": TIE}
@@ -96,7 +96,7 @@ class Preference(Reward):
             the judge is biased); with anchors "win_rate_vs_raw"; and the client's counts.
 
     Raises:
-        RewardError: `pairs` is none of the above.
+        UserError: `pairs` is none of the above.
     """
 
     name = "preference"
@@ -105,7 +105,7 @@ class Preference(Reward):
 
     def __init__(self, client: VLMClient, *, pairs: str = "all", both_orders: bool = False, seed: int = 0):
         if pairs not in ("all", "anchor") and not (pairs.isdecimal() and int(pairs) >= 1):
-            raise RewardError(f'preference pairs are {pairs!r}: give "all", "anchor" or how many each picture meets')
+            raise UserError(f'preference pairs are {pairs!r}: give "all", "anchor" or how many each picture meets')
         self.client, self.pairs, self.both_orders, self.seed = client, pairs, both_orders, seed
         self.needs_anchors = pairs == "anchor"
         self.metrics: dict[str, float] = {}

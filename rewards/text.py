@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from errors import UserError
 from interfaces import Reward, Sample
-from rewards import RewardError
 
 
 class Format(Reward):
@@ -34,7 +34,7 @@ class Length(Reward):
         max_tokens: tokens of a text that the renderer reads.
 
     Raises:
-        RewardError: unless 1 <= low <= high <= max_tokens.
+        UserError: unless 1 <= low <= high <= max_tokens.
     """
 
     name = "length"
@@ -43,9 +43,9 @@ class Length(Reward):
 
     def __init__(self, count_tokens: Callable[[str], int], low: int, high: int, max_tokens: int):
         if not 1 <= low <= high:
-            raise RewardError(f"length_low {low} and length_high {high} must satisfy 1 <= low <= high")
+            raise UserError(f"length_low {low} and length_high {high} must satisfy 1 <= low <= high")
         if high > max_tokens:
-            raise RewardError(f"length_high {high} rewards text that the renderer cuts: it reads {max_tokens} tokens")
+            raise UserError(f"length_high {high} rewards text that the renderer cuts: it reads {max_tokens} tokens")
         self.count_tokens, self.low, self.high = count_tokens, low, high
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | None]:

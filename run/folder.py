@@ -26,6 +26,7 @@ from typing import Any
 
 from PIL import Image
 
+from errors import UserError
 from run import checkpoints
 from run.checkpoints import Maker
 
@@ -39,7 +40,6 @@ NOT_IDENTITY = {
     "outdir",
     "output_dir",
     "resume",
-    "dry_run",
     "resume_from_checkpoint",
     "logging_dir",
     "report_to",
@@ -75,10 +75,6 @@ NOT_IDENTITY = {
 
 
 FOLLOWING = {"generation_batch_size"}  # what another number of processes changes by itself
-
-
-class RunFolderError(RuntimeError):
-    """The output folder cannot be used for this run; the message says why and what to do."""
 
 
 class RunFolder:
@@ -123,24 +119,24 @@ class RunFolder:
         """Raise unless this run, of `steps` optimiser steps in all, may write here. Reads only; hashes nothing.
 
         Raises:
-            RunFolderError: the folder holds another run or foreign files, or `--resume` does not fit what it holds.
+            UserError: the folder holds another run or foreign files, or `--resume` does not fit what it holds.
         """
         if self.path.exists() and not self.path.is_dir():
-            raise RunFolderError(f"--outdir {self.path} is a file: name a folder")
+            raise UserError(f"--outdir {self.path} is a file: name a folder")
         there = checkpoints.found(self.path)
         record = self.path / "run.json"
         if record.exists():
             self._check_same(record)
         elif self.path.exists() and any(self.path.iterdir()):
-            raise RunFolderError(f"--outdir {self.path} is not empty and holds no run: choose another folder")
+            raise UserError(f"--outdir {self.path} is not empty and holds no run: choose another folder")
         if self.resume is None and there:
-            raise RunFolderError(
+            raise UserError(
                 f"--outdir {self.path} holds this same run up to {there[0].name}: continue it with --resume, or "
                 "choose another folder"
             )
         self.choose(contents=False)
         if steps is not None and self.resume_step >= steps:  # a Trainer would take one step more than was asked for
-            raise RunFolderError(f"--resume: {self.path} is complete; its policy is {self.start}")
+            raise UserError(f"--resume: {self.path} is complete; its policy is {self.start}")
 
     def choose(self, *, contents: bool) -> None:
         """Set `start` to the checkpoint that `--resume` means, `skipped` to the newer ones that cannot be used.
@@ -149,14 +145,14 @@ class RunFolder:
             contents: hash every file of a checkpoint before it is chosen; else sizes alone are compared.
 
         Raises:
-            RunFolderError: there are checkpoints and none is good, or the one that was named is not.
+            UserError: there are checkpoints and none is good, or the one that was named is not.
         """
         if self.resume is None:
             return
         named = [path for path in checkpoints.found(self.path) if self.resume in (AUTO, path.name)]
         if not named and self.resume != AUTO:
             there = ", ".join(path.name for path in checkpoints.found(self.path)) or "none"
-            raise RunFolderError(f"--resume {self.resume}: {self.path} has {there}; give one of them, or {AUTO}")
+            raise UserError(f"--resume {self.resume}: {self.path} has {there}; give one of them, or {AUTO}")
         self.start, self.skipped = None, {}
         for path in named:
             if (why := checkpoints.fault(path, self.maker, contents=contents)) is None:
@@ -165,7 +161,7 @@ class RunFolder:
             self.skipped[path] = why
         if self.skipped:
             reasons = "; ".join(f"{path.name}: {why}" for path, why in self.skipped.items())
-            raise RunFolderError(
+            raise UserError(
                 f"--resume: no checkpoint in {self.path} can be continued ({reasons}): repair or remove what is "
                 "named, or start anew in another --outdir"
             )
@@ -188,19 +184,19 @@ class RunFolder:
         try:
             stored = json.loads(record.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
-            raise RunFolderError(f"{record} cannot be read ({error}): choose another --outdir") from error
+            raise UserError(f"{record} cannot be read ({error}): choose another --outdir") from error
         if stored.get("config_hash") == self.config_hash:
             return
         theirs = stored.get("config") or {}
         names = sorted((theirs.keys() | self.config.keys()) - NOT_IDENTITY)
         differing = [name for name in names if _json(theirs.get(name)) != _json(self.config.get(name))]
         if "num_processes" in differing and not set(differing) - {"num_processes", *FOLLOWING}:
-            raise RunFolderError(
+            raise UserError(
                 f"--outdir {self.path} holds this run on {theirs['num_processes']} processes, these are "
                 f"{self.config['num_processes']}: launch as many, or choose another folder"
             )
         shown = ", ".join(f"{n} {_json(theirs.get(n))} -> {_json(self.config.get(n))}" for n in differing[:3])
-        raise RunFolderError(f"--outdir {self.path} holds another run ({shown}): choose another folder")
+        raise UserError(f"--outdir {self.path} holds another run ({shown}): choose another folder")
 
     def open(self, derived: Mapping[str, Any], command: Sequence[str], commit: str | None) -> None:
         """Create the folder, cut what a continued run logged after its checkpoint, and write `run.json`."""

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,6 +19,8 @@ import torch
 import yaml
 from transformers import TrainingArguments
 from trl import ModelConfig, TrlParser
+
+from errors import Stopped, UserError
 
 RESUME = {  # the field of --resume
     "nargs": "?",
@@ -27,15 +31,11 @@ RESUME = {  # the field of --resume
 OURS = {"output_dir": "outdir", "model_name_or_path": "gpt_path", "resume_from_checkpoint": "resume"}
 
 
-class UsageError(ValueError):
-    """Options that cannot be run; the message is one line, with the value and what to do."""
-
-
 class _Parser(TrlParser):
-    """TRL's parser, with every complaint as a `UsageError`."""
+    """TRL's parser, with every complaint as a `UserError`."""
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
+        raise UserError(message)
 
 
 def parse(
@@ -50,7 +50,7 @@ def parse(
         lacking: options of other trainers that this one has not, and why.
 
     Raises:
-        UsageError: an unknown key or flag (with the nearest valid one, or why it is lacking), a missing or ill-typed
+        UserError: an unknown key or flag (with the nearest valid one, or why it is lacking), a missing or ill-typed
             value.
     """
     lacking = lacking or {}
@@ -66,27 +66,40 @@ def parse(
             args=list(argv), return_remaining_strings=True, look_for_args_file=False
         )
     except ValueError as error:  # TRL and transformers check values against each other while they build their config
-        raise UsageError(str(error)) from error
+        raise UserError(str(error)) from error
     if unknown:
         if (name := unknown[0].lstrip("-").partition("=")[0].replace("-", "_")) in lacking:
-            raise UsageError(f"--{name} is not possible here: {lacking[name]}")
+            raise UserError(f"--{name} is not possible here: {lacking[name]}")
         flags = [option for action in parser._actions for option in action.option_strings]
-        raise UsageError(f"unknown argument {unknown[0]!r}, did you mean {_nearest(unknown[0], flags)!r}?")
+        raise UserError(f"unknown argument {unknown[0]!r}, did you mean {_nearest(unknown[0], flags)!r}?")
     return tuple(filled)
+
+
+def run_main(program: str, work: Callable[[], int | None]) -> int:
+    """Run a program's work; returns its exit code: 0 (or what `work` returns), 2 for a UserError, 1 for a Stopped.
+
+    The first process of a launch prints an error, in one line on stderr.
+    """
+    try:
+        return work() or 0
+    except (UserError, Stopped) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return 2 if isinstance(error, UserError) else 1
 
 
 def set_renamed(outdir: str, gpt_path: str, training: TrainingArguments, model: ModelConfig) -> None:
     """Give TRL what our own flags say in its place, and the policy's loading options.
 
     Raises:
-        UsageError: one of TRL's own names was given, or foreign code is to be trusted at no particular commit.
+        UserError: one of TRL's own names was given, or foreign code is to be trusted at no particular commit.
     """
     unused = {"output_dir": training.output_dir, "resume_from_checkpoint": training.resume_from_checkpoint}
     for name, value in {**unused, "model_name_or_path": model.model_name_or_path}.items():
         if value not in (None, "trainer_output"):  # transformers' own default for output_dir
-            raise UsageError(f"--{name} {value} is set with --{OURS[name]} here")
+            raise UserError(f"--{name} {value} is set with --{OURS[name]} here")
     if training.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", model.model_revision):
-        raise UsageError(
+        raise UserError(
             f"--trust_remote_code runs whatever Python code {gpt_path} has at --model_revision "
             f"{model.model_revision}: read that code, and give the full commit (40 hex digits) that you have read"
         )
@@ -103,17 +116,17 @@ def _read_yaml(path: Path, parser: TrlParser, lacking: Mapping[str, str]) -> dic
     try:
         options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
-        raise UsageError(f"--config {path} cannot be read ({error.strerror}): check the path") from error
+        raise UserError(f"--config {path} cannot be read ({error.strerror}): check the path") from error
     except yaml.YAMLError as error:
-        raise UsageError(f"{path} is not YAML: {error}") from error
+        raise UserError(f"{path} is not YAML: {error}") from error
     if not isinstance(options, dict):
-        raise UsageError(f"{path} holds a {type(options).__name__}, not `option: value` lines")
+        raise UserError(f"{path} holds a {type(options).__name__}, not `option: value` lines")
     actions = {action.dest: action for action in parser._actions}
     for key, value in options.items():
         if key in lacking:
-            raise UsageError(f"{key} in {path} is not possible here: {lacking[key]}")
+            raise UserError(f"{key} in {path} is not possible here: {lacking[key]}")
         if key not in actions:
-            raise UsageError(f"unknown key {key!r} in {path}, did you mean {_nearest(str(key), list(actions))!r}?")
+            raise UserError(f"unknown key {key!r} in {path}, did you mean {_nearest(str(key), list(actions))!r}?")
         if actions[key].nargs == "+" and not isinstance(value, list):
             options[key] = [value]
         elif isinstance(value, int | float) and not isinstance(value, bool):

@@ -18,11 +18,12 @@ from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 from trl import ModelConfig
 
-from run.trainer import GuardedTrainer
+from errors import UserError
 from report.page import write_report
-from run.folder import RunFolder, RunFolderError, git_commit
-from scoring.judge import ScoringError
+from run.folder import RunFolder, git_commit
 from run.signals import Leave, listen
+from run.trainer import GuardedTrainer
+from scoring.judge import ScoringError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,7 +32,7 @@ def begin(folder: RunFolder, numbers: Mapping[str, int], lines: Sequence[str]) -
     """Open the run folder and say what is about to run, on the main process; for every process to call.
 
     Raises:
-        RunFolderError: the checkpoints to continue from are damaged, or the folder cannot be written.
+        UserError: the checkpoints to continue from are damaged, or the folder cannot be written.
     """
     state = PartialState()
     state.wait_for_everyone()  # every process has checked the folder before one writes into it
@@ -41,7 +42,7 @@ def begin(folder: RunFolder, numbers: Mapping[str, int], lines: Sequence[str]) -
             folder.choose(contents=True)
             folder.open(numbers, [Path(sys.argv[0]).name, *sys.argv[1:]], git_commit(ROOT))
             print("\n".join([*lines, *folder.going_on()]), flush=True)
-        except RunFolderError as error:
+        except UserError as error:
             chosen[1] = str(error)
         except OSError as error:
             chosen[1] = (
@@ -52,7 +53,7 @@ def begin(folder: RunFolder, numbers: Mapping[str, int], lines: Sequence[str]) -
         broadcast_object_list(chosen)
     folder.start = chosen[0]
     if chosen[1]:
-        raise RunFolderError(chosen[1])
+        raise UserError(chosen[1])
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.path / "tensorboard"))
 
 

@@ -26,9 +26,8 @@ from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks
 
-from run import checkpoints
-
-from run import signals
+from errors import Stopped
+from run import checkpoints, signals
 from run.folder import RunFolder
 from run.heartbeat import Watch
 
@@ -37,10 +36,6 @@ logger = logging.getLogger(__name__)
 PATIENCE = 3  # skipped optimiser steps in a row before the run stops
 ADAM_BYTES = 12  # a trained parameter's two float32 moments, and DeepSpeed's float32 copy of it
 CANNOT_WRITE = (OSError, RuntimeError, SafetensorError)  # of file, torch's zip writer and safetensors on a full disk
-
-
-class Stopped(RuntimeError):
-    """The run had to stop (disk, numbers); the message says why and what to do."""
 
 
 class GuardedTrainer(Trainer):

@@ -21,21 +21,23 @@ from dataclasses import dataclass
 from accelerate.utils import gather_object
 from PIL import Image
 
+from errors import Stopped, UserError
 from interfaces import Prompt, Renderer, Reward, Sample
 from prompting import parse
-from scoring.prefetch import Ahead
-from scoring.cache import PictureCache
 from run.seeds import render_seed
 from run.signals import Leave, leaving
+from scoring.cache import PictureCache
+from scoring.prefetch import Ahead
 
 logger = logging.getLogger(__name__)
 
 PATIENCE = 3  # generation batches in a row: with too many absent samples the run stops, with equal rewards it warns
 Row = tuple[str, int]  # a text to draw, and the seed of its noise
-FAILURES = (OSError, RuntimeError, ValueError)  # of a renderer or reward; anything else is a bug and ends at once
+# What a renderer or reward may raise because of its input or machine; anything else is a bug and ends at once.
+FAILURES = (UserError, OSError, RuntimeError, ValueError)
 
 
-class ScoringError(RuntimeError):
+class ScoringError(Stopped):
     """A reward or the renderer broke its contract, or too many samples are absent; the message says which and how."""
 
 

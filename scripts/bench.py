@@ -32,16 +32,14 @@ import torch
 import yaml
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from data.prompts import load_prompts
+from inference import Reprompter
 from interfaces import Prompt, Renderer, Sample
 from miniature import build as miniature
 from prompting import messages, parse
 from rewards import RewardOptions, Setting, build
-from scripts.reprompt import Reprompter
-from scoring.judge import Scorer
 from run.seeds import render_seed
+from scoring.judge import Scorer
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUPS = (4, 8, 16, 32)

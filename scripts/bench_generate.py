@@ -17,9 +17,9 @@ from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
 from data.prompts import load_prompts
+from inference import Reprompter
 from prompting import messages
 from scripts.bench import ROOT
-from scripts.reprompt import Reprompter
 
 WAYS = {  # name -> TRL's options
     "default, a cache that grows": {},

@@ -28,9 +28,9 @@ from interfaces import Prompt
 from prompting import completion
 from rendering import RenderOptions
 from rendering.local import LocalRenderer
+from scoring.judge import Scorer
 from scripts.bench import ROOT, plain_loop
 from scripts.bench_models import REWARDS, Flops, NoRoom, Scale, count_flops, flux, free, policy, reward
-from scoring.judge import Scorer
 
 # TFLOP/s of dense bfloat16 by NVIDIA's data sheets; the first part of a name that fits counts.
 PUBLISHED = {"H100 PCIe": 756, "H100 NVL": 835, "H200 NVL": 835, "H100": 989, "H200": 989, "A100": 312, "L40S": 362,

@@ -24,8 +24,8 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from interfaces import Reward
-from rewards import RewardOptions, Setting, build
 from models.frozen import freeze
+from rewards import RewardOptions, Setting, build
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "miniature" / "weights"
 REWARDS = ("hps", "git", "gdino", "orm")

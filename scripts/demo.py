@@ -26,16 +26,14 @@ import numpy as np
 import yaml
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from evaluation.sheet import Cell, contact_sheet
+from inference import Reprompter, Rewrite
 from interfaces import Prompt, Renderer
 from miniature import build, world
-from scripts.reprompt import Reprompter, Rewrite
 from report.page import write_report
+from report.terminal import oracle_table, sparkline
 from run.folder import RunFolder
 from run.seeds import render_seed
-from report.terminal import oracle_table, sparkline
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "miniature.yaml"

@@ -33,19 +33,13 @@ from huggingface_hub.file_download import http_get, repo_folder_name
 from huggingface_hub.hf_api import ModelInfo, RepoSibling
 from huggingface_hub.utils import WeakFileLock, build_hf_headers, filter_repo_objects
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from r1_prompter import Options, parse_options
-from rewards import CHECKPOINTS, RewardError, check
+from errors import UserError
 from models import weights
-from run.options import UsageError
-from models.policy import READ, PolicyError, base_of, is_adapter
+from models.policy import READ, base_of, is_adapter
+from models.weights import Checkpoint
+from r1_prompter import Options, parse_options
+from rewards import CHECKPOINTS, check
 from run.folder import write_whole
-from models.weights import Checkpoint, WeightsError
-
-
-class FetchError(RuntimeError):
-    """Something cannot be had; the message is one line and says what to do."""
 
 
 @dataclass(frozen=True)
@@ -103,16 +97,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(table(wanted), flush=True)
         room(wanted)
         if barred := [one.known.repo for one in wanted if one.barred]:
-            raise FetchError("; and ".join(map(_accept, barred)))
+            raise UserError("; and ".join(map(_accept, barred)))
         if not args.dry_run:
             for one in wanted:
                 fetch(one)
             if args.update_lock:
                 update_lock(wanted)
             print(f"all is here and as it should be; next:\n  {_next(trainers)}")
-    except (UsageError, RewardError, PolicyError, FetchError, WeightsError) as error:
+    except UserError as error:
         print(f"fetch: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        return 1 if isinstance(error, FetchError | WeightsError) else 2
+        return 1 if isinstance(error, UserError | UserError) else 2
     except KeyboardInterrupt:
         print("\nfetch: stopped; the same command goes on where it stopped", file=sys.stderr, flush=True)
         return 1
@@ -123,8 +117,8 @@ def named(options: Options) -> Iterator[tuple[str, Checkpoint]]:
     """What each repository is for, and the lock's entry of it; what is named by a path must be on this disk.
 
     Raises:
-        UsageError: no such path.
-        PolicyError: an adapter that does not say what it adapts.
+        UserError: no such path.
+        UserError: an adapter that does not say what it adapts.
     """
     policy, revision = options.script.gpt_path, options.model.model_revision
     if is_adapter(policy):
@@ -138,7 +132,7 @@ def named(options: Options) -> Iterator[tuple[str, Checkpoint]]:
         if Path(path).exists():
             print(f"{use}: {path}, on this disk")
         elif path.count("/") != 1 or path.startswith((".", "/", "~")):
-            raise UsageError(f"{use}: no file or folder {path!r}, and it is not a hub name (owner/name)")
+            raise UserError(f"{use}: no file or folder {path!r}, and it is not a hub name (owner/name)")
         else:
             known = weights.locked(path)
             own_revision = use == "policy" and revision not in (None, "main")
@@ -158,7 +152,7 @@ def _ask(uses: str, known: Checkpoint) -> Wanted:
     if any(file.rfilename.endswith(".safetensors") for file in files):
         files = [file for file in files if not file.rfilename.endswith(".bin")]
     if not files:
-        raise FetchError(f"{known.repo} has none of the files that are read ({', '.join(known.include or READ)})")
+        raise UserError(f"{known.repo} has none of the files that are read ({', '.join(known.include or READ)})")
     return Wanted(uses, known, info, tuple(files), barred)
 
 
@@ -188,17 +182,17 @@ def _explained(repo: str) -> Iterator[None]:
     try:
         yield
     except OfflineModeIsEnabled as error:
-        raise UsageError("HF_HUB_OFFLINE is set, so nothing can be fetched: unset it, and run this again") from error
+        raise UserError("HF_HUB_OFFLINE is set, so nothing can be fetched: unset it, and run this again") from error
     except GatedRepoError as error:
-        raise FetchError(_accept(repo)) from error
+        raise UserError(_accept(repo)) from error
     except RepositoryNotFoundError as error:
-        raise FetchError(
+        raise UserError(
             f"{repo}: the hub has no such repository, or not for this user: check the name, and HF_TOKEN if it is "
             "private"
         ) from error
     except (OSError, httpx.HTTPError) as error:  # what the hub refuses, a lost connection, a full disk
         said = " ".join(str(error).split())[:200]
-        raise FetchError(f"{repo}: {said}; run the same command again, it goes on where it stopped") from error
+        raise UserError(f"{repo}: {said}; run the same command again, it goes on where it stopped") from error
 
 
 def table(wanted: Sequence[Wanted]) -> str:
@@ -216,7 +210,7 @@ def table(wanted: Sequence[Wanted]) -> str:
 
 
 def room(wanted: Sequence[Wanted]) -> None:
-    """Say how much is to be fetched and how much is free. FetchError if it cannot fit."""
+    """Say how much is to be fetched and how much is free. UserError if it cannot fit."""
     needed = sum({one.known.repo: one.missing for one in wanted}.values())
     place = Path(constants.HF_HUB_CACHE).absolute()
     while not place.exists():
@@ -224,7 +218,7 @@ def room(wanted: Sequence[Wanted]) -> None:
     free = shutil.disk_usage(place).free
     print(f"to fetch: {_gb(needed)}; free in {constants.HF_HUB_CACHE}: {_gb(free)}", flush=True)
     if needed > free:
-        raise FetchError(
+        raise UserError(
             f"{_gb(needed)} do not fit into the {_gb(free)} that are free in {constants.HF_HUB_CACHE}: make room, or "
             "set HF_HUB_CACHE to a folder on a larger disk"
         )
@@ -234,8 +228,8 @@ def fetch(one: Wanted) -> None:
     """Download what is missing of a repository and verify all that is read of it.
 
     Raises:
-        FetchError: it cannot be had; running again goes on.
-        WeightsError: a file that is not what the lock or the hub says.
+        UserError: it cannot be had; running again goes on.
+        UserError: a file that is not what the lock or the hub says.
     """
     for file in one.files:
         with _explained(one.known.repo):
@@ -246,7 +240,7 @@ def fetch(one: Wanted) -> None:
         weights.check(path, locked.get("size"), locked.get("sha256"), "checkpoints.lock")
         weights.check(path, file.size, file.lfs.sha256 if file.lfs else None, "the hub")
         if file.lfs is None and _git_id(path) != file.blob_id:
-            raise WeightsError(
+            raise UserError(
                 f"{path} is not what the hub says (git id {file.blob_id}): delete {path.resolve()} and fetch it again"
             )
 

@@ -12,15 +12,11 @@ import json
 from collections import Counter
 from pathlib import Path
 
+from errors import UserError, one_line
 from interfaces import Prompt
-from rewards import one_line
 from run.folder import differences
 
 START = b'{"settings": '  # of every journal
-
-
-class JournalError(RuntimeError):
-    """The journal cannot be used or written; the message is one line and says what to do."""
 
 
 class Journal:
@@ -39,7 +35,7 @@ class Journal:
         tokens: (read, written) by the teacher for all answers; `uncounted` answers came without these numbers.
 
     Raises:
-        JournalError: not writable, in use, of other settings, or no such file.
+        UserError: not writable, in use, of other settings, or no such file.
     """
 
     def __init__(self, out: Path, settings: dict):
@@ -49,21 +45,21 @@ class Journal:
         self.counts: Counter[str] = Counter()
         self.tokens, self.uncounted = (0, 0), 0
         if out.exists() and not self.path.exists():
-            raise JournalError(f"{out} is there without {self.path.name}: name another --out, or remove it")
+            raise UserError(f"{out} is there without {self.path.name}: name another --out, or remove it")
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(self.path, "a+b", buffering=0)
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise JournalError(f"{self.path} is in use by another run: wait for it, or name another --out") from error
+            raise UserError(f"{self.path} is in use by another run: wait for it, or name another --out") from error
         except OSError as error:
-            raise JournalError(f"--out {out} cannot be written ({error.strerror}): name another") from error
+            raise UserError(f"--out {out} cannot be written ({error.strerror}): name another") from error
         self._settings = settings
         old = self._load()
         self._begun = old is not None
         if old not in (None, settings):
             changed = differences(old, settings)
-            raise JournalError(f"{out} was begun with other settings ({changed}): use those, or name another --out")
+            raise UserError(f"{out} was begun with other settings ({changed}): use those, or name another --out")
 
     def _load(self) -> dict | None:
         """Take in all whole lines and cut off a torn one; returns the settings, None if the file is new."""
@@ -78,7 +74,7 @@ class Journal:
                 self._take(row)
         except (ValueError, KeyError, TypeError) as error:
             why = one_line(error)
-            raise JournalError(f"{self.path} is no journal of this program ({why}): name another --out") from error
+            raise UserError(f"{self.path} is no journal of this program ({why}): name another --out") from error
         self._file.truncate(text.rfind(b"\n") + 1)
         return settings
 
@@ -94,7 +90,7 @@ class Journal:
         """Write the row down at once and take it in.
 
         Raises:
-            JournalError: it could not be written (full disk).
+            UserError: it could not be written (full disk).
         """
         lines = [row] if self._begun else [{"settings": self._settings}, row]
         text = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
@@ -103,7 +99,7 @@ class Journal:
                 raise OSError("disk full")
         except OSError as error:
             why = one_line(error)
-            raise JournalError(f"{self.path} cannot be written ({why}): make room and run again") from error
+            raise UserError(f"{self.path} cannot be written ({why}): make room and run again") from error
         self._begun = True
         self._take(row)
 

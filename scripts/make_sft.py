@@ -35,15 +35,15 @@ from typing import NoReturn
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from data.intent import lost
-from data.prompts import DataError, load_prompts
+from data.prompts import load_prompts
+from errors import UserError, one_line
 from interfaces import Prompt
 from prompting import SYSTEM_PROMPT, completion
-from rendering import AUTO, CheckpointError, RenderOptions
-from rewards import REWARDS, RewardError, RewardOptions, Setting, build, check, one_line, option
-from scripts.journal import Journal, JournalError
+from rendering import AUTO, RenderOptions
+from rewards import REWARDS, RewardOptions, Setting, build, check, option
+from run.folder import write_whole
+from scripts.journal import Journal
 from scripts.teacher import (
     FOR_A_TEACHER,
     FOREIGN,
@@ -54,9 +54,7 @@ from scripts.teacher import (
     ChatTeacher,
     Draft,
     MiniatureTeacher,
-    TeacherError,
 )
-from run.folder import write_whole
 
 INTENT = "intent lost"
 DROPS = (REFUSED, TRUNCATED, MALFORMED, INTENT, FOREIGN)
@@ -76,10 +74,6 @@ COUNTS = (  # options that are 1 or more
     "max_sequence_length", "render_batch_size",
 )  # fmt: skip
 PATIENCE = 3  # batches in a row without any score before scoring stops
-
-
-class SftError(RuntimeError):
-    """The run cannot start or go on; the message is one line and says what to do."""
 
 
 @dataclass
@@ -137,7 +131,7 @@ async def ask_all(
     """Fill the open slots, `--concurrency` at a time; returns how often each API failure left one open.
 
     Raises:
-        TeacherError: nobody can be asked; what was answered is in the journal.
+        UserError: nobody can be asked; what was answered is in the journal.
     """
     failures: Counter[str] = Counter()
     waiting = iter(slots)
@@ -188,7 +182,7 @@ def _row(prompt: Prompt, draft: Draft, intent: str) -> dict:
 
 def load_scorer(args: Options, render: RenderOptions, reward: RewardOptions, prompts: Sequence[Prompt]):
     """The renderer and rewards that the arguments name, as the trainer has them."""
-    from models.policy import PolicyError, pick_device  # torch: seconds that asking alone need not cost
+    from models.policy import pick_device  # torch: seconds that asking alone need not cost
     from scoring.judge import Scorer
 
     try:
@@ -196,8 +190,8 @@ def load_scorer(args: Options, render: RenderOptions, reward: RewardOptions, pro
         renderer = render.load(device)
         setting = Setting(reward.reward_device or device, renderer, prompts, args.seed)
         rewards = build(args.rewards, reward, setting)
-    except (CheckpointError, PolicyError, ValueError) as error:
-        raise SftError(f"renderer: {error}") from error
+    except (UserError, ValueError) as error:
+        raise UserError(f"renderer: {error}") from error
     # Groups differ in size here, and no answer is unreadable: what the size of a group is for does not occur. Pictures
     # of one prompt start from the same noise all the same, which depends on seed, prompt and image index alone.
     return Scorer(
@@ -222,7 +216,7 @@ def score_all(args: Options, scorer, prompts: Sequence[Prompt], journal: Journal
     """Score the answers to `prompts`, `pictures` or so at once; a prompt with no score at all is left as it is.
 
     Raises:
-        SftError: PATIENCE batches in a row without a single score.
+        UserError: PATIENCE batches in a row without a single score.
     """
     size = max(1, pictures // (args.best_of * args.images_per_rewrite))
     bad = 0
@@ -231,7 +225,7 @@ def score_all(args: Options, scorer, prompts: Sequence[Prompt], journal: Journal
             batch = prompts[start : start + size]
             bad = 0 if _score(args, scorer, batch, journal) else bad + 1
             if bad == PATIENCE:
-                raise SftError(
+                raise UserError(
                     f"no score at all in {bad * size} prompts: pictures fail or a reward returns nothing, see the log "
                     "above; repair the cause and run the same command again"
                 )
@@ -309,7 +303,7 @@ def write(path: Path, rows: Sequence[dict]) -> None:
     try:
         write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
     except OSError as error:
-        raise SftError(f"{path} cannot be written ({one_line(error)}): repair that, then run again") from error
+        raise UserError(f"{path} cannot be written ({one_line(error)}): repair that, then run again") from error
 
 
 def spent(args: Options, journal: Journal) -> str:
@@ -365,7 +359,7 @@ def run(args: Options, render: RenderOptions, reward: RewardOptions) -> int:
     """The whole job; returns the exit code.
 
     Raises:
-        DataError, RewardError, JournalError, SftError, TeacherError: one line each.
+        UserError: one line each.
     """
     check(args.rewards, reward)
     prompts = load_prompts(args.data)[: args.limit]
@@ -420,29 +414,29 @@ def _settings(args: Options, render: RenderOptions, reward: RewardOptions, promp
 
 
 class _Parser(HfArgumentParser):
-    """The dataclasses' parser, with every complaint as an `SftError` of one line."""
+    """The dataclasses' parser, with every complaint as an `UserError` of one line."""
 
     def error(self, message: str) -> NoReturn:
-        raise SftError(message)
+        raise UserError(message)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[Options, RenderOptions, RewardOptions]:
     """The command line.
 
     Raises:
-        SftError: an unknown flag (with the nearest one), a missing or bad value.
+        UserError: an unknown flag (with the nearest one), a missing or bad value.
     """
     parser = _Parser((Options, RenderOptions, RewardOptions), description=__doc__.splitlines()[0], allow_abbrev=False)
     try:
         args, render, reward, unknown = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
     except ValueError as error:  # of a dataclass
-        raise SftError(str(error)) from error
+        raise UserError(str(error)) from error
     if unknown:
         flags = [f"--{name}" for name in (*vars(args), *vars(render), *vars(reward))]
         nearest = difflib.get_close_matches(unknown[0], flags, n=1, cutoff=0.0)[0]
-        raise SftError(f"unknown argument {unknown[0]!r}, did you mean {nearest!r}?")
+        raise UserError(f"unknown argument {unknown[0]!r}, did you mean {nearest!r}?")
     if complaint := _complaint(args, render):
-        raise SftError(complaint)
+        raise UserError(complaint)
     args.reward_weights = args.reward_weights or [1.0] * len(args.rewards)
     return args, render, reward
 
@@ -473,7 +467,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: see the head of this file."""
     try:
         return run(*parse_args(argv))
-    except (DataError, RewardError, JournalError, SftError, TeacherError) as error:
+    except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -4,11 +4,6 @@
 
 Writes DIR/rewrites.jsonl (one row per distinct prompt, in the order of the file), DIR/settings.json and DIR/*.png. Run
 it again to continue where it stopped. What it leaves out: scores (see evaluation/).
-
-No batch is padded: prompts of one exact token length are batched together. Greedy rewrites then do not depend on the
-batch size but for the rounding of matrix products. In float32 that is too small to matter (the tests compare sizes
-1, 3 and 8); in bfloat16 it can turn a near-tie, and --batch_size 1 is the way to be exact. A sampled rewrite is a
-function of the seed and of the prompts in its batch.
 """
 
 from __future__ import annotations
@@ -18,21 +13,19 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from data.prompts import DataError, load_prompts
+from data.prompts import load_prompts
+from errors import UserError
+from inference import Reprompter
 from interfaces import Prompt, Renderer
-from prompting import messages, parse, well_formed
-from rendering import CheckpointError, RenderOptions
-from models.policy import DTYPES, PolicyError, load_policy, load_tokenizer, pick_device, pick_dtype
+from models.policy import DTYPES, pick_device, pick_dtype
+from prompting import well_formed
+from rendering import RenderOptions
 from run.folder import differences, save_png, whole_lines, write_whole
 from run.seeds import render_seed
 
@@ -40,149 +33,6 @@ NOT_RESULTS = ("prompts", "out", "device")  # arguments that may differ when a r
 PICTURE_SETTINGS = (
     "sdmodel_name", "images", "baseline", "steps", "guidance", "resolution", "max_sequence_length", "chunk_size",
 )  # fmt: skip
-
-
-class RepromptError(RuntimeError):
-    """The run cannot start or continue; the message is one line and says what to do."""
-
-
-@dataclass(frozen=True)
-class Rewrite:
-    """One prompt, rewritten.
-
-    Attributes:
-        prompt: the user's own text.
-        reasoning: the think block; "" if there is none or the answer could not be read.
-        rewrite: what the image model is given; the user's own text if the answer could not be read.
-        readable: whether the answer could be read.
-        completion: the policy's whole text.
-        prompt_tokens, completion_tokens, rewrite_tokens: lengths in the policy's tokens: of all that it read (system
-            prompt and template too), of all that it wrote (end token too), of `rewrite`.
-    """
-
-    prompt: str
-    reasoning: str
-    rewrite: str
-    readable: bool
-    completion: str
-    prompt_tokens: int
-    completion_tokens: int
-    rewrite_tokens: int
-
-
-class Reprompter:
-    """A policy that rewrites prompts: `Reprompter(path)(["a cat"])[0].rewrite`.
-
-    Args:
-        path: policy folder, PEFT adapter folder or hub name.
-        reasoning: whether the policy was trained to think first.
-        temperature: 0 is greedy; above, plain sampling (no top-k, no top-p, no repetition penalty, as in training).
-        dtype, device: see `models.policy.load_policy`.
-
-    Raises:
-        PolicyError: the policy or its tokenizer cannot be loaded.
-    """
-
-    def __init__(
-        self,
-        path: str,
-        batch_size: int = 16,
-        max_new_tokens: int = 512,
-        temperature: float = 0.0,
-        seed: int = 0,
-        dtype: str = "auto",
-        device: str = "auto",
-        reasoning: bool = True,
-    ) -> None:
-        self.reasoning = reasoning
-        self.tokenizer = load_tokenizer(path)
-        self.policy = load_policy(path, dtype, device)
-        self.batch_size = batch_size
-        self.seed = seed
-        self.end_tokens = _end_tokens(self.policy, self.tokenizer)
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        self.policy.generation_config = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            repetition_penalty=1.0,
-            eos_token_id=self.end_tokens,
-            pad_token_id=self.tokenizer.pad_token_id,
-            **(sampling if temperature > 0 else {"do_sample": False}),
-        )
-
-    def __call__(self, texts: Sequence[str]) -> list[Rewrite]:
-        """Rewrite `texts`; one Rewrite each, in their order. A text that comes twice is rewritten once."""
-        done = {rewrite.prompt: rewrite for batch in self.stream(list(dict.fromkeys(texts))) for rewrite in batch}
-        return [done[text] for text in texts]
-
-    def stream(
-        self, texts: Sequence[str], skip: Iterable[str] = (), share: tuple[int, int] = (0, 1)
-    ) -> Iterator[list[Rewrite]]:
-        """Rewrite distinct `texts` batch by batch, shortest first; a batch wholly in `skip` is left out.
-
-        The batches are those of a run that skips nothing and has no other process, so that a continued or a shared run
-        samples what it would have sampled.
-
-        Args:
-            share: (i, n): only every n-th batch, from the i-th on.
-        """
-        skip = set(skip)
-        inputs = [self._encode(messages(text, self.reasoning)) for text in texts]
-        for batch in _batches([len(ids) for ids in inputs], self.batch_size)[share[0] :: share[1]]:
-            if not all(texts[i] in skip for i in batch):
-                yield self._rewrite([texts[i] for i in batch], [inputs[i] for i in batch])
-
-    def sample(self, text: str, conversation: list[dict[str, str]], count: int, temperature: float) -> list[Rewrite]:
-        """`count` sampled answers to one conversation about `text`: a function of seed, conversation and count."""
-        key = "/".join(turn["content"] for turn in conversation)
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        return self._rewrite([text] * count, [self._encode(conversation)] * count, key, **sampling)
-
-    def _encode(self, conversation: list[dict[str, str]]) -> list[int]:
-        return self.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
-
-    def _rewrite(self, texts: list[str], inputs: list[list[int]], key: str = "", **sampling) -> list[Rewrite]:
-        ids = torch.tensor(inputs, device=self.policy.device)  # (batch, tokens), no padding
-        gpus = [ids.device] if ids.is_cuda else []
-        with torch.random.fork_rng(devices=gpus):
-            torch.manual_seed(_batch_seed(self.seed, [key] if key else texts))
-            out = self.policy.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **sampling)
-        written = out[:, ids.shape[1] :].tolist()
-        return [self._read(text, ids.shape[1], row) for text, row in zip(texts, written, strict=True)]
-
-    def _read(self, text: str, prompt_tokens: int, row: list[int]) -> Rewrite:
-        length = next((i + 1 for i, token in enumerate(row) if token in self.end_tokens), len(row))
-        completion = self.tokenizer.decode(row[:length], skip_special_tokens=True)
-        answer = parse(completion, self.reasoning)
-        rewrite = answer.rewrite if answer else well_formed(text)
-        return Rewrite(
-            prompt=text,
-            reasoning=(answer.reasoning or "") if answer else "",
-            rewrite=rewrite,
-            readable=answer is not None,
-            completion=completion,
-            prompt_tokens=prompt_tokens,
-            completion_tokens=length,
-            rewrite_tokens=len(self.tokenizer.encode(rewrite, add_special_tokens=False)),
-        )
-
-
-def _end_tokens(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    of_model = policy.generation_config.eos_token_id
-    ends = of_model if isinstance(of_model, list) else [of_model]
-    return sorted({token for token in (*ends, tokenizer.eos_token_id) if token is not None})
-
-
-def _batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Positions in batches of one length each, shortest first."""
-    groups: dict[int, list[int]] = {}
-    for position, length in enumerate(lengths):
-        groups.setdefault(length, []).append(position)
-    return [group[i : i + batch_size] for _, group in sorted(groups.items()) for i in range(0, len(group), batch_size)]
-
-
-def _batch_seed(seed: int, texts: Sequence[str]) -> int:
-    key = "/".join((str(seed), *(Prompt(text).id for text in texts)))
-    return int(hashlib.sha256(key.encode()).hexdigest()[:15], 16)
 
 
 # --- the run folder -------------------------------------------------------------------------------
@@ -197,19 +47,19 @@ def _settings(args: argparse.Namespace, prompts: Sequence[Prompt], pictures: boo
 
 
 def _check_settings(path: Path, new: dict) -> None:
-    """RepromptError if the folder was made with other settings; pictures may be added to rewrites without any."""
+    """UserError if the folder was made with other settings; pictures may be added to rewrites without any."""
     if not path.is_file():
         if path.with_name("rewrites.jsonl").exists():
-            raise RepromptError(f"{path.parent} holds rewrites but no settings.json; name another --out")
+            raise UserError(f"{path.parent} holds rewrites but no settings.json; name another --out")
         return
     try:
         old = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise RepromptError(f"{path} is not JSON ({error}); name another --out") from error
+        raise UserError(f"{path} is not JSON ({error}); name another --out") from error
     added = PICTURE_SETTINGS if old.get("sdmodel_name") is None else ()
     changed = differences({k: old.get(k) for k in new}, {**new, **{k: old.get(k) for k in added}})
     if changed:
-        raise RepromptError(f"{path.parent} was made with other settings ({changed}); name another --out")
+        raise UserError(f"{path.parent} was made with other settings ({changed}); name another --out")
 
 
 def _read_rows(path: Path) -> dict[str, dict]:
@@ -219,7 +69,7 @@ def _read_rows(path: Path) -> dict[str, dict]:
     try:
         rows = [json.loads(line) for line in whole_lines(path, cut=True)]
     except ValueError as error:
-        raise RepromptError(f"{path} has a line that is not JSON ({error}); name another --out") from error
+        raise UserError(f"{path} has a line that is not JSON ({error}); name another --out") from error
     return {row["id"]: row for row in rows}
 
 
@@ -275,8 +125,8 @@ def load_renderer(args: argparse.Namespace) -> Renderer:
     )
     try:
         return options.load(device)
-    except (CheckpointError, ValueError) as error:
-        raise RepromptError(f"renderer: {error}") from error
+    except (UserError, ValueError) as error:
+        raise UserError(f"renderer: {error}") from error
 
 
 def draw_all(args: argparse.Namespace, renderer: Renderer, rows: Iterable[dict]) -> tuple[int, int]:
@@ -314,7 +164,7 @@ def _versions(row: dict, baseline: bool) -> list[tuple[str, str, str]]:
 
 
 def run(args: argparse.Namespace) -> str:
-    """The whole job; returns the summary. Raises PolicyError, DataError, RepromptError."""
+    """The whole job; returns the summary. Raises UserError."""
     prompts = load_prompts(args.prompts)
     _check_settings(args.out / "settings.json", _settings(args, prompts, pictures=args.sdmodel_name is not None))
     args.out.mkdir(parents=True, exist_ok=True)
@@ -376,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 cannot start or continue (one line on stderr)."""
     try:
         print(run(parse_args(argv)))
-    except (PolicyError, DataError, RepromptError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

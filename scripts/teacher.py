@@ -5,7 +5,7 @@
 
 One call is one draft: an answer that could be read, or why it could not be used. Failures of the API are neither: a
 call is repeated (connection, 408, 429, 5xx, time out; back-off with jitter, Retry-After) and then raises CallFailed,
-and an API that is not there, or wants another key, raises TeacherError, which ends the run.
+and an API that is not there, or wants another key, raises UserError, which ends the run.
 
 The key comes from the environment, TEACHER_API_KEY, and is never kept. Left out: streaming, tool calls, batch APIs.
 """
@@ -22,11 +22,11 @@ from dataclasses import dataclass
 
 from openai import APIConnectionError, APIStatusError
 
+from clients.chat import open_api
+from clients.http import RETRIED, back_off, checked_url
+from errors import UserError, one_line
 from interfaces import Prompt
 from prompting import Answer, messages, parse
-from rewards import RewardError
-from clients.chat import open_api
-from clients.http import RETRIED, back_off, checked_url, one_line
 
 # What a teacher is told beside the policy's own instructions.
 FOR_A_TEACHER = (
@@ -52,10 +52,6 @@ _REFUSAL = re.compile(
     r"|(?:i['’]m|i am) (?:not|unable))\b",
     re.IGNORECASE,
 )
-
-
-class TeacherError(RuntimeError):
-    """The teacher cannot be asked at all; the message is one line and says what to do."""
 
 
 class CallFailed(RuntimeError):
@@ -89,11 +85,11 @@ class ChatTeacher:
         temperature, max_tokens: of sampling; an answer that is cut at `max_tokens` is dropped.
 
     Raises:
-        RewardError: a URL that cannot work.
+        UserError: a URL that cannot work.
     """
 
     def __init__(self, url: str, model: str, *, timeout: float, temperature: float, max_tokens: int):
-        self.url, loopback = checked_url(url, "teacher", RewardError)
+        self.url, loopback = checked_url(url, "teacher", UserError)
         key = os.environ.get("TEACHER_API_KEY", "").strip()
         self._api = open_api(self.url, key, timeout, proxies=not loopback)
         self._timeout = timeout
@@ -111,14 +107,14 @@ class ChatTeacher:
 
         Raises:
             CallFailed: no answer, ATTEMPTS times.
-            TeacherError: wrong key, URL or model, or TRIP calls in a row failed.
+            UserError: wrong key, URL or model, or TRIP calls in a row failed.
         """
         try:
             reply = await self._reply(prompt, seed)
         except CallFailed as error:
             self._failures += 1
             if self._failures >= TRIP:
-                raise TeacherError(
+                raise UserError(
                     f"{self._failures} calls in a row failed at {self.url}, the last one: {error}; what was answered "
                     "is kept: repair the cause and run the same command again"
                 ) from error
@@ -148,7 +144,7 @@ class ChatTeacher:
             except APIStatusError as error:
                 reason, status = one_line(error), error.status_code
                 if status in HINTS:
-                    raise TeacherError(f"teacher at {self.url} answers {reason}: {HINTS[status]}") from error
+                    raise UserError(f"teacher at {self.url} answers {reason}: {HINTS[status]}") from error
                 if error.code == "content_filter":
                     return None
                 if status not in RETRIED and status < 500:

@@ -17,8 +17,6 @@ import numpy as np
 from scipy import stats
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from interfaces import Renderer
 from miniature import build, world
 from scripts.demo import SYSTEMS, draw, gap_closed, judged, read_options, rewrite_all, scores, written

@@ -5,8 +5,6 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from rendering import RenderOptions, levers
 
 state = PartialState(cpu=True)

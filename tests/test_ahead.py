@@ -10,15 +10,15 @@ import threading
 import pytest
 from PIL import Image
 
+from clients.chat import VLMClient
 from interfaces import Sample
 from rewards.judge import Judge
-from clients.chat import VLMClient
+from run.seeds import render_seed
+from scoring.cache import PictureCache
+from scoring.prefetch import Ahead
 from tests.test_judges import MODEL, JudgeServer, grades, group, questions
 from tests.test_judges import score as brightness
 from tests.test_scoring import CAT, DOG, Grey, Painter, score, scorer
-from scoring.prefetch import Ahead
-from scoring.cache import PictureCache
-from run.seeds import render_seed
 
 TWO_GROUPS = [(CAT, "one cat"), (CAT, "a big cat"), (DOG, "one dog"), (DOG, None)]
 

@@ -27,9 +27,8 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.owlv2.image_processing_pil_owlv2 import Owlv2ImageProcessorPil
 
-from data.prompts import DataError
+from errors import UserError
 from evaluation import blip_vqa, boxes, clip_score, depth
-from evaluation.benchmark import BenchmarkError
 from evaluation.blip_vqa import BlipVQA, cleaned
 from evaluation.boxes import LabelledBox, Owlv2, frame_size
 from evaluation.clip_score import ClipScore
@@ -53,7 +52,6 @@ from evaluation.compbench import (
 )
 from evaluation.depth import Depth, eight_bits
 from evaluation.parses import Parse, around_the_place, by_grammar, freeze, parser
-from rewards import RewardError
 from rewards.gdino import iou
 
 SINGULARS = {
@@ -439,16 +437,16 @@ def test_a_frozen_file_is_not_mixed_from_two_versions(monkeypatch, tmp_path):
     frozen.write_text(json.dumps({"source": "by hand", "prompts": {}}))
     (tmp_path / "p.txt").write_text(SENTENCE)
     fake_spacy(monkeypatch, {SENTENCE: (TAGS, [])})
-    with pytest.raises(DataError, match="written by 'by hand'.*give another file"):
+    with pytest.raises(UserError, match="written by 'by hand'.*give another file"):
         freeze(tmp_path / "p.txt", frozen)
 
 
 def test_missing_spacy_or_model_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "spacy", None)
-    with pytest.raises(BenchmarkError, match="^spaCy is not installed.*frozen file of parses$"):
+    with pytest.raises(UserError, match="^spaCy is not installed.*frozen file of parses$"):
         parser("spacy")
     fake_spacy(monkeypatch, {})
-    with pytest.raises(BenchmarkError, match="python -m spacy download en_core_web_sm"):
+    with pytest.raises(UserError, match="python -m spacy download en_core_web_sm"):
         parser("spacy")
 
 
@@ -469,10 +467,10 @@ def test_missing_spacy_or_model_says_what_to_do(monkeypatch):
 )
 def test_a_broken_file_of_parses_is_named_in_one_line(tmp_path, content, said):
     (tmp_path / "parses.json").write_text(content)
-    with pytest.raises(DataError, match=said) as raised:
+    with pytest.raises(UserError, match=said) as raised:
         parser(tmp_path / "parses.json")
     assert "\n" not in str(raised.value)
-    with pytest.raises(DataError, match="none.json: no file of parses"):
+    with pytest.raises(UserError, match="none.json: no file of parses"):
         parser(tmp_path / "none.json")
 
 
@@ -549,7 +547,7 @@ def test_rows_with_substitutes_carry_the_detectors_name():
 
 def test_bad_lines_are_all_named_with_their_numbers(folder):
     (folder / "color_val.txt").write_bytes(b"a red car and a blue dog\r\nthree cars\n\xff\xfe\na\x00b\nsome cars\n")
-    with pytest.raises(DataError) as raised:
+    with pytest.raisesUserError as raised:
         load_items(folder / "color_val.txt", GRAMMAR)
     said = str(raised.value)
     for number, what in [
@@ -566,7 +564,7 @@ def test_a_complex_prompt_needs_pair_and_clip_text_of_its_source(folder):
     content = json.loads((folder / "parses.json").read_text())
     del content["prompts"]["A tall boy waved"]["clip_text"]
     (folder / "parses.json").write_text(json.dumps(content))
-    with pytest.raises(DataError, match="complex_val.txt, line 3: .*'pair' and 'clip_text'"):
+    with pytest.raises(UserError, match="complex_val.txt, line 3: .*'pair' and 'clip_text'"):
         load_items(folder / "complex_val.txt", parser(folder / "parses.json"))
 
 
@@ -587,14 +585,14 @@ def test_a_complex_prompt_needs_pair_and_clip_text_of_its_source(folder):
 )
 def test_a_missing_or_unfit_file_is_named(folder, change, path, said):
     change(folder)
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(UserError, match=said):
         load_items(folder / path, parser(folder / "parses.json"))
 
 
 def test_one_category_may_be_asked_for_by_any_file_name_and_others_are_refused(folder):
     (folder / "mine.txt").write_text("a red car and a blue dog\n")
     assert [item.category for item in load_items(folder / "mine.txt", GRAMMAR, ["texture"])] == ["texture"]
-    with pytest.raises(DataError, match="its name tells color, wanted is one of shape"):
+    with pytest.raises(UserError, match="its name tells color, wanted is one of shape"):
         load_items(folder / "color_val.txt", GRAMMAR, ["shape"])
 
 
@@ -778,14 +776,14 @@ def edit(folder: Path, change) -> None:
 def test_ids_that_are_not_blips_are_refused(tmp_path):
     write_blip(tmp_path)
     edit(tmp_path, lambda config: config["text_config"].update(bos_token_id=3))
-    with pytest.raises(RewardError, match="bos_token_id 3 in a vocabulary of .* last two ids"):
+    with pytest.raises(UserError, match="bos_token_id 3 in a vocabulary of .* last two ids"):
         BlipVQA(tmp_path, device="cpu")
 
 
 def test_the_published_vocabulary_is_known_by_its_numbers(tmp_path):
     check = blip_vqa._check_ids
     check(tmp_path, 30524, 30522, 2748, 2053)
-    with pytest.raises(RewardError, match=r"\(30522, 2053, 2748\).*bert-base-uncased"):
+    with pytest.raises(UserError, match=r"\(30522, 2053, 2748\).*bert-base-uncased"):
         check(tmp_path, 30524, 30522, 2053, 2748)
 
 
@@ -794,9 +792,7 @@ def test_a_text_model_of_eight_heads_is_not_the_trained_one(tmp_path):
     vision = {**SIZE, "image_size": 480, "patch_size": 96}
     text = {"num_hidden_layers": 1, "num_attention_heads": 8, "intermediate_size": 8, "vocab_size": 30}
     BlipForQuestionAnswering(BlipConfig(text_config=text, vision_config=vision)).save_pretrained(tmp_path)
-    with pytest.raises(
-        RewardError, match="8 heads, it was trained with 12: set text_config.num_attention_heads to 12"
-    ):
+    with pytest.raises(UserError, match="8 heads, it was trained with 12: set text_config.num_attention_heads to 12"):
         BlipVQA(tmp_path, device="cpu")
 
 
@@ -910,7 +906,7 @@ def test_weights_that_dpt_never_uses_may_be_missing_and_others_may_not(weights, 
     used.pop("head.head.0.weight")
     save_file(used, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(
-        RewardError, match="lacks .* weights of a DPT.*head.head.0.weight.*hf download Intel/dpt-hybrid-midas"
+        UserError, match="lacks .* weights of a DPT.*head.head.0.weight.*hf download Intel/dpt-hybrid-midas"
     ):
         Depth(tmp_path, device="cpu")
 
@@ -1021,12 +1017,12 @@ def test_the_overall_is_the_plain_mean_of_the_categories_there(weights):
 )  # fmt: skip
 def test_a_missing_checkpoint_names_the_command_size_and_licence(module, judge, tmp_path):
     published = module.PUBLISHED
-    with pytest.raises(RewardError) as raised:
+    with pytest.raisesUserError as raised:
         judge(device="cpu")
     for part in (published.repo, published.size, published.licence, f"hf download {published.repo}"):
         assert part in str(raised.value)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(RewardError, match=f"{tmp_path.name}"):
+    with pytest.raises(UserError, match=f"{tmp_path.name}"):
         judge(tmp_path, device="cpu")
 
 

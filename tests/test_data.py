@@ -28,8 +28,9 @@ from data.grammar import (
 )
 from data.intent import lost
 from data.make_prompts import COLD_START, MORE_TASKS, RL_STEM, main, make_prompts
-from data.prompts import DataError, dump_prompt, load_prompts
+from data.prompts import dump_prompt, load_prompts
 from data.vocabulary import COUNTS, FORMS, NOUNS, PARTS, SHAPES, TEXTURES
+from errors import UserError
 from interfaces import Prompt
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -422,7 +423,7 @@ def test_a_bad_file_is_one_named_error_of_one_line(tmp_path, name):
     content, message = BAD_FILES.get(name, (None, "cannot be read"))
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=re.escape(message)) as caught:
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
         load_prompts(tmp_path / name)
     assert name in str(caught.value) and "\n" not in str(caught.value)
 
@@ -587,7 +588,7 @@ def reworded(prompt: Prompt) -> str:
 
 
 def test_more_than_can_be_made_is_a_clear_error(tmp_path):
-    with pytest.raises(DataError, match=f"only {len(NOUNS)} of 1000 prompts of single_object exist"):
+    with pytest.raises(UserError, match=f"only {len(NOUNS)} of 1000 prompts of single_object exist"):
         make_prompts(0, 1000, ["single_object"])
 
 

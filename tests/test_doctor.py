@@ -19,14 +19,12 @@ import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from doctor import checks
 import r1_prompter
-from miniature.judge_server import JudgeServer
-from doctor.report import NOT_RUN, OK, PROBLEM, WARNING
-from scripts import doctor
-from doctor import memory
-from doctor import shapes
+from doctor import __main__ as doctor
+from doctor import checks, memory, shapes
 from doctor.memory import GB, PHASES
+from doctor.report import NOT_RUN, OK, PROBLEM, WARNING
+from miniature.judge_server import JudgeServer
 
 ROOT = Path(__file__).resolve().parent.parent
 MINIATURE = ["--config", "configs/miniature.yaml"]
@@ -42,7 +40,7 @@ def here(monkeypatch):
 
 @pytest.fixture
 def examine(capsys):
-    """Exit code and JSON of `scripts/doctor.py`, in this process."""
+    """Exit code and JSON of `python -m doctor`, in this process."""
 
     def run(*argv: object) -> tuple[int, dict]:
         capsys.readouterr()

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from data.prompts import load_prompts
+from evaluation import run as evaluate
 from evaluation.benchmark import Item, Verdict
 from evaluation.geneval import GenEval
 from evaluation.layouts import There, quarters
@@ -28,7 +29,6 @@ from interfaces import Prompt, Reward
 from miniature import evaluate as mini
 from miniature import world
 from miniature.fit import WEIGHTS
-from scripts import evaluate
 from tests.processes import ENVIRONMENT, ROOT, kill_when, launcher
 
 MINI = [sys.executable, "-m", "miniature.evaluate", "--benchmark", "miniature", "--gpt_path", str(WEIGHTS / "policy")]
@@ -327,7 +327,7 @@ def test_each_benchmarks_own_folder_is_read_and_too_few_pictures_are_named(tmp_p
         Image.new("RGB", (4, 4), (len(name), 0, 0)).save(path)
     assert len(There(tmp_path, "geneval")([item], range(2), no_seed)) == 2
     assert len(There(tmp_path, "unigenbench")([item], range(3), no_seed)) == 3
-    with pytest.raises(evaluate.BenchmarkError, match=r"has 2 pictures of prompt 00003 .* 4 are wanted"):
+    with pytest.raises(evaluate.UserError, match=r"has 2 pictures of prompt 00003 .* 4 are wanted"):
         There(tmp_path, "geneval")([item], range(4), no_seed)
     grid = Image.new("RGB", (4, 4))
     grid.putpixel((3, 3), (9, 9, 9))

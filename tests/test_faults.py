@@ -21,9 +21,9 @@ import torch
 from safetensors.torch import load_file
 
 from miniature.judge_server import JudgeServer
-from tests.processes import ENVIRONMENT, ROOT, launcher
 from run import checkpoints
 from run.checkpoints import Maker
+from tests.processes import ENVIRONMENT, ROOT, launcher
 
 TRAIN, FAULTY = ROOT / "r1_prompter.py", ROOT / "tests" / "fault_run.py"
 STEPS, SAVE = 7, 3  # two steps an epoch: checkpoints lie inside an epoch and at its end

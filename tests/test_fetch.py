@@ -10,11 +10,12 @@ import pytest
 import yaml
 from huggingface_hub import constants
 
-from rendering import CheckpointError, RenderOptions
+from errors import UserError
+from models import weights
+from models.policy import load_policy
+from rendering import RenderOptions
 from scripts import fetch
 from tests.hub_server import COMMIT, Hub, Repo
-from models import weights
-from models.policy import PolicyError, load_policy
 
 WEIGHTS = bytes(range(256)) * 800  # 204,800 bytes
 FILES = {"config.json": b"{}", "model.safetensors": WEIGHTS, "pytorch_model.bin": b"a pickle", "README.md": b"read me"}
@@ -120,7 +121,7 @@ def test_the_lock_is_filled_with_what_the_hub_publishes_line_by_line_and_then_ho
     snapshot = tmp_path / "hub" / "models--tiny--policy" / "snapshots" / COMMIT
     weights.verify(snapshot)
     (snapshot / "model.safetensors").resolve().write_bytes(WEIGHTS[::-1])
-    with pytest.raises(weights.WeightsError, match=digest):
+    with pytest.raises(weights.UserError, match=digest):
         weights.verify(snapshot)
 
 
@@ -202,5 +203,5 @@ def test_a_run_that_downloads_loads_nothing_that_the_lock_does_not_know(hub, nam
     rows = {"revision": COMMIT, "files": {weight: {"size": None, "sha256": "0" * 64}}}
     weights.LOCK.write_text(yaml.safe_dump({f"tiny/{name}": {"licence": "MIT", **rows}}))
     weights.lock.cache_clear()
-    with pytest.raises((PolicyError, CheckpointError), match=f"checkpoints.lock says {'0' * 64}"):
+    with pytest.raises((UserError), match=f"checkpoints.lock says {'0' * 64}"):
         load()

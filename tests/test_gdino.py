@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from data.grammar import RELATIONS, read
+from errors import UserError
 from interfaces import Prompt, Sample
-from rewards import RewardError
 from rewards.gdino import (
     FAITHFUL,
     PUBLISHED,
@@ -547,7 +547,7 @@ def test_prompts_without_nouns_score_one_without_a_look_and_are_reported(folder,
 
 
 def test_an_unknown_locality_in_the_data_stops_the_load(folder):
-    with pytest.raises(RewardError, match="no locality 'behind' .*left of"):
+    with pytest.raises(UserError, match="no locality 'behind' .*left of"):
         GroundingDino(folder, device="cpu", prompts=[related("near"), related("behind")])
 
 
@@ -626,13 +626,13 @@ def test_the_detector_is_frozen_in_float32_and_in_half_precision_agrees(folder, 
 
 def test_a_missing_published_checkpoint_names_size_licence_and_command(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(RewardError) as caught:
+    with pytest.raisesUserError as caught:
         GroundingDino(device="cpu")
     message = str(caught.value)
     assert "\n" not in message
     for part in ("0.7 GB", "Apache-2.0", f"hf download {PUBLISHED.repo} --include"):
         assert part in message
-    with pytest.raises(RewardError, match="no folder at .*nowhere"):
+    with pytest.raises(UserError, match="no folder at .*nowhere"):
         GroundingDino(tmp_path / "nowhere", device="cpu")
 
 
@@ -641,16 +641,16 @@ def test_a_folder_that_is_not_whole_is_refused(tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     lost = weights.pop("model.text_projection.weight")
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(RewardError, match="lacks 1 weights of a GroundingDINO .model.text_projection.weight"):
+    with pytest.raises(UserError, match="lacks 1 weights of a GroundingDINO .model.text_projection.weight"):
         GroundingDino(tmp_path, device="cpu")
     save_file({**weights, "model.text_projection.weight": lost[:5]}, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(RewardError, match="cannot read"):
+    with pytest.raises(UserError, match="cannot read"):
         GroundingDino(tmp_path, device="cpu")
     (tmp_path / "model.safetensors").write_bytes(b"not weights")
-    with pytest.raises(RewardError, match="cannot read"):
+    with pytest.raises(UserError, match="cannot read"):
         GroundingDino(tmp_path, device="cpu")
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(RewardError, match="no model.safetensors"):
+    with pytest.raises(UserError, match="no model.safetensors"):
         GroundingDino(tmp_path, device="cpu")
 
 
@@ -660,14 +660,14 @@ def test_a_box_head_under_its_tied_name_is_refused_for_it_would_stay_random(tmp_
     weights = load_file(tmp_path / "model.safetensors")
     renamed = {(name.replace(head, tied) if name.startswith(head) else name): w for name, w in weights.items()}
     save_file(renamed, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(RewardError, match="lacks 1 weights of a GroundingDINO .bbox_embed.0"):
+    with pytest.raises(UserError, match="lacks 1 weights of a GroundingDINO .bbox_embed.0"):
         GroundingDino(tmp_path, device="cpu")
 
 
 def test_a_tokenizer_with_other_special_tokens_is_refused(tmp_path):
     write_folder(tmp_path)
     write_tokenizer(tmp_path, cls_id=7)
-    with pytest.raises(RewardError, match=r"\[7, 102, 1012\], GroundingDINO at \[101, 102, 1012\]"):
+    with pytest.raises(UserError, match=r"\[7, 102, 1012\], GroundingDINO at \[101, 102, 1012\]"):
         GroundingDino(tmp_path, device="cpu")
 
 

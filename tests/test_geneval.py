@@ -21,9 +21,9 @@ from transformers import (
 )
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from data.prompts import DataError
+from errors import UserError
 from evaluation import clip_colours, mask2former
-from evaluation.benchmark import BenchmarkError, Item
+from evaluation.benchmark import Item
 from evaluation.clip_colours import ClipColours, crop_of
 from evaluation.geneval import (
     CLASS_NAMES,
@@ -38,7 +38,6 @@ from evaluation.geneval import (
 )
 from evaluation.mask2former import Mask2Former, box_of, detections_of, network_input, padded, resized
 from interfaces import Prompt
-from rewards import RewardError
 
 BOX = (10.0, 10.0, 30.0, 30.0)
 
@@ -338,7 +337,7 @@ BAD = [
 
 def test_malformed_rows_are_all_named_with_their_lines_in_one_message(tmp_path):
     path = write(tmp_path / "metadata.jsonl", GOOD[0], *(bad for bad, _ in BAD), GOOD[1])
-    with pytest.raises(DataError) as error:
+    with pytest.raisesUserError as error:
         bare().load(path)
     message = str(error.value)
     assert "\n" not in message and message.startswith(f"{path}: line 2: ")
@@ -352,14 +351,14 @@ def test_a_file_without_readable_rows_is_an_error_that_names_it(tmp_path, conten
     path = tmp_path / "metadata.jsonl"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(DataError, match=f"{path}: .*; give GenEval's metadata"):
+    with pytest.raises(UserError, match=f"{path}: .*; give GenEval's metadata"):
         bare().load(path)
 
 
 def test_other_class_names_have_other_rows(tmp_path):
     path = write(tmp_path / "metadata.jsonl", row("single_object", thing("circle"), prompt="a circle"))
     assert len(bare(class_names=("circle", "square")).load(path)) == 1
-    with pytest.raises(DataError, match="line 1: include.0.: class is 'circle'"):
+    with pytest.raises(UserError, match="line 1: include.0.: class is 'circle'"):
         bare().load(path)
 
 
@@ -715,7 +714,7 @@ def test_output_that_is_not_finite_is_no_answer(detector_folder):
     ],
 )
 def test_a_detector_of_other_classes_is_refused(tmp_path, names, message):
-    with pytest.raises(RewardError, match=message):
+    with pytest.raises(UserError, match=message):
         Mask2Former(write_mask2former(tmp_path, names), **SMALL)
 
 
@@ -730,7 +729,7 @@ def test_weights_that_are_missing_are_named(tmp_path):
     weights = load_file(write_mask2former(tmp_path) / "model.safetensors")
     del weights["class_predictor.weight"]
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(RewardError, match="lacks 1 weights of a Mask2Former .class_predictor.weight"):
+    with pytest.raises(UserError, match="lacks 1 weights of a Mask2Former .class_predictor.weight"):
         Mask2Former(tmp_path, **SMALL)
 
 
@@ -849,7 +848,7 @@ def test_features_that_are_not_finite_give_no_colour(clip_folder):
 
 
 def test_a_clip_without_quickgelu_is_refused(tmp_path):
-    with pytest.raises(RewardError, match="computes with gelu, GenEval's CLIP with quick_gelu"):
+    with pytest.raises(UserError, match="computes with gelu, GenEval's CLIP with quick_gelu"):
         ClipColours(write_clip(tmp_path, "gelu"), device="cpu")
 
 
@@ -924,9 +923,9 @@ def test_checkpoints_that_are_not_there_are_named_with_the_command_that_fetches_
     tmp_path, monkeypatch, detector_folder
 ):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(BenchmarkError, match=f"hf download {mask2former.PUBLISHED.repo}"):
+    with pytest.raises(UserError, match=f"hf download {mask2former.PUBLISHED.repo}"):
         GenEval.from_models(device="cpu")
-    with pytest.raises(BenchmarkError, match=f"hf download {clip_colours.PUBLISHED.repo}"):
+    with pytest.raises(UserError, match=f"hf download {clip_colours.PUBLISHED.repo}"):
         GenEval.from_models(device="cpu", detector=detector_folder)
 
 

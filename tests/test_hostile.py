@@ -14,17 +14,17 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from clients.chat import VLMClient
 from interfaces import Prompt, Reward, Sample
 from miniature.judge_server import JudgeServer
+from models.policy import load_tokenizer
 from prompting import MAX_PROMPT_CHARS, completion, messages
 from rendering.local import LocalRenderer
 from rewards.hps import HPS
 from rewards.judge import TEMPLATE, Judge
-from clients.chat import VLMClient
+from scoring.judge import Scorer
 from tests.hostile import TEXTS
 from tests.processes import ENVIRONMENT, ROOT
-from models.policy import load_tokenizer
-from scoring.judge import Scorer
 
 REWRITES = [*TEXTS, "half a pair \ud83d", "\udfff"][-200:]
 

@@ -13,19 +13,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.prompts import DataError
+from clients import chat, http
+from clients.chat import Question, Template, VLMClient
+from errors import UserError
 from evaluation import dpg, geneval2, judged, unigenbench, wise
-from evaluation.benchmark import BenchmarkError, Item
+from evaluation.benchmark import Item
 from evaluation.dpg import DPG, zeroed
 from evaluation.geneval2 import Asked, GenEval2, LocalVLM, ServedVLM
 from evaluation.unigenbench import UniGenBench
 from evaluation.wise import WISE
 from interfaces import Prompt
 from miniature.judge_server import JudgeServer
-from clients import chat
-from rewards import RewardError
-from clients.chat import Question, Template, VLMClient
-from clients import http
 
 MODEL = "miniature"
 
@@ -215,7 +213,7 @@ def test_row_509_of_the_long_file_is_repaired_and_told_and_no_other(tmp_path, ca
         (path.name, csv_of([rows[0], [510, "b", broken]], EN)),
         (path.name, csv_of([[509, "b", broken.replace('"Testpoints": ', '"Testpoints" ')]], EN)),
     ]:
-        with pytest.raises(DataError, match="line [23]: Expecting [':]"):
+        with pytest.raises(UserError, match="line [23]: Expecting [':]"):
             unigenbench.load(write(tmp_path / name, text))
 
 
@@ -232,7 +230,7 @@ def test_all_malformed_rows_are_named_with_their_line(tmp_path):
         [8, "h", dims(["Style"], [5])],
         [9, "i"],
     ]
-    with pytest.raises(DataError) as caught:
+    with pytest.raisesUserError as caught:
         unigenbench.load(write(tmp_path / "en.csv", csv_of(rows, EN)))
     told = str(caught.value)
     assert "\n" not in told
@@ -260,9 +258,9 @@ def test_all_malformed_rows_are_named_with_their_line(tmp_path):
     ],
 )
 def test_a_file_of_another_kind_is_refused(tmp_path, text, message):
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(UserError, match=message):
         unigenbench.load(write(tmp_path / "en.csv", text))
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         unigenbench.load(tmp_path / "missing.csv")
 
 
@@ -369,16 +367,16 @@ def test_malformed_rows_of_wise_are_named_with_file_and_line(tmp_path):
     rows = [wise_row(1), wise_row(0), wise_row("3"), wise_row(True), wise_row(5, ""), 6, wise_row(1)]
     write(tmp_path / "a.json", "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
     write(tmp_path / "b.json", json.dumps([wise_row(1001)]))
-    with pytest.raises(DataError, match="7 malformed rows") as caught:
+    with pytest.raises(UserError, match="7 malformed rows") as caught:
         wise.load(tmp_path, "verified")
     for line in range(3, 9):
         assert f"a.json, line {line}: " in str(caught.value)
     assert "b.json, line 1: prompt_id is 1001" in str(caught.value)
     for text, line in (('[\n{"a": 1}\n{"b": 2}]', 3), ('[\n{"a": 1},\n{"b" 2}]', 3), ('{"a": 1}', 1), ("[", 1)):
-        with pytest.raises(DataError, match=f"line {line}: not a list in JSON"):
+        with pytest.raises(UserError, match=f"line {line}: not a list in JSON"):
             list(judged.json_list(write(tmp_path / "c.json", text)))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="no .json file"):
+    with pytest.raises(UserError, match="no .json file"):
         wise.load(tmp_path / "empty", "verified")
 
 
@@ -441,7 +439,7 @@ def test_geneval2_rows_load_and_malformed_ones_are_named(tmp_path):
         json.dumps(ROW | {"skills": ["count", "object"]}),
         json.dumps(ROW | {"skills": ["count", "object", "smell"]}),
     ]
-    with pytest.raises(DataError, match="9 malformed rows") as caught:
+    with pytest.raises(UserError, match="9 malformed rows") as caught:
         geneval2.load(write(path, "\n".join([json.dumps(ROW), *bad])))
     for line in range(2, 11):
         assert f"line {line}: " in str(caught.value)
@@ -555,13 +553,13 @@ def test_malformed_rows_of_dpg_are_named(tmp_path):
         dpg_row("a1", 8, ""),
         dpg_row("b1", 1, "9"),
     ]
-    with pytest.raises(DataError, match="8 malformed rows") as caught:
+    with pytest.raises(UserError, match="8 malformed rows") as caught:
         dpg.load(write(tmp_path / "dpg_bench.csv", csv_of(rows, DPG_HEADER)), False)
     for line in range(3, 11):
         assert f"line {line}: " in str(caught.value)
     assert "b1 has no question 9" in str(caught.value)
     (tmp_path / "prompts").mkdir()
-    with pytest.raises(DataError, match="prompts alone are not enough"):
+    with pytest.raises(UserError, match="prompts alone are not enough"):
         dpg.load(tmp_path / "prompts", False)
 
 
@@ -756,7 +754,7 @@ def test_where_probabilities_say_nothing_the_word_counts_and_the_settings_say_so
 
 
 def test_a_server_that_is_not_there_is_named_when_the_judge_is_made():
-    with Answering(say_right, fail_share=1, fail_status=401) as url, pytest.raises(BenchmarkError, match="401"):
+    with Answering(say_right, fail_share=1, fail_status=401) as url, pytest.raises(UserError, match="401"):
         ServedVLM(VLMClient(url, MODEL))
     with pytest.raises(ValueError, match="'firm', must be auto, soft or hard"):
         ServedVLM(VLMClient(url, MODEL), scores="firm")
@@ -919,13 +917,13 @@ def test_geneval2_runs_on_a_local_vlm(tiny):
 
 
 def test_a_local_vlm_that_cannot_be_used_is_named(tiny, tmp_path):
-    with pytest.raises(RewardError, match="hf download Qwen/Qwen3-VL-8B-Instruct"):
+    with pytest.raises(UserError, match="hf download Qwen/Qwen3-VL-8B-Instruct"):
         LocalVLM(device="cpu")
     with pytest.raises(ValueError, match="dtype 'int4'"):
         LocalVLM(tiny, device="cpu", dtype="int4")
     save_vlm(tmp_path / "mute", ["no"])
-    with pytest.raises(RewardError, match="no token for the answer 'yes'"):
+    with pytest.raises(UserError, match="no token for the answer 'yes'"):
         LocalVLM(tmp_path / "mute", device="cpu")
     (tmp_path / "mute" / "model.safetensors").write_bytes(b"nothing")
-    with pytest.raises(RewardError, match="cannot read"):
+    with pytest.raises(UserError, match="cannot read"):
         LocalVLM(tmp_path / "mute", device="cpu")

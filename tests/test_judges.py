@@ -23,15 +23,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clients import chat, http
+from clients.chat import Question, Template, VLMClient, neutralise
+from errors import UserError
 from interfaces import Prompt, Sample
 from miniature.judge_server import JudgeServer, prompt_in
 from prompting import MAX_PROMPT_CHARS
-from clients import chat
-from rewards import RewardError, RewardOptions, Setting, build, judge, preference
+from rewards import RewardOptions, Setting, build, judge, preference
 from rewards.judge import Judge
 from rewards.preference import FIRST, SECOND, TIE, Preference
-from clients.chat import Question, Template, VLMClient, neutralise
-from clients import http
 
 ROOT = Path(__file__).parent.parent
 MODEL = "miniature"
@@ -182,7 +182,7 @@ def test_a_reply_that_is_no_chat_completion_is_absent(body):
         client = VLMClient(url, MODEL)
         assert client.ask(questions(51)) == [None]
         assert client.metrics["unparsable"] == 1
-        with pytest.raises(RewardError, match="no OpenAI-compatible API"):
+        with pytest.raises(UserError, match="no OpenAI-compatible API"):
             client.check()
 
 
@@ -230,7 +230,7 @@ def test_a_dead_port_is_absent_quickly_and_the_check_names_the_script(caplog):
     assert client.ask(questions(*range(40))) == [None] * 40
     assert "40 of 40 judge calls failed" in caplog.text
     assert "All connection attempts failed" in caplog.text
-    with pytest.raises(RewardError, match=r"no judge at http://127.*scripts/serve_judge.sh") as caught:
+    with pytest.raises(UserError, match=r"no judge at http://127.*scripts/serve_judge.sh") as caught:
         client.check()
     assert time.monotonic() - start < 3
     assert "\n" not in str(caught.value)
@@ -350,7 +350,7 @@ def test_processes_share_the_cache(tmp_path):
 def test_a_file_that_is_no_cache_is_refused_and_one_that_breaks_later_costs_only_its_verdicts(tmp_path, caplog):
     path = tmp_path / "verdicts.sqlite"
     path.write_text("dear diary, this is no database " * 50)
-    with pytest.raises(RewardError, match="cannot hold the judge's verdicts .*name another file"):
+    with pytest.raises(UserError, match="cannot hold the judge's verdicts .*name another file"):
         VLMClient("http://127.0.0.1:8080/v1", MODEL, cache=path)
     path.unlink()
     with JudgeServer(score) as url, caplog.at_level(logging.WARNING):
@@ -478,7 +478,7 @@ def test_a_proxy_of_the_environment_does_not_capture_loopback(monkeypatch):
     ],
 )
 def test_a_url_that_cannot_work_or_would_leak_is_refused(url, message):
-    with pytest.raises(RewardError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         VLMClient(url, MODEL)
     assert "SECRET" not in str(caught.value)
 
@@ -494,18 +494,18 @@ def test_plain_http_is_for_this_machine_or_those_who_ask_for_it(monkeypatch):
     "name, value", [("concurrency", 0), ("call_timeout", 0.0), ("batch_timeout", -1.0), ("call_timeout", float("nan"))]
 )
 def test_a_setting_that_cannot_work_is_named_with_its_value(name, value):
-    with pytest.raises(RewardError, match=f"{name} is {value}"):
+    with pytest.raises(UserError, match=f"{name} is {value}"):
         VLMClient("http://127.0.0.1:8080/v1", MODEL, **{name: value})
-    with pytest.raises(RewardError, match="no name"):
+    with pytest.raises(UserError, match="no name"):
         VLMClient("http://127.0.0.1:8080/v1", "")
 
 
 def test_the_check_passes_for_a_judge_that_is_there_and_says_what_is_wrong_otherwise():
     with JudgeServer(score) as url:
         VLMClient(url, MODEL).check()
-        with pytest.raises(RewardError, match="serves 'miniature', not 'UnifiedReward': correct --judge_model"):
+        with pytest.raises(UserError, match="serves 'miniature', not 'UnifiedReward': correct --judge_model"):
             VLMClient(url, "UnifiedReward").check()
-        with pytest.raises(RewardError, match="does --judge_url end in /v1"):
+        with pytest.raises(UserError, match="does --judge_url end in /v1"):
             VLMClient(url.removesuffix("/v1"), MODEL).check()
 
 
@@ -814,7 +814,7 @@ def test_only_anchors_are_asked_for_and_reported_when_they_are_used():
 
 @pytest.mark.parametrize("pairs", ["0", "-1", "some", "", "1.5"])
 def test_pairs_that_mean_nothing_are_refused(pairs):
-    with pytest.raises(RewardError, match=f"'{pairs}'.*all.*anchor"):
+    with pytest.raises(UserError, match=f"'{pairs}'.*all.*anchor"):
         Preference(Opinions(brighter), pairs=pairs)
 
 
@@ -873,7 +873,7 @@ def test_the_judges_are_built_by_name_once_the_judge_answers(tmp_path):
         assert (two.name, two.range, two.needs_anchors, two.both_orders) == ("preference", (0, 1), True, True)
         assert one(group("a cat", 51)) == [pytest.approx(-0.6, abs=0.002)]
     assert cache.exists()
-    with pytest.raises(RewardError, match="serve_judge.sh"):
+    with pytest.raises(UserError, match="serve_judge.sh"):
         build(names, options, Setting())
 
 

@@ -15,16 +15,15 @@ import torch
 from diffusers import FluxPipeline
 
 import r1_prompter
+from doctor import memory, shapes
+from errors import UserError
 from miniature import build as miniature
-from rendering import CheckpointError, RenderOptions, levers, local
+from rendering import RenderOptions, levers, local
 from rendering.levers import TOLERANCE, settle_batch, smallest_good_batch
+from run.folder import RunFolder
 from scripts import bench, bench_gpu, bench_levers, bench_models
 from tests.processes import launch
 from tests.test_rendering import run_out_of_memory
-from doctor import memory
-from doctor import shapes
-from run.options import UsageError
-from run.folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = [f"{count} {colour} circles" for count in ("one", "two", "three") for colour in ("red", "blue", "green")]
@@ -131,7 +130,7 @@ def test_a_quantisation_without_its_package_says_how_to_install_it(name, monkeyp
 
 
 def test_a_lora_that_is_not_there_is_a_checkpoint_error(tmp_path):
-    with pytest.raises(CheckpointError, match=f"--render_lora {tmp_path}"):
+    with pytest.raises(UserError, match=f"--render_lora {tmp_path}"):
         miniature.renderer(render_lora=str(tmp_path))
 
 
@@ -203,7 +202,7 @@ def test_text_length_follows_from_what_the_policy_may_write(toy):
     assert length("--max_completion_length", "256") == 128
     assert length("--reasoning", "false") == 512
     assert length("--max_completion_length", "4096") == 512
-    with pytest.raises(UsageError, match="--max_sequence_length long: give a whole number, or auto"):
+    with pytest.raises(UserError, match="--max_sequence_length long: give a whole number, or auto"):
         length("--max_sequence_length", "long")
 
 

@@ -19,16 +19,16 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from clients import http
 from data.intent import lost
 from data.prompts import load_prompts
 from interfaces import Prompt, Reward
 from miniature import world
 from prompting import MAX_PROMPT_CHARS, completion, messages, parse
+from scoring.judge import Scorer
 from scripts import make_sft, teacher
 from scripts.make_sft import main, sampling_seed
 from tests.teacher_server import MODEL, TeacherServer
-from clients import http
-from scoring.judge import Scorer
 
 ROOT = Path(__file__).resolve().parent.parent
 COLORS = ("red", "blue", "green", "white", "black", "pink")

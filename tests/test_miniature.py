@@ -167,7 +167,7 @@ def test_the_wrong_picture_of_a_pair_breaks_the_prompt_and_the_right_one_keeps_i
 @pytest.fixture(scope="module")
 def rewritten():
     """Policy -> its rewrites of the held-out prompts, sampled."""
-    from scripts.reprompt import Reprompter
+    from inference import Reprompter
 
     texts = [prompt.text for prompt in world.splits()[1]]
     sampling = {"batch_size": 64, "max_new_tokens": 112, "temperature": 1.0, "dtype": "float32"}

@@ -24,11 +24,12 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from errors import UserError
 from interfaces import Prompt, Sample
-from rewards import RewardError, RewardOptions, Setting, build, imagereward, pickscore
+from models.weights import locked
+from rewards import RewardOptions, Setting, build, imagereward, pickscore
 from rewards.imagereward import ImageReward
 from rewards.pickscore import PickScore
-from models.weights import locked
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.3, 0.2, 0.1]
 WORDS = "a red green blue circle square two three left right of and".split()
@@ -433,7 +434,7 @@ def test_a_missing_published_checkpoint_names_size_licence_and_command(monkeypat
         (pickscore, PickScore, "hf download yuvalkirstain/PickScore_v1"),
         (imagereward, ImageReward, "hf download THUDM/ImageReward --include 'ImageReward.pt'"),
     ):
-        with pytest.raises(RewardError) as caught:
+        with pytest.raisesUserError as caught:
             kind(device="cpu")
         message = str(caught.value)
         assert "\n" not in message
@@ -442,7 +443,7 @@ def test_a_missing_published_checkpoint_names_size_licence_and_command(monkeypat
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):
     for kind in (PickScore, ImageReward):
-        with pytest.raises(RewardError, match="no folder at .*nowhere"):
+        with pytest.raises(UserError, match="no folder at .*nowhere"):
             kind(tmp_path / "nowhere", device="cpu")
 
 
@@ -457,10 +458,10 @@ def test_bad_constructor_values_are_named(folders):
 def test_without_a_processor_or_words_of_its_own_the_published_ones_are_asked_for(monkeypatch, tmp_path, parts):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     (write_pickscore(tmp_path / "clip") / "preprocessor_config.json").unlink()
-    with pytest.raises(RewardError, match="hf download laion/CLIP-ViT-H-14-laion2B-s32B-b79K"):
+    with pytest.raises(UserError, match="hf download laion/CLIP-ViT-H-14-laion2B-s32B-b79K"):
         PickScore(tmp_path / "clip", device="cpu")
     (write_imagereward(tmp_path / "blip", parts, pickled=False) / "tokenizer.json").unlink()
-    with pytest.raises(RewardError, match="hf download google-bert/bert-base-uncased"):
+    with pytest.raises(UserError, match="hf download google-bert/bert-base-uncased"):
         ImageReward(tmp_path / "blip", device="cpu")
 
 
@@ -491,15 +492,15 @@ def test_pickscore_without_all_its_weights_or_with_another_crop_is_refused(tmp_p
     processor = json.loads((folder / "preprocessor_config.json").read_text())
     processor["crop_size"] = {"height": 40, "width": 48}
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
-    with pytest.raises(RewardError, match="crops to 40x48"):
+    with pytest.raises(UserError, match="crops to 40x48"):
         PickScore(folder, device="cpu")
     weights = load_file(folder / "model.safetensors")
     del weights["visual_projection.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RewardError, match=r"lacks 1 weights of a CLIPModel \(visual_projection\.weight"):
+    with pytest.raises(UserError, match=r"lacks 1 weights of a CLIPModel \(visual_projection\.weight"):
         PickScore(folder, device="cpu")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(RewardError, match="cannot read .* as a CLIP checkpoint"):
+    with pytest.raises(UserError, match="cannot read .* as a CLIP checkpoint"):
         PickScore(folder, device="cpu")
 
 
@@ -514,10 +515,10 @@ def test_imagereward_names_weights_that_are_missing_unknown_or_of_another_size(t
         (resized, "size mismatch"),
     ):
         save_file(weights, folder / WEIGHTS)
-        with pytest.raises(RewardError, match=message):
+        with pytest.raises(UserError, match=message):
             ImageReward(folder, device="cpu")
     (folder / WEIGHTS).unlink()
-    with pytest.raises(RewardError, match=r"neither ImageReward.safetensors nor ImageReward.pt: run `hf download"):
+    with pytest.raises(UserError, match=r"neither ImageReward.safetensors nor ImageReward.pt: run `hf download"):
         ImageReward(folder, device="cpu")
 
 
@@ -535,7 +536,7 @@ def test_imagereward_names_what_its_configuration_lacks(tmp_path, parts, file, c
     path = write_imagereward(tmp_path, parts, pickled=False) / file
     config = json.loads(path.read_text()) | change
     path.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
-    with pytest.raises(RewardError, match=message):
+    with pytest.raises(UserError, match=message):
         ImageReward(tmp_path, device="cpu")
 
 
@@ -543,7 +544,7 @@ def test_imagereward_refuses_another_models_words(tmp_path, parts):
     folder = write_imagereward(tmp_path, parts, pickled=False)
     BertTokenizer(vocab={word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])}
                   ).save_pretrained(folder)  # fmt: skip
-    with pytest.raises(RewardError, match=f"has 7 entries .* {TEXT['vocab_size']}"):
+    with pytest.raises(UserError, match=f"has 7 entries .* {TEXT['vocab_size']}"):
         ImageReward(folder, device="cpu")
 
 
@@ -560,7 +561,7 @@ class Intruder:
 def test_a_checkpoint_that_would_run_code_is_refused_and_does_not_run_it(tmp_path, parts):
     folder, target = write_imagereward(tmp_path, parts, pickled=True), tmp_path / "intruded"
     (folder / "ImageReward.pt").write_bytes(pickle.dumps({"mlp": Intruder(str(target))}, protocol=2))
-    with pytest.raises(RewardError, match="ImageReward.pt is no checkpoint of plain tensors"):
+    with pytest.raises(UserError, match="ImageReward.pt is no checkpoint of plain tensors"):
         ImageReward(folder, device="cpu")
     assert not target.exists()
     pickle.loads((folder / "ImageReward.pt").read_bytes())

@@ -22,9 +22,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from errors import UserError
 from interfaces import Prompt, Sample
 from prompting import MAX_PROMPT_CHARS
-from rewards import RewardError, RewardOptions, Setting, build, orm
+from rewards import RewardOptions, Setting, build, orm
 from rewards.git import GIT, PUBLISHED, UNJUDGED
 from rewards.orm import ORM
 
@@ -267,7 +268,7 @@ def test_git_reads_a_torch_file_of_plain_tensors_and_nothing_else(git, git_folde
     batch = samples()
     np.testing.assert_allclose(GIT(folder, device="cpu")(batch), git(batch), atol=1e-6)
     torch.save({"weights": Path("/")}, folder / "pytorch_model.bin")
-    with pytest.raises(RewardError, match="cannot read .* as a GIT checkpoint .Weights only load failed"):
+    with pytest.raises(UserError, match="cannot read .* as a GIT checkpoint .Weights only load failed"):
         GIT(folder, device="cpu")
 
 
@@ -276,13 +277,13 @@ def test_a_git_without_all_of_its_weights_is_refused(git_folder, tmp_path):
     weights = load_file(folder / "model.safetensors")
     del weights["git.visual_projection.visual_projection.0.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RewardError, match="lacks .* weights .*visual_projection.0.weight.*hf download"):
+    with pytest.raises(UserError, match="lacks .* weights .*visual_projection.0.weight.*hf download"):
         GIT(folder, device="cpu")
 
 
 def test_a_git_whose_tokenizer_does_not_know_the_answers_is_refused(tmp_path):
     folder = write_git(tmp_path, [word for word in GIT_WORDS if word != "no"])
-    with pytest.raises(RewardError, match="reads 'no' as .* one known token"):
+    with pytest.raises(UserError, match="reads 'no' as .* one known token"):
         GIT(folder, device="cpu")
 
 
@@ -295,11 +296,11 @@ def test_an_unknown_formula_is_refused(git_folder):
 def test_without_its_checkpoint_the_error_says_how_to_fetch_it(name, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     published = {"git": PUBLISHED, "orm": orm.PUBLISHED}[name]
-    with pytest.raises(RewardError) as caught:
+    with pytest.raisesUserError as caught:
         build([name], RewardOptions(), Setting())
     for text in (published.repo, published.size, published.licence, f"hf download {published.repo}"):
         assert text in str(caught.value)
-    with pytest.raises(RewardError, match="no folder at 'nowhere'"):
+    with pytest.raises(UserError, match="no folder at 'nowhere'"):
         build([name], RewardOptions(**{f"{name}_path": "nowhere"}), Setting())
 
 
@@ -400,7 +401,7 @@ def test_the_vision_layer_is_the_one_that_the_configuration_names(judge, orm_fol
     expected = plain_orm(earlier, one.images[0], one.prompt.text)
     assert earlier([one]) == [pytest.approx(expected, abs=1e-5)] != [pytest.approx(judge([one])[0], abs=1e-4)]
     (folder / "config.json").write_text(json.dumps({**config, "vision_feature_select_strategy": "default"}))
-    with pytest.raises(RewardError, match="selects 'default' of vision layers -1"):
+    with pytest.raises(UserError, match="selects 'default' of vision layers -1"):
         ORM(folder, device="cpu", dtype="float32")
 
 
@@ -509,7 +510,7 @@ def test_the_orm_computes_in_its_dtype(orm_folder, judge):
 def test_an_orm_whose_tokenizer_does_not_know_the_answers_is_refused(orm_folder, tmp_path):
     folder = Path(shutil.copytree(orm_folder, tmp_path / "orm"))
     write_orm_tokenizer(folder, answers=("no",))
-    with pytest.raises(RewardError, match="reads 'yes' as .* one known token"):
+    with pytest.raises(UserError, match="reads 'yes' as .* one known token"):
         ORM(folder, device="cpu")
 
 
@@ -621,7 +622,7 @@ def test_a_conversion_that_was_cut_off_leaves_nothing_that_is_taken_for_whole(or
 
     with monkeypatch.context() as patch:
         patch.setattr(orm, "save_file", full_disk)
-        with pytest.raises(RewardError, match="cannot convert .* No space left on device.* make room there"):
+        with pytest.raises(UserError, match="cannot convert .* No space left on device.* make room there"):
             load(original)
     assert not (original.parent / "orm-native").exists()
     assert_equal_scores(load(original), native_half)
@@ -640,7 +641,7 @@ def test_a_folder_of_somebody_elses_is_not_overwritten(original):
     mine = original.parent / "orm-native"
     mine.mkdir()
     (mine / "notes.txt").write_text("mine")
-    with pytest.raises(RewardError, match="orm-native is in the way"):
+    with pytest.raises(UserError, match="orm-native is in the way"):
         load(original)
     assert (mine / "notes.txt").read_text() == "mine"
 
@@ -657,7 +658,7 @@ def test_weights_that_are_missing_or_unknown_are_named(original, drop, add, mess
     weights = load_file(original / "model.safetensors")
     kept = {name: tensor for name, tensor in weights.items() if not name.startswith(drop)}
     save_file({**kept, **({add: torch.ones(1)} if add else {})}, original / "model.safetensors")
-    with pytest.raises(RewardError, match=message):
+    with pytest.raises(UserError, match=message):
         load(original)
 
 
@@ -674,7 +675,7 @@ def test_weights_that_are_missing_or_unknown_are_named(original, drop, add, mess
 )
 def test_an_original_of_another_kind_is_refused(original, changes, message):
     rewrite_config(original, **changes)
-    with pytest.raises(RewardError, match=message):
+    with pytest.raises(UserError, match=message):
         load(original)
 
 
@@ -682,8 +683,8 @@ def test_an_original_configuration_with_a_field_missing_is_refused(original):
     config = json.loads((original / "config.json").read_text())
     del config["rope_theta"]
     (original / "config.json").write_text(json.dumps(config))
-    with pytest.raises(RewardError, match="has no rope_theta"):
+    with pytest.raises(UserError, match="has no rope_theta"):
         load(original)
     (original / "config.json").write_text("{")
-    with pytest.raises(RewardError, match="is not JSON"):
+    with pytest.raises(UserError, match="is not JSON"):
         load(original)

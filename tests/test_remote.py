@@ -37,15 +37,16 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import r1_prompter
-from interfaces import Prompt
-from miniature.build import renderer as miniature_renderer
+from clients import http
 from doctor.probes import probe_renderer
 from doctor.report import OK, PROBLEM, WARNING
-from rendering import CheckpointError, RenderOptions, remote
+from errors import UserError
+from interfaces import Prompt
+from miniature.build import renderer as miniature_renderer
+from rendering import RenderOptions, remote
 from rendering.remote import RemoteRenderer, Settings
-from tests.processes import ENVIRONMENT, ROOT
-from clients import http
 from run import signals
+from tests.processes import ENVIRONMENT, ROOT
 
 SIZE = 16
 TOKENIZER = str(ROOT / "miniature/weights/flux/tokenizer_2")
@@ -555,14 +556,14 @@ def test_a_run_that_is_told_to_leave_does_not_wait_for_pictures(monkeypatch):
     ],
 )
 def test_a_url_that_cannot_work_is_refused_before_anything_is_sent(url, what):
-    with pytest.raises(CheckpointError, match=what):
+    with pytest.raises(UserError, match=what):
         RenderOptions(sdmodel_name=url).load("cpu")
 
 
 def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(monkeypatch):
     for key in ("s3cret\nsecond line", "s3crét"):
         monkeypatch.setenv("RENDER_API_KEY", key)
-        with pytest.raises(CheckpointError, match="RENDER_API_KEY must be one line") as refused:
+        with pytest.raises(UserError, match="RENDER_API_KEY must be one line") as refused:
             load("http://127.0.0.1:9/v1")
         assert "s3cr" not in str(refused.value)
 
@@ -582,22 +583,22 @@ def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(monkeypatch):
     ],
 )
 def test_what_does_not_fit_the_run_is_refused_with_what_to_do(card, options, what):
-    with Painter(card) as server, pytest.raises(CheckpointError, match=what):
+    with Painter(card) as server, pytest.raises(UserError, match=what):
         load(server, **options)
 
 
 def test_servers_that_differ_serve_several_models_or_are_not_there_are_named():
     for name, value in (("revision", "abc"), ("drawing", "render_quantization int8")):
         with Painter(CARD) as one, Painter({**CARD, name: value}) as two:
-            with pytest.raises(CheckpointError, match=f"differ in {name}, None and {value}"):
+            with pytest.raises(UserError, match=f"differ in {name}, None and {value}"):
                 load(one, two)
     with Painter(CARD, ids=("a", "b")) as server:
-        with pytest.raises(CheckpointError, match="serves 'a', 'b', no name is given"):
+        with pytest.raises(UserError, match="serves 'a', 'b', no name is given"):
             load(server)
         assert load(server, model="b").servers[0].model == "b"
-    with pytest.raises(CheckpointError, match="no renderer at .*scripts/render_server.py"):
+    with pytest.raises(UserError, match="no renderer at .*scripts/render_server.py"):
         load(f"http://127.0.0.1:{closed_port()}/v1")
-    with Painter(CARD) as server, pytest.raises(CheckpointError, match="HTTP 404.*does its URL end in /v1"):
+    with Painter(CARD) as server, pytest.raises(UserError, match="HTTP 404.*does its URL end in /v1"):
         load(server.url.removesuffix("/v1"))
 
 
@@ -847,7 +848,7 @@ class Slow:
 
 @pytest.mark.filterwarnings("ignore:Using extra keyword")  # of ray.serve, when it is imported
 def test_rows_that_come_one_by_one_are_drawn_together_and_a_renderer_that_raises_makes_its_replica_ill(monkeypatch):
-    from scripts import render_server
+    from rendering import server as render_server
 
     context = SimpleNamespace(_deployment_config=SimpleNamespace(max_ongoing_requests=10**6))
     monkeypatch.setattr(render_server.serve, "get_replica_context", lambda: context)
@@ -893,7 +894,7 @@ def test_our_server_can_be_told_to_stop_while_it_loads():
 
 @pytest.mark.filterwarnings("ignore:Using extra keyword")  # of ray.serve, when it is imported
 def test_our_server_does_not_start_with_what_cannot_work(capsys, monkeypatch):
-    from scripts import render_server
+    from rendering import server as render_server
 
     for flags, said in [
         (["--host", "0.0.0.0"], "set environment RENDER_API_KEY"),

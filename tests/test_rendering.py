@@ -18,7 +18,8 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers.integrations import deepspeed
 
-from rendering.local import CheckpointError, LocalRenderer
+from errors import UserError
+from rendering.local import LocalRenderer
 
 TEXTS = ["a red circle above a blue square", "two cats", "three green stars left of a small house, at dusk"]
 CHAT_TEMPLATE = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
@@ -612,7 +613,7 @@ def test_weights_load_whole_while_zero_3_is_registered(checkpoint, draw):
 
 @pytest.mark.parametrize("path", ["./no/such/folder", "/no/such/folder", "no_such_folder", "a/b/c"])
 def test_a_missing_folder_is_named(path):
-    with pytest.raises(CheckpointError, match=f"no such folder: {path}"):
+    with pytest.raises(UserError, match=f"no such folder: {path}"):
         renderer(path)
 
 
@@ -621,7 +622,7 @@ def test_flux_without_a_hub_says_size_licence_and_command_at_once(setting, tmp_p
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, *setting)
     started = time.monotonic()
-    with pytest.raises(CheckpointError) as error:
+    with pytest.raisesUserError as error:
         renderer("black-forest-labs/FLUX.1-dev")
     assert time.monotonic() - started < 5
     message = str(error.value)
@@ -633,7 +634,7 @@ def test_flux_without_a_hub_says_size_licence_and_command_at_once(setting, tmp_p
 def test_an_unknown_repository_gets_the_command_without_a_size(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(CheckpointError, match="Fetch it with: hf download someone/some-model$"):
+    with pytest.raises(UserError, match="Fetch it with: hf download someone/some-model$"):
         renderer("someone/some-model")
 
 
@@ -642,7 +643,7 @@ def test_a_folder_with_a_missing_weight_file_is_a_checkpoint_error(checkpoint, t
     shutil.copytree(checkpoint("flux"), path)
     for weights in Path(path, "text_encoder_2").glob("*.safetensors"):
         weights.unlink()
-    with pytest.raises(CheckpointError, match="cannot be loaded"):
+    with pytest.raises(UserError, match="cannot be loaded"):
         renderer(str(path))
 
 

@@ -17,12 +17,14 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from errors import UserError
+from inference import Reprompter
 from interfaces import Prompt
+from models.policy import load_policy, load_tokenizer
 from prompting import completion, messages
-from scripts import reprompt
-from scripts.reprompt import Reprompter, main
-from models.policy import PolicyError, load_policy, load_tokenizer
 from run.seeds import render_seed
+from scripts import reprompt
+from scripts.reprompt import main
 
 ROOT = Path(__file__).resolve().parent.parent
 CHATML = (
@@ -305,7 +307,7 @@ def test_a_damaged_model_folder_is_a_one_line_error(random_policy, tmp_path, dam
         (tmp_path / "config.json").write_text("{}")
     if damage == "torn weights":
         (tmp_path / "model.safetensors").write_bytes(b"\x10\x00")
-    with pytest.raises(PolicyError) as error:
+    with pytest.raisesUserError as error:
         load_policy(str(tmp_path), device="cpu")
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
@@ -315,7 +317,7 @@ def test_a_tokenizer_without_chat_template_is_refused(random_policy, tmp_path):
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_bytes(Path(random_policy, "config.json").read_bytes())
-    with pytest.raises(PolicyError, match="no chat template"):
+    with pytest.raises(UserError, match="no chat template"):
         load_tokenizer(str(tmp_path))
 
 

@@ -17,11 +17,12 @@ import torch
 import yaml
 from PIL import Image
 
+from errors import UserError
 from interfaces import Prompt, Reward, Sample
 from miniature.fit import WEIGHTS
 from miniature.judge_server import JudgeServer
-from rewards import REWARDS, RewardError, RewardOptions, Setting, build, check
 from models.frozen import footprint, offloaded
+from rewards import REWARDS, RewardOptions, Setting, build, check
 from rewards.orm import ORM
 from tests.processes import ENVIRONMENT, ZERO_2, launch
 
@@ -128,7 +129,7 @@ def test_a_reward_is_loaded_only_when_it_is_named():
 def test_all_missing_rewards_are_named_at_once_with_their_size_licence_and_command(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     options = RewardOptions(git_path="/nowhere/git", judge_url="http://127.0.0.1:9/v1")
-    with pytest.raises(RewardError) as caught:
+    with pytest.raisesUserError as caught:
         build(["git", "gdino", "orm", "imagereward", "pickscore", "judge"], options, Setting())
     for word in ("/nowhere/git", "hf download IDEA-Research/grounding-dino-tiny", "CaraJ/ORM-T2I-R1 (16 GB",
                  "ImageReward", "PickScore_v1", "scripts/serve_judge.sh"):  # fmt: skip
@@ -138,7 +139,7 @@ def test_all_missing_rewards_are_named_at_once_with_their_size_licence_and_comma
 def test_judges_that_may_hold_a_process_for_half_of_the_process_groups_timeout_are_refused():
     options = RewardOptions(judge_batch_timeout=900)
     check(["hps", "judge", "preference"], options, ddp_timeout=5401)
-    with pytest.raises(RewardError, match="2700 s .* ddp_timeout 5400"):
+    with pytest.raises(UserError, match="2700 s .* ddp_timeout 5400"):
         check(["hps", "judge", "preference"], options, ddp_timeout=5400)
     check(["hps"], options, ddp_timeout=60)  # nobody is asked
 

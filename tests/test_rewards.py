@@ -17,8 +17,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerFast
 
 import rewards
+from errors import UserError
 from interfaces import Prompt, Sample
-from rewards import REWARDS, RewardError, RewardOptions, Setting, build
+from rewards import REWARDS, RewardOptions, Setting, build
 from rewards.hps import DEFAULT, HPS
 from rewards.text import Format, Length
 
@@ -210,10 +211,10 @@ def test_half_precision_agrees_with_full(folder, hps):
 
 def test_a_folder_without_weights_or_with_other_preprocessing_is_refused(tmp_path):
     write_folder(tmp_path, resize_mode="shortest")
-    with pytest.raises(RewardError, match="resize_mode 'shortest'"):
+    with pytest.raises(UserError, match="resize_mode 'shortest'"):
         HPS(tmp_path, device="cpu")
     (tmp_path / "open_clip_model.safetensors").unlink()
-    with pytest.raises(RewardError, match="no open_clip_model.safetensors"):
+    with pytest.raises(UserError, match="no open_clip_model.safetensors"):
         HPS(tmp_path, device="cpu")
 
 
@@ -222,7 +223,7 @@ def test_weights_of_another_size_are_refused(tmp_path):
     config = json.loads((tmp_path / "open_clip_config.json").read_text())
     config["model_cfg"]["embed_dim"] = 16
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
-    with pytest.raises(RewardError, match="size mismatch"):
+    with pytest.raises(UserError, match="size mismatch"):
         HPS(tmp_path, device="cpu")
 
 
@@ -254,7 +255,7 @@ def test_a_checkpoint_with_missing_or_misplaced_weights_is_refused(tmp_path, toy
     del weights["ln_final.weight"]
     torch.save({"state_dict": weights}, tmp_path / "short.pt")
     for name, message in [("bare.pt", "no `state_dict`"), ("short.pt", "ln_final.weight")]:
-        with pytest.raises(RewardError, match=message):
+        with pytest.raises(UserError, match=message):
             HPS(tmp_path / name, device="cpu", model_name=toy_architecture)
 
 
@@ -273,7 +274,7 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_does_not_run_it(tmp_pat
     torch.save({"state_dict": Intruder(str(target))}, tmp_path / "zip.pt")
     (tmp_path / "raw.pt").write_bytes(pickle.dumps({"state_dict": Intruder(str(target))}, protocol=2))
     for name in ("zip.pt", "raw.pt"):
-        with pytest.raises(RewardError, match=f"{name} is no checkpoint of plain tensors"):
+        with pytest.raises(UserError, match=f"{name} is no checkpoint of plain tensors"):
             HPS(tmp_path / name, device="cpu", model_name=toy_architecture)
     assert not target.exists()
     pickle.loads((tmp_path / "raw.pt").read_bytes())
@@ -283,7 +284,7 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_does_not_run_it(tmp_pat
 def test_a_missing_published_checkpoint_fails_at_once_with_size_licence_and_command(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     start = time.monotonic()
-    with pytest.raises(RewardError) as caught:
+    with pytest.raisesUserError as caught:
         HPS(DEFAULT, device="cpu")
     message = str(caught.value)
     assert time.monotonic() - start < 5
@@ -293,7 +294,7 @@ def test_a_missing_published_checkpoint_fails_at_once_with_size_licence_and_comm
 
 
 def test_a_missing_path_is_named(tmp_path):
-    with pytest.raises(RewardError, match="no HPS checkpoint at .*nowhere.pt"):
+    with pytest.raises(UserError, match="no HPS checkpoint at .*nowhere.pt"):
         HPS(tmp_path / "nowhere.pt", device="cpu")
 
 
@@ -322,7 +323,7 @@ def test_length_is_full_in_the_window_and_falls_linearly_outside():
     "low, high, message", [(0, 5, "1 <= low"), (6, 5, "length_low 6"), (5, 80, "reads 77 tokens")]
 )
 def test_an_impossible_length_window_is_refused(low, high, message):
-    with pytest.raises(RewardError, match=message):
+    with pytest.raises(UserError, match=message):
         Length(len, low, high, max_tokens=77)
 
 
@@ -348,14 +349,14 @@ def test_rewards_are_built_in_the_order_named(folder):
 
 def test_an_unknown_reward_names_the_nearest_and_all_valid_before_any_model_loads(monkeypatch):
     monkeypatch.setitem(REWARDS, "hps", lambda *_: pytest.fail("a model was loaded"))
-    with pytest.raises(RewardError) as caught:
+    with pytest.raisesUserError as caught:
         build(["hps", "lenght"], RewardOptions(), Setting())
     assert "unknown reward 'lenght', did you mean 'length'?" in str(caught.value)
     assert all(name in str(caught.value) for name in rewards.REWARDS)
 
 
 def test_a_reward_named_twice_and_a_length_without_renderer_are_refused():
-    with pytest.raises(RewardError, match="named twice"):
+    with pytest.raises(UserError, match="named twice"):
         build(["format", "format"], RewardOptions(), Setting())
-    with pytest.raises(RewardError, match="Setting.renderer is None"):
+    with pytest.raises(UserError, match="Setting.renderer is None"):
         build(["length"], RewardOptions(), Setting())

@@ -13,9 +13,9 @@ from PIL import Image
 
 from interfaces import Prompt, Reward
 from prompting import completion
+from run.seeds import render_seed
 from scoring.cache import PictureCache
 from scoring.judge import PATIENCE, Scorer, ScoringError
-from run.seeds import render_seed
 
 CAT, DOG = Prompt("a cat"), Prompt("a dog")
 PROMPTS = {prompt.id: prompt for prompt in (CAT, DOG)}

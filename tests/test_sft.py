@@ -11,13 +11,12 @@ import yaml
 from safetensors.torch import load_file
 
 import sft
-from data.prompts import DataError
+from errors import UserError
+from inference import Reprompter
+from models.policy import load_policy, load_tokenizer
 from prompting import completion, parse
-from scripts.reprompt import Reprompter
 from tests.conftest import PROMPTS
 from tests.processes import ENVIRONMENT, kill_when, launch
-from run.options import UsageError
-from models.policy import load_policy, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = [
@@ -221,7 +220,7 @@ def test_bad_options_are_one_line_with_the_value_and_code_2(case, cold, tmp_path
 )
 def test_a_bad_file_names_the_line_and_what_is_wrong(tmp_path, content, named):
     (tmp_path / "bad.jsonl").write_text(content)
-    with pytest.raises(DataError, match=named):
+    with pytest.raises(UserError, match=named):
         sft.load_examples(tmp_path / "bad.jsonl", reasoning=True)
 
 
@@ -238,5 +237,5 @@ def test_the_recipe_holds_and_packing_goes_with_flash_attention():
         assert known[key] == ([value] if key == "report_to" else value), key
     flash = ["--packing", "true", "--attn_implementation", "flash_attention_2"]
     assert sft.parse_options(["--data", "x", "--outdir", "y", *flash])[1].packing
-    with pytest.raises(UsageError):
+    with pytest.raises(UserError):
         sft.parse_options(["--data", "x", "--outdir", "y", "--packing", "true"])

@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 import yaml
 
+from errors import UserError
 from interfaces import Reward
-from tests.processes import ENVIRONMENT, ZERO_2, kill_when, launch
-from run.folder import RunFolder, RunFolderError
+from run.folder import RunFolder
 from run.seeds import render_seed
+from tests.processes import ENVIRONMENT, ZERO_2, kill_when, launch
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = [sys.executable, str(ROOT / "r1_prompter.py")]
@@ -153,7 +154,7 @@ def test_a_group_split_over_two_processes_is_refused_with_the_numbers():
     import r1_prompter
 
     training = SimpleNamespace(num_generations=8, per_device_train_batch_size=2, steps_per_generation=2)
-    with pytest.raises(r1_prompter.UsageError, match="2 x steps_per_generation 2 = 4 .* num_generations 8"):
+    with pytest.raises(r1_prompter.UserError, match="2 x steps_per_generation 2 = 4 .* num_generations 8"):
         r1_prompter.plan(None, training, prompts=100)
 
 
@@ -187,6 +188,7 @@ def test_the_recipe_holds_for_the_bare_command_and_yields_to_yaml_and_flags(tmp_
 
 def test_every_yaml_loads(tmp_path):
     import async_prompter
+
     import r1_prompter
     import sft
 
@@ -208,12 +210,12 @@ def test_a_folder_of_another_run_or_of_something_else_is_refused(tmp_path):
     RunFolder(tmp_path / "run", {"seed": 1, "outdir": "b"}).check()  # where it writes is not what it is
     moved = {"seed": 1, "judge_url": "https://another/v1", "reward_device": "cuda:1"}  # nor are its judge's address
     RunFolder(tmp_path / "run", moved).check()
-    with pytest.raises(RunFolderError, match="seed 1 -> 2"):
+    with pytest.raises(UserError, match="seed 1 -> 2"):
         RunFolder(tmp_path / "run", {"seed": 2}).check()
     RunFolder(tmp_path / "run", {"seed": 1}, resume="auto").check()  # nothing was saved yet: from the beginning
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
-    with pytest.raises(RunFolderError, match="holds no run"):
+    with pytest.raises(UserError, match="holds no run"):
         RunFolder(tmp_path / "other", {"seed": 1}).check()
 
 

@@ -20,12 +20,12 @@ from safetensors.torch import save_file
 
 import r1_prompter
 import sft
-from rendering import CheckpointError, RenderOptions
-from rewards import CHECKPOINTS, RewardError, RewardOptions, gdino, git, hps, imagereward, orm, pickscore
+from errors import UserError
 from models import weights
-from run.options import UsageError
-from models.policy import PolicyError, load_policy, load_tokenizer, name_base, trainee
-from models.weights import WeightsError, lock, locked, read_weights, verify
+from models.policy import load_policy, load_tokenizer, name_base, trainee
+from models.weights import lock, locked, read_weights, verify
+from rendering import RenderOptions
+from rewards import CHECKPOINTS, RewardOptions, gdino, git, hps, imagereward, orm, pickscore
 
 MINIATURE = Path("miniature/weights")
 COMMIT = "0123456789abcdef" * 2 + "01234567"
@@ -106,7 +106,7 @@ def test_a_pickle_that_would_run_code_is_refused_in_one_line_before_it_runs(tmp_
         torch.save({"state_dict": Intruder(target)}, file)
     else:
         file.write_bytes(pickle.dumps({"state_dict": Intruder(target)}, protocol=2))
-    with pytest.raises((RewardError, CheckpointError, PolicyError, WeightsError)) as caught:
+    with pytest.raises(UserError) as caught:
         load()
     assert not target.exists()
     assert "\n" not in str(caught.value) and str(file.parent) in str(caught.value)
@@ -140,10 +140,10 @@ def test_what_is_no_file_of_tensors_is_refused_in_one_line(tmp_path):
         ("nested.pt", "something else than tensors"),
         ("weights.ckpt", "neither .safetensors nor"),
     ]:
-        with pytest.raises(WeightsError, match=said) as caught:
+        with pytest.raises(UserError, match=said) as caught:
             read_weights(tmp_path / name)
         assert "\n" not in str(caught.value)
-    with pytest.raises(WeightsError, match="has no `state_dict`"):
+    with pytest.raises(UserError, match="has no `state_dict`"):
         read_weights(tmp_path / "nested.pt", under="state_dict")
     assert torch.equal(read_weights(tmp_path / "nested.pt", under="a")["a"], TENSORS["a"])
 
@@ -161,7 +161,7 @@ def test_no_damage_to_a_pickle_comes_out_as_anything_but_one_line(tmp_path):
                 (tmp_path / "damaged.pt").write_bytes(content)
                 try:
                     assert read_weights(tmp_path / "damaged.pt").keys()
-                except WeightsError as error:
+                except UserError as error:
                     assert "\n" not in str(error)
 
 
@@ -175,7 +175,7 @@ def test_a_damaged_policy_is_refused_before_the_trainer_has_it(tmp_path, damage)
     else:
         index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(PolicyError, match="model.safetensors is damaged|has no model-00002-of-00002"):
+    with pytest.raises(UserError, match="model.safetensors is damaged|has no model-00002-of-00002"):
         load_tokenizer(str(folder))
 
 
@@ -210,7 +210,7 @@ def test_a_locked_file_that_differs_is_refused_with_what_is_found_and_expected(c
     content[-30] ^= 1
     cached.resolve().write_bytes(content)
     for read in (read_weights, verify, lambda path: verify(path.parent)):
-        with pytest.raises(WeightsError, match="neither loaded nor deleted") as caught:
+        with pytest.raises(UserError, match="neither loaded nor deleted") as caught:
             read(cached)
         said = str(caught.value)
         assert str(expected["size" if change == "longer" else "sha256"]) in said and "\n" not in said
@@ -224,7 +224,7 @@ def test_another_commit_of_a_locked_repository_is_not_compared_with_the_lock(cac
     (other / "w.pt").resolve().write_bytes(b"something else")
     verify(other)
     other.rename(cached.parent)
-    with pytest.raises(WeightsError):  # while the locked one is
+    with pytest.raises(UserError):  # while the locked one is
         verify(cached.parent)
 
 
@@ -249,10 +249,10 @@ def test_a_sum_beside_a_file_of_the_users_own_is_honoured(tmp_path):
     assert read_weights(tmp_path / "mine.pt")
     beside.write_text(f"{'0' * 64}  mine.pt\n")
     for checked in (tmp_path / "mine.pt", tmp_path):
-        with pytest.raises(WeightsError, match=f"SHA-256 {digest}, mine.pt.sha256 says {'0' * 64}"):
+        with pytest.raises(UserError, match=f"SHA-256 {digest}, mine.pt.sha256 says {'0' * 64}"):
             verify(checked)
     beside.write_text("mine.pt\n")
-    with pytest.raises(WeightsError, match="no line of sha256sum"):
+    with pytest.raises(UserError, match="no line of sha256sum"):
         read_weights(tmp_path / "mine.pt")
 
 
@@ -308,7 +308,7 @@ def test_foreign_code_is_trusted_at_a_full_commit_only(program):
     parse = lambda *more: PARSERS[program]("--data", "x", "--outdir", "y", *more)  # noqa: E731
     assert not parse().trust_remote_code
     for revision in ([], ["--model_revision", "v1.0"], ["--model_revision", "0123abc"]):
-        with pytest.raises(UsageError, match="--trust_remote_code .* full commit"):
+        with pytest.raises(UserError, match="--trust_remote_code .* full commit"):
             parse("--trust_remote_code", "true", *revision)
     training = parse("--trust_remote_code", "true", "--model_revision", COMMIT)
     assert training.trust_remote_code and training.model_init_kwargs["revision"] == COMMIT
@@ -329,7 +329,7 @@ def test_foreign_code_of_a_tokenizer_runs_only_when_it_is_trusted(tmp_path, monk
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     try:
         load_tokenizer(str(folder))
-    except PolicyError as error:
+    except UserError as error:
         assert "\n" not in str(error)
     assert not ran.exists()
     load_tokenizer(str(folder), COMMIT, trust_remote_code=True)
@@ -347,7 +347,7 @@ def test_a_policy_by_hub_name_is_its_folder_in_the_cache_at_the_locked_commit(tm
     training = SimpleNamespace(model_init_kwargs={"revision": COMMIT}, trust_remote_code=False)
     assert trainee("Qwen/Qwen2.5-3B-Instruct", training, use_peft=False) == str(repo / COMMIT)
     training.model_init_kwargs["revision"] = "main"
-    with pytest.raises(PolicyError, match="tokenizer.*json has .* bytes, checkpoints.lock says"):
+    with pytest.raises(UserError, match="tokenizer.*json has .* bytes, checkpoints.lock says"):
         trainee("Qwen/Qwen2.5-3B-Instruct", training, use_peft=False)
 
 
@@ -370,5 +370,5 @@ def test_a_renderer_by_hub_name_is_read_offline_at_the_locked_commit(tmp_path, m
         home = tmp_path / f"models--{repo.replace('/', '--')}" / "snapshots" / locked(repo).revision
         shutil.copytree(MINIATURE / "flux", home)
     assert RenderOptions(sdmodel_name="Qwen/Qwen-Image").load("cpu").count_tokens("a red circle") > 2
-    with pytest.raises(CheckpointError, match="has .* bytes, checkpoints.lock says 246144352"):
+    with pytest.raises(UserError, match="has .* bytes, checkpoints.lock says 246144352"):
         RenderOptions(sdmodel_name="black-forest-labs/FLUX.1-schnell").load("cpu")

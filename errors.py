@@ -1,0 +1,14 @@
+"""The two ways in which a program of this project ends early, and the one line in which an error is told."""
+
+
+class UserError(Exception):
+    """Something that the user can mend: an option, a file, a checkpoint. One line says what to do. Exit code 2."""
+
+
+class Stopped(Exception):
+    """A run cannot go on (disk, numbers, a dead judge); once that is mended, `--resume` continues it. Exit code 1."""
+
+
+def one_line(error: BaseException, most: int = 200) -> str:
+    """The text of an error on one line of at most `most` characters, or its class where it has none."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
