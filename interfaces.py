@@ -49,28 +49,29 @@ class Sample:
         completion: the policy's whole text.
         rewrite: the text given to the renderer, or None.
         images: one RGB picture per seed; None where the renderer failed (the sample is then absent, not bad).
-        anchors: as many pictures of the raw prompt, the same all run long, for rewards that need them; else ().
+        baseline_images: as many pictures of the raw prompt, the same in all steps of a run, for rewards that compare
+            with them; else ().
     """
 
     prompt: Prompt
     completion: str
     rewrite: str | None
     images: tuple[Image.Image | None, ...] = ()
-    anchors: tuple[Image.Image | None, ...] = ()
+    baseline_images: tuple[Image.Image | None, ...] = ()
 
 
-Seen = Callable[[int, Image.Image], None]
+OnImage = Callable[[int, Image.Image], None]
 
 
 class Renderer(Protocol):
     """rewrite + seed -> image. Frozen. A row's picture does not depend on the rest of the batch."""
 
     def __call__(
-        self, texts: Sequence[str], seeds: Sequence[int], seen: Seen | None = None
+        self, texts: Sequence[str], seeds: Sequence[int], on_image: OnImage | None = None
     ) -> list[Image.Image | None]:
         """Draw `texts[i]` from noise `seeds[i]`; None where a row could not be drawn. Same length as `texts`.
 
-        `seen(i, picture)` tells of a picture as soon as it is there, on the caller's thread.
+        `on_image(i, image)` is called as soon as image i is drawn, on the caller's thread.
         """
         ...
 
@@ -94,19 +95,19 @@ class Reward(Protocol):
         name: as in `--rewards`.
         range: lowest and highest score.
         needs_images: whether it looks at pictures.
-        needs_anchors: whether samples must come with pictures of the raw prompt.
-        begins: whether it asks another machine, and may be told to `begin`.
+        needs_baseline_images: whether samples must come with pictures of the raw prompt.
+        can_prefetch: whether `prefetch` may be called; true for rewards that wait for another machine.
         metrics: what the last call has to say beside its scores: "<name>/<metric>" -> number.
     """
 
     name: str
     range: tuple[float, float]
     needs_images: bool = True
-    needs_anchors: bool = False
-    begins: bool = False
+    needs_baseline_images: bool = False
+    can_prefetch: bool = False
     metrics: Mapping[str, float] = MappingProxyType({})
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | None]: ...
 
-    def begin(self, samples: Sequence[Sample]) -> None:
-        """Start on whole groups that the next call will contain, on another thread while the rest is being drawn."""
+    def prefetch(self, samples: Sequence[Sample]) -> None:
+        """Start scoring these whole groups in the background; the next `__call__` will contain them."""

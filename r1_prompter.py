@@ -25,7 +25,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,21 +38,21 @@ from trl.trainer.utils import RepeatSampler
 from data.prompts import load_prompts
 from errors import UserError
 from interfaces import Prompt, Renderer, Reward
-from models.frozen import footprint
-from models.policy import load_tokenizer, name_base, trainee
-from models.whole import whole_parameters
+from models.frozen import describe
+from models.policy import load_tokenizer, prepare_policy, record_base_model
+from models.whole import without_zero3_init
 from prompting import messages
 from rendering import AUTO, RenderOptions
-from rendering.levers import settle_batch
+from rendering.levers import choose_batch_size
 from report.plots import progressing
-from rewards import REWARDS, RewardOptions, Setting, build, check
+from rewards import REWARDS, RewardContext, RewardOptions, build, check
 from run.checkpoints import file_hash
 from run.epochs import EpochOrder
 from run.folder import RunFolder
-from run.heartbeat import Watch
-from run.options import RESUME, parse, run_main, set_renamed
-from run.progress import RunLog, begin, finish, rounded_away
-from run.trainer import GuardedTrainer
+from run.heartbeat import Heartbeat
+from run.options import may_differ, option, parse, resume_option, run_main, set_renamed
+from run.progress import RunLog, run_to_end, start_run, warn_if_bf16_loses_updates
+from run.trainer import RunTrainer
 from scoring.cache import PictureCache
 from scoring.diagnostics import diagnose, mean_of_processes
 from scoring.judge import Scorer
@@ -69,62 +69,57 @@ RECIPE = HERE / "configs" / "flux_dev.yaml"
 class ScriptArguments:
     """What TRL has no name for. Everything else (`--learning_rate`, `--use_peft`, `--use_vllm`, ...) is TRL's own."""
 
-    data: str = field(metadata={"help": "User prompts: .txt, one a line, or .jsonl (data/README.md)."})
-    outdir: str = field(metadata={"help": "Run folder, new or this run's own; the trained policy is saved there."})
-    gpt_path: str = field(
-        default="Qwen/Qwen2.5-3B-Instruct",
-        metadata={"help": "Policy: folder or hub name of an instruct model with a chat template."},
+    data: str = option(help="User prompts: .txt, one a line, or .jsonl (data/README.md).", changes="run")
+    outdir: str = option(
+        help="Run folder, new or this run's own; the trained policy is saved there.", changes="nothing"
     )
-    rewards: list[str] = field(
-        default_factory=list,  # the recipe names them
-        metadata={"help": f"Rewards, of: {', '.join(REWARDS)}; weighted by --reward_weights in this order (1 each)."},
+    gpt_path: str = option(
+        "Qwen/Qwen2.5-3B-Instruct",
+        "Policy: folder or hub name of an instruct model with a chat template.",
+        changes="run",
     )
-    held_out: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Rewards that only watch: scored and logged, never trained on; they show reward hacking."},
+    rewards: list[str] = option(
+        [], f"Rewards, of: {', '.join(REWARDS)}; weighted by --reward_weights in this order (1 each).", changes="run"
     )
-    reasoning: bool = field(
-        default=True, metadata={"help": "Think before rewriting; false: the rewrite alone is asked for and read."}
+    held_out: list[str] = option(
+        [], "Rewards that are scored and logged, never trained on; they show reward hacking.", changes="run"
     )
-    common_seeds: bool = field(
-        default=True,
-        metadata={
-            "help": "All members of a group start from the same noise; false: each from its own (for ablation)."
-        },
+    reasoning: bool = option(
+        True, "Think before rewriting; false: the rewrite alone is asked for and read.", changes="run"
     )
-    images_per_rewrite: int = field(
-        default=1,
-        metadata={"help": "Pictures per rewrite, averaged; another prompt often teaches more at the same cost."},
+    common_seeds: bool = option(
+        True,
+        "All members of a group start from the same noise; false: each from its own (for ablation).",
+        changes="run",
     )
-    fresh_seeds: bool = field(
-        default=True,
-        metadata={
-            "help": "New noise for a prompt at each step; false: its own for the whole run, rewrites are cached."
-        },
+    images_per_rewrite: int = option(
+        1, "Pictures per rewrite, averaged; another prompt often teaches more at the same cost.", changes="run"
     )
-    picture_cache: float = field(
-        default=4.0,
-        metadata={
-            "help": "GB on disk for pictures that may be wanted again: raw prompts', and without fresh seeds all."
-        },
+    fresh_seeds: bool = option(
+        True,
+        "New noise for a prompt at each step; false: its own for the whole run, rewrites are cached.",
+        changes="run",
     )
-    max_absent_share: float = field(
-        default=0.5,
-        metadata={
-            "help": "Share of readable samples without score, 0 to 1; above it three batches in a row stop the run."
-        },
+    picture_cache: float = option(
+        4.0,
+        "GB on disk for pictures that may be wanted again: raw prompts', and without fresh seeds all.",
+        changes="nothing",
     )
-    save_images_every: int = field(
-        default=10, metadata={"help": "Optimiser steps between steps whose pictures are kept; first and last always."}
+    max_absent_share: float = option(
+        0.5,
+        "Share of readable samples without score, 0 to 1; above it three batches in a row stop the run.",
+        changes="nothing",
     )
-    save_images_max: int = field(
-        default=64, metadata={"help": "Pictures kept of such a step; 64 of 512 px are about 25 MB."}
+    save_images_every: int = option(
+        10, "Optimiser steps between steps whose pictures are kept; first and last always.", changes="nothing"
     )
-    phase_budget: float = field(
-        default=1800.0,
-        metadata={"help": "Seconds of one phase (generate, render, ...) after which all stacks are written down."},
+    save_images_max: int = option(64, "Pictures kept of such a step; 64 of 512 px are about 25 MB.", changes="nothing")
+    phase_budget: float = option(
+        1800.0,
+        "Seconds of one phase (generate, render, ...) after which all stacks are written down.",
+        changes="nothing",
     )
-    resume: str | None = field(default=None, metadata=RESUME)
+    resume: str | None = resume_option()
 
 
 @dataclass(frozen=True)
@@ -230,7 +225,7 @@ def load_frozen(
     """
     script, training, missing, tokenizer, renderer = options.script, options.training, [], None, None
     names = [*script.rewards, *script.held_out]
-    with whole_parameters():
+    with without_zero3_init():
         try:
             tokenizer = load_tokenizer(script.gpt_path, options.model.model_revision, training.trust_remote_code)
         except UserError as error:
@@ -242,9 +237,9 @@ def load_frozen(
             names = [name for name in names if name != "length"]  # it counts the tokens of the renderer
         device = options.reward.reward_device or options.render.render_device or str(training.device)
         verdicts = Path(script.outdir) / f"verdicts_{training.process_index}.sqlite"
-        setting = Setting(device, renderer, prompts, training.seed, verdicts)
+        context = RewardContext(device, renderer, prompts, training.seed, verdicts)
         try:
-            rewards = build(names, options.reward, setting)
+            rewards = build(names, options.reward, context)
         except (UserError, ValueError) as error:
             missing.append(str(error))
     if missing:
@@ -277,7 +272,7 @@ def make_scorer(
         cache=PictureCache(
             Path(script.outdir) / "cache", script.picture_cache * 1e9, training.process_index, training.world_size
         ),
-        ahead=options.render.remote,
+        score_while_drawing=options.render.remote,
         enter=enter,
     )
 
@@ -285,7 +280,7 @@ def make_scorer(
 # The method ------------------------------------------------------------------------------------------------------
 
 
-class RewriteTrainer(GuardedTrainer, GRPOTrainer):
+class RewriteTrainer(RunTrainer, GRPOTrainer):
     """TRL's GRPO, which also times its phases and writes down every rollout with the advantage it was given."""
 
     def __init__(self, *args: Any, scorer: Scorer, script: ScriptArguments, **kwargs: Any):
@@ -298,7 +293,7 @@ class RewriteTrainer(GuardedTrainer, GRPOTrainer):
         return sampler
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        self.watch.enter("generate", self.state.global_step + 1)
+        self.heartbeat.enter("generate", self.state.global_step + 1)
         started = time.perf_counter()
         batch = super()._generate_and_score_completions(inputs)  # sample, draw, score, advantages
         seconds = time.perf_counter() - started
@@ -325,7 +320,7 @@ class RewriteTrainer(GuardedTrainer, GRPOTrainer):
         )
 
 
-def watched(row: Mapping[str, Any]) -> dict[str, float | None]:
+def progress_metrics(row: Mapping[str, Any]) -> dict[str, float | None]:
     """Of a step's metrics those that its progress line shows."""
     return {"reward": row.get("reward"), **{name: row[f"rewards/{name}/mean"] for name in progressing(row)}}
 
@@ -342,33 +337,35 @@ def train(options: Options) -> None:
     check_rewards(options, training.reward_weights)
     prompts = {prompt.id: prompt for prompt in load_prompts(script.data)}
     numbers = plan(script, training, len(prompts))
-    folder = RunFolder(script.outdir, resolved(options), resume=script.resume)
+    folder = RunFolder(
+        script.outdir, all_options(options), may_differ=may_differ(*vars(options).values()), resume=script.resume
+    )
     folder.check(numbers["optimizer_steps"])
     tokenizer, renderer, rewards, held_out = load_frozen(options, list(prompts.values()))
-    numbers["render_batch_size"] = settled(renderer, options.render.render_batch_size, folder)
-    begin(folder, numbers, _announce(options, numbers, folder, [*rewards, *held_out]))
-    watch = Watch(folder.path, training.process_index, script.phase_budget)
-    scorer = make_scorer(options, prompts, renderer, rewards, held_out, watch.enter)
+    numbers["render_batch_size"] = choose_run_batch_size(renderer, options.render.render_batch_size, folder)
+    start_run(folder, numbers, _announce(options, numbers, folder, [*rewards, *held_out]))
+    heartbeat = Heartbeat(folder.path, training.process_index, script.phase_budget)
+    scorer = make_scorer(options, prompts, renderer, rewards, held_out, heartbeat.enter)
     trainer = RewriteTrainer(
-        model=trainee(script.gpt_path, training, model.use_peft),
+        model=prepare_policy(script.gpt_path, training, model.use_peft),
         reward_funcs=scorer.reward_functions(),
         args=training,
         train_dataset=conversations(prompts.values(), script.reasoning),
         processing_class=tokenizer,
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
-        callbacks=[RunLog(folder, watched)],
+        callbacks=[RunLog(folder, progress_metrics)],
         scorer=scorer,
         folder=folder,
-        watch=watch,
+        heartbeat=heartbeat,
         cycle=numbers["optimizer_steps_per_generation"],
         script=script,
     )
-    name_base(trainer.model, script.gpt_path, model.model_revision)
-    finish(trainer, folder)
+    record_base_model(trainer.model, script.gpt_path, model.model_revision)
+    run_to_end(trainer, folder)
 
 
-def settled(renderer: Renderer, asked: int | str, folder: RunFolder) -> int:
+def choose_run_batch_size(renderer: Renderer, asked: int | str, folder: RunFolder) -> int:
     """Pictures a call of this run: as asked for, or for auto what the run began with, or else what a trial finds now.
 
     Raises:
@@ -379,12 +376,12 @@ def settled(renderer: Renderer, asked: int | str, folder: RunFolder) -> int:
         renderer.chunk_size = before
         return before
     try:
-        return settle_batch(renderer, asked)
+        return choose_batch_size(renderer, asked)
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
-def resolved(options: Options) -> dict[str, Any]:
+def all_options(options: Options) -> dict[str, Any]:
     """All options in one, as `run.json` has them."""
     ours = {**asdict(options.script), **asdict(options.render), **asdict(options.reward)}
     return {
@@ -407,8 +404,8 @@ def _announce(options: Options, numbers: dict[str, int], folder: RunFolder, scor
         f"{numbers['images']} pictures in all",
         f"rewards {', '.join(script.rewards)}; held out {', '.join(script.held_out) or 'none'}; seed {training.seed}; "
         f"all options: {folder.path}/run.json",
-        *[f"  {footprint(scorer)}" for scorer in scorers],
-        *rounded_away(training, options.model),
+        *[f"  {describe(scorer)}" for scorer in scorers],
+        *warn_if_bf16_loses_updates(training, options.model),
     ]
 
 

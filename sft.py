@@ -2,7 +2,7 @@
 
 Arrow of the design: examples (`scripts/make_sft.py`) -> policy. Each is what `r1_prompter.py` shows the policy at
 rollout, token for token (same template, `prompting.messages`; same answer, `prompting.completion`), and only the
-answer is learnt. The optimiser is TRL's `SFTTrainer`.
+answer is train_rows. The optimiser is TRL's `SFTTrainer`.
 
 Left out: several turns, mixing with other data, assistant masks (a prompt and an answer need none).
 
@@ -22,7 +22,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,14 @@ from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
 from errors import UserError
-from models.policy import load_tokenizer, name_base, trainee
+from models.policy import load_tokenizer, prepare_policy, record_base_model
 from prompting import completion, messages
 from run.checkpoints import file_hash
 from run.folder import RunFolder
-from run.heartbeat import Watch
-from run.options import RESUME, parse, run_main, set_renamed
-from run.progress import RunLog, begin, finish, rounded_away
-from run.trainer import GuardedTrainer
+from run.heartbeat import Heartbeat
+from run.options import may_differ, option, parse, resume_option, run_main, set_renamed
+from run.progress import RunLog, run_to_end, start_run, warn_if_bf16_loses_updates
+from run.trainer import RunTrainer
 
 HERE = Path(__file__).resolve().parent
 RECIPE = HERE / "configs" / "cold_start.yaml"
@@ -49,25 +49,28 @@ FLASH = ("flash_attention_2", "flash_attention_3", "kernels-community/")  # they
 class ScriptArguments:
     """What TRL has no name for. Everything else (`--learning_rate`, `--use_peft`, `--packing`, ...) is TRL's own."""
 
-    data: str = field(metadata={"help": "Examples: .jsonl with prompt, reasoning, rewrite (scripts/make_sft.py)."})
-    outdir: str = field(metadata={"help": "Run folder, new or this run's own; the trained policy is saved there."})
-    gpt_path: str = field(
-        default="Qwen/Qwen2.5-3B-Instruct",
-        metadata={"help": "Model to start from: folder or hub name of an instruct model with a chat template."},
+    data: str = option(help="Examples: .jsonl with prompt, reasoning, rewrite (scripts/make_sft.py).", changes="run")
+    outdir: str = option(
+        help="Run folder, new or this run's own; the trained policy is saved there.", changes="nothing"
     )
-    reasoning: bool = field(default=True, metadata={"help": "Think first; false: teach the rewrite alone."})
-    validation_share: float = field(
-        default=0.1, metadata={"help": "Share of the prompts, 0 to below 1, whose examples are only evaluated."}
+    gpt_path: str = option(
+        "Qwen/Qwen2.5-3B-Instruct",
+        "Model to start from: folder or hub name of an instruct model with a chat template.",
+        changes="run",
     )
-    phase_budget: float = field(
-        default=1800.0, metadata={"help": "Seconds of one step or save after which all stacks are written down."}
+    reasoning: bool = option(True, "Think first; false: teach the rewrite alone.", changes="run")
+    validation_share: float = option(
+        0.1, "Share of the prompts, 0 to below 1, whose examples are only evaluated.", changes="run"
     )
-    resume: str | None = field(default=None, metadata=RESUME)
+    phase_budget: float = option(
+        1800.0, "Seconds of one step or save after which all stacks are written down.", changes="nothing"
+    )
+    resume: str | None = resume_option()
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and the answer to be learnt."""
+    """A prompt and the answer to be train_rows."""
 
     prompt: str
     answer: str
@@ -158,7 +161,7 @@ def _dataset(
 # The cold start --------------------------------------------------------------------------------------------------
 
 
-class ColdStart(GuardedTrainer, SFTTrainer):
+class ColdStart(RunTrainer, SFTTrainer):
     """TRL's SFT with the house's checkpoints, signals and gates."""
 
 
@@ -173,44 +176,45 @@ def train(script: ScriptArguments, training: SFTConfig, model: ModelConfig) -> N
     examples = load_examples(script.data, script.reasoning)
     data_hash = file_hash(Path(script.data))
     config = {**training.to_dict(), **asdict(model), **asdict(script), "data_hash": data_hash}
-    folder = RunFolder(script.outdir, {**config, "num_processes": training.world_size}, resume=script.resume)
+    config["num_processes"] = training.world_size
+    folder = RunFolder(script.outdir, config, may_differ=may_differ(script, training, model), resume=script.resume)
     tokenizer = load_tokenizer(script.gpt_path, model.model_revision, training.trust_remote_code)
     longest = training.max_length
-    (learnt, too_long), (watched, too_long_to_watch) = (
+    (train_rows, too_long), (eval_rows, too_long_to_watch) = (
         _dataset(side, tokenizer, script.reasoning, longest) for side in split(examples, script.validation_share)
     )
-    if not len(learnt):
+    if not len(train_rows):
         raise UserError(f"all {too_long} examples are longer than max_length {longest} tokens: raise it")
     if training.padding_free:
         training.max_length = None  # TRL's condition; what is too long has been left out
-    numbers = _plan(training, len(learnt), len(watched), too_long + too_long_to_watch)
+    numbers = _plan(training, len(train_rows), len(progress_metrics), too_long + too_long_to_watch)
     folder.check(numbers["optimizer_steps"])
-    begin(folder, numbers, [*_announce(numbers, learnt, folder), *rounded_away(training, model)])
-    watch = Watch(folder.path, training.process_index, script.phase_budget)
+    start_run(folder, numbers, [*_announce(numbers, train_rows, folder), *warn_if_bf16_loses_updates(training, model)])
+    heartbeat = Heartbeat(folder.path, training.process_index, script.phase_budget)
     trainer = ColdStart(
-        model=trainee(script.gpt_path, training, model.use_peft),
+        model=prepare_policy(script.gpt_path, training, model.use_peft),
         args=training,
-        train_dataset=learnt,
-        eval_dataset=watched if len(watched) else None,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows if len(progress_metrics) else None,
         processing_class=tokenizer,
-        callbacks=[RunLog(folder, _watched)],
+        callbacks=[RunLog(folder, progress_metrics)],
         folder=folder,
-        watch=watch,
+        heartbeat=heartbeat,
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
     )
-    name_base(trainer.model, script.gpt_path, model.model_revision)
-    finish(trainer, folder)
+    record_base_model(trainer.model, script.gpt_path, model.model_revision)
+    run_to_end(trainer, folder)
 
 
-def _plan(training: SFTConfig, learnt: int, watched: int, too_long: int) -> dict[str, int]:
+def _plan(training: SFTConfig, train_rows: int, eval_rows: int, too_long: int) -> dict[str, int]:
     batch = training.per_device_train_batch_size * training.world_size * training.gradient_accumulation_steps
-    per_epoch = math.ceil(learnt / batch)
+    per_epoch = math.ceil(train_rows / batch)
     steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * per_epoch)
     return {
         "processes": training.world_size,
-        "examples": learnt,
-        "validation_examples": watched,
+        "examples": train_rows,
+        "validation_examples": eval_rows,
         "examples_too_long": too_long,
         "examples_per_step": batch,
         "optimizer_steps_per_epoch": per_epoch,  # fewer where examples are packed
@@ -218,8 +222,8 @@ def _plan(training: SFTConfig, learnt: int, watched: int, too_long: int) -> dict
     }
 
 
-def _announce(numbers: Mapping[str, int], learnt: Dataset, folder: RunFolder) -> list[str]:
-    lengths = [len(ids) for ids in learnt["input_ids"]]
+def _announce(numbers: Mapping[str, int], train_rows: Dataset, folder: RunFolder) -> list[str]:
+    lengths = [len(ids) for ids in train_rows["input_ids"]]
     return [
         f"{numbers['examples']} examples of {min(lengths)} to {max(lengths)} tokens to learn, "
         f"{numbers['validation_examples']} to validate on, {numbers['examples_too_long']} left out as too long",
@@ -228,7 +232,7 @@ def _announce(numbers: Mapping[str, int], learnt: Dataset, folder: RunFolder) ->
     ]
 
 
-def _watched(row: Mapping[str, Any]) -> dict[str, float | None]:
+def progress_metrics(row: Mapping[str, Any]) -> dict[str, float | None]:
     """Of a step's metrics those that its progress line shows."""
     return {
         "loss": row.get("loss"),

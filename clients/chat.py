@@ -177,7 +177,7 @@ class VLMClient:
         self._early: dict[str, _Outcome] = {}
         self._circuit = Circuit(max(TRIP, 2 * concurrency), PAUSE)
 
-    def begin(self, questions: Sequence[Question]) -> None:
+    def prefetch(self, questions: Sequence[Question]) -> None:
         """Ask already what a later `ask` will; what came of it, failures too, waits for the next `ask`.
 
         May run beside anything but `ask`; what is unfinished after `batch_timeout` has failed.

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             trainer,
             lambda flags: r1_prompter.parse_options(flags, planned(launch.processes)),
             r1_prompter.plan,
-            r1_prompter.resolved,
+            r1_prompter.all_options,
             machine,
             launch,
             args.probe,

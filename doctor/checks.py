@@ -45,7 +45,8 @@ from interfaces import Prompt
 from prompting import MAX_PROMPT_CHARS
 from rewards import check
 from run.folder import RunFolder
-from run.progress import rounded_away
+from run.options import may_differ
+from run.progress import warn_if_bf16_loses_updates
 
 if TYPE_CHECKING:
     from r1_prompter import Options
@@ -63,7 +64,7 @@ def examine(
     argv: Sequence[str],
     parse_options: Parse,
     plan: Plan,
-    resolved: Callable[[Options], dict[str, Any]],
+    all_options: Callable[[Options], dict[str, Any]],
     machine: Machine,
     launch: Launch,
     probe: bool | None = None,
@@ -72,7 +73,7 @@ def examine(
 
     Args:
         argv: the run's flags.
-        parse_options, plan, resolved: the trainer's own: flags -> options, batch numbers, configuration of its folder.
+        parse_options, plan, all_options: the trainer's own: flags -> options, batch numbers, configuration.
         machine: what the run is planned for.
         launch: how it is started.
         probe: load the models and use each once; None: where they are on this disk and this machine is meant.
@@ -89,7 +90,7 @@ def examine(
     say(data)
     batch, found.numbers = batch_numbers(options, plan, max(len(prompts), 1), launch)
     say(batch)
-    say(outdir(options, resolved, found.numbers))
+    say(outdir(options, all_options, found.numbers))
     say([Check("rounding", WARNING, line.removeprefix("note: ")) for line in rounded(options, launch)])
     say(rewards(options))
     models = named_models(options)
@@ -241,18 +242,20 @@ def batch_numbers(options: Options, plan: Plan, prompts: int, launch: Launch) ->
     return [Check("batch", OK, text)], numbers
 
 
-def outdir(options: Options, resolved: Callable[[Options], dict[str, Any]], numbers: dict[str, int]) -> list[Check]:
+def outdir(options: Options, all_options: Callable[[Options], dict[str, Any]], numbers: dict[str, int]) -> list[Check]:
     """Whether this run may write there. Reads only."""
     script = options.script
-    folder = RunFolder(script.outdir, resolved(options), resume=script.resume)
+    folder = RunFolder(
+        script.outdir, all_options(options), may_differ=may_differ(*vars(options).values()), resume=script.resume
+    )
     refused = _refused("outdir", UserError, lambda: folder.check(numbers.get("optimizer_steps")))
     if refused:
         return refused
     parent = _existing(Path(script.outdir))
     if not os.access(parent, os.W_OK):
         return [Check("outdir", PROBLEM, f"{parent} cannot be written to", "choose another --outdir")]
-    going_on = f", to go on after step {folder.resume_step}" if folder.resume_step else ""
-    return [Check("outdir", OK, f"{script.outdir} is free for this run{going_on}")]
+    resume_messages = f", to go on after step {folder.resume_step}" if folder.resume_step else ""
+    return [Check("outdir", OK, f"{script.outdir} is free for this run{resume_messages}")]
 
 
 def rewards(options: Options) -> list[Check]:
@@ -265,7 +268,7 @@ def rewards(options: Options) -> list[Check]:
 
 def rounded(options: Options, launch: Launch) -> list[str]:
     """The trainer's warning of steps that are too small for its weights; DeepSpeed may be only planned here."""
-    return [] if launch.zero else rounded_away(options.training, options.model)
+    return [] if launch.zero else warn_if_bf16_loses_updates(options.training, options.model)
 
 
 def _refused(name: str, kind: type[Exception], attempt: Callable[[], object]) -> list[Check]:

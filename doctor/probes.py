@@ -19,11 +19,11 @@ from doctor.report import OK, PROBLEM, WARNING, Check
 from errors import UserError
 from interfaces import Prompt, Renderer, Reward, Sample
 from models.policy import load_policy, load_tokenizer
-from models.whole import whole_parameters
+from models.whole import without_zero3_init
 from prompting import completion, messages, parse
 from rendering import AUTO
 from rendering.levers import smallest_good_batch
-from rewards import Setting, build
+from rewards import RewardContext, build
 from run.seeds import render_seed
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def probe_all(options: Options, numbers: dict[str, int], prompts: Sequence[Promp
     prompt = next((one for one in prompts if one.nouns), prompts[0])
     judges = [name for name in dict.fromkeys(names_of(options)) if name in JUDGES]
     pictures, renderer, checks = _sketches(), None, []
-    with whole_parameters():
+    with without_zero3_init():
         if wanted:
             checks += probe_policy(options, prompt)
         if wanted or options.render.remote:
@@ -139,9 +139,9 @@ def probe_reward(
 ) -> Check:
     """The reward built as the trainer builds it, and asked about the pictures; of a judge, one real question."""
     device = options.reward.reward_device or options.render.render_device or str(options.training.device)
-    setting = Setting(device, renderer, (prompt,), options.training.seed)
+    context = RewardContext(device, renderer, (prompt,), options.training.seed)
     try:
-        (reward,) = build([name], replace(options.reward, judge_cache=None), setting)
+        (reward,) = build([name], replace(options.reward, judge_cache=None), context)
         samples = _samples(reward, prompt, pictures)
         scores, seconds = _timed(lambda: reward(samples))
     except (UserError, ValueError, torch.OutOfMemoryError) as error:
@@ -160,9 +160,9 @@ def probe_reward(
 def _samples(reward: Reward, prompt: Prompt, pictures: Sequence[Image.Image]) -> list[Sample]:
     """One sample; two, if a reward compares a group's. A readable answer with a picture, and one as its anchor."""
     text = completion("What is asked for, plainly.", prompt.text)
-    anchors = tuple(pictures[-1:]) if reward.needs_anchors else ()
-    shown = pictures[:2] if reward.name == "preference" and not reward.needs_anchors else pictures[:1]
-    return [Sample(prompt, text, prompt.text, (picture,), anchors) for picture in shown]
+    baseline_images = tuple(pictures[-1:]) if reward.needs_baseline_images else ()
+    shown = pictures[:2] if reward.name == "preference" and not reward.needs_baseline_images else pictures[:1]
+    return [Sample(prompt, text, prompt.text, (picture,), baseline_images) for picture in shown]
 
 
 def _sketches() -> list[Image.Image]:

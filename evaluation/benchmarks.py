@@ -6,35 +6,35 @@ Each imports its own module, so a judge's packages are loaded only when it is na
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from clients.chat import VLMClient
 from evaluation.benchmark import Benchmark
 from rewards import RewardOptions
-
-
-def option(default: object, help: str, **more: object):
-    """A field of `BenchmarkOptions`, which the command line shows with this help."""
-    return field(default=default, metadata={"help": help, **more})
+from run.options import option
 
 
 @dataclass
 class BenchmarkOptions:
     """What a user may choose about a benchmark's judge; the judge's API is that of the rewards (`--judge_url`)."""
 
-    detector_path: str | None = option(None, "Detector: Mask2Former (geneval), OWLv2 (compbench); unset: published.")
-    clip_path: str | None = option(None, "CLIP of geneval's colours or compbench's score; unset: the published one.")
-    blip_path: str | None = option(None, "BLIP-VQA of compbench; unset: the published one.")
-    depth_path: str | None = option(None, "DPT of compbench; unset: the published one.")
-    vlm_path: str | None = option(None, "geneval2: a Qwen-VL on this machine in place of the judge's API.")
-    parses: str | None = option(None, "compbench: frozen parses (.json), spacy, or grammar.")
-    categories: list[str] = field(
-        default_factory=list, metadata={"help": "compbench: which files of the folder are judged; unset: all."}
+    detector_path: str | None = option(
+        None, "Detector: Mask2Former (geneval), OWLv2 (compbench); unset: published.", changes="run"
     )
-    official_bugs: bool = option(False, "compbench, dpg: keep the bugs that published numbers have.")
-    wise_version: str = option("verified", "wise: which protocol.", choices=["verified", "legacy"])
-    judge_revision: str = option("", "Revision of judge and server, for the record.")
-    judge_batch_size: int = option(8, "Pictures per forward pass of a judge on this machine.")
+    clip_path: str | None = option(
+        None, "CLIP of geneval's colours or compbench's score; unset: the published one.", changes="run"
+    )
+    blip_path: str | None = option(None, "BLIP-VQA of compbench; unset: the published one.", changes="run")
+    depth_path: str | None = option(None, "DPT of compbench; unset: the published one.", changes="run")
+    vlm_path: str | None = option(
+        None, "geneval2: a Qwen-VL on this machine in place of the judge's API.", changes="run"
+    )
+    parses: str | None = option(None, "compbench: frozen parses (.json), spacy, or grammar.", changes="run")
+    categories: list[str] = option([], "compbench: which files of the folder are judged; unset: all.", changes="run")
+    official_bugs: bool = option(False, "compbench, dpg: keep the bugs that published numbers have.", changes="run")
+    wise_version: str = option("verified", "wise: which protocol.", changes="run", choices=["verified", "legacy"])
+    judge_revision: str = option("", "Revision of judge and server, for the record.", changes="run")
+    judge_batch_size: int = option(8, "Pictures per forward pass of a judge on this machine.", changes="run")
 
 
 def _geneval(options: BenchmarkOptions, reward: RewardOptions, device: str) -> Benchmark:

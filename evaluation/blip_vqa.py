@@ -28,7 +28,7 @@ from torchvision.transforms import Compose, InterpolationMode, Normalize, Resize
 from transformers import AutoTokenizer, BlipConfig, BlipForQuestionAnswering
 
 from errors import UserError, one_line
-from models.frozen import batches, check_whole, folder_of, freeze, known_token
+from models.frozen import batches, check_loaded, folder_of, freeze, known_token
 from models.weights import locked
 from prompting import well_formed
 
@@ -149,7 +149,7 @@ def _load(folder: Path):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, EOFError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise UserError(f"cannot read {folder} as a BLIP-VQA checkpoint ({one_line(error)})") from error
-    check_whole(report["missing_keys"], folder, "BlipForQuestionAnswering", PUBLISHED)
+    check_loaded(report["missing_keys"], folder, "BlipForQuestionAnswering", PUBLISHED)
     text = config.text_config
     if text.hidden_size == 768 and text.num_attention_heads != 12:
         raise UserError(

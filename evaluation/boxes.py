@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, Owlv2ForObjectDetection
 from transformers.models.owlv2.image_processing_pil_owlv2 import Owlv2ImageProcessorPil
 
 from errors import UserError, one_line
-from models.frozen import batches, check_whole, folder_of, freeze
+from models.frozen import batches, check_loaded, folder_of, freeze
 from models.weights import locked
 from prompting import well_formed
 
@@ -163,7 +163,7 @@ def _load(folder: Path):
         processor = Owlv2ImageProcessorPil.from_pretrained(folder, local_files_only=True)
     except (OSError, EOFError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise UserError(f"cannot read {folder} as an OWLv2 checkpoint ({one_line(error)})") from error
-    check_whole(report["missing_keys"], folder, "Owlv2ForObjectDetection", PUBLISHED)
+    check_loaded(report["missing_keys"], folder, "Owlv2ForObjectDetection", PUBLISHED)
     side, asked = model.config.vision_config.image_size, processor.size
     if (asked["height"], asked["width"]) != (side, side):
         raise UserError(

@@ -26,7 +26,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from errors import UserError, one_line
 from evaluation.geneval import CLIP, COLORS, Detection, Question
-from models.frozen import arithmetic, autocast, batches, check_whole, folder_of, freeze
+from models.frozen import arithmetic, autocast, batches, check_loaded, folder_of, freeze
 from models.weights import locked
 
 PUBLISHED = locked(CLIP)
@@ -133,7 +133,7 @@ def _load(folder: Path) -> tuple[CLIPModel, PreTrainedTokenizerBase]:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise UserError(f"cannot read {folder} as a CLIP checkpoint ({one_line(error)})") from error
-    check_whole(info["missing_keys"], folder, "CLIPModel", PUBLISHED)
+    check_loaded(info["missing_keys"], folder, "CLIPModel", PUBLISHED)
     for part, config in (("text", model.config.text_config), ("vision", model.config.vision_config)):
         if config.hidden_act != "quick_gelu":
             raise UserError(

@@ -22,7 +22,7 @@ from transformers import DPTForDepthEstimation
 
 from errors import UserError, one_line
 from evaluation.boxes import frame_size
-from models.frozen import batches, check_whole, folder_of, freeze
+from models.frozen import batches, check_loaded, folder_of, freeze
 from models.weights import locked
 
 PUBLISHED = locked("Intel/dpt-hybrid-midas")
@@ -85,5 +85,5 @@ def _load(folder: Path) -> DPTForDepthEstimation:
     except (OSError, EOFError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise UserError(f"cannot read {folder} as a DPT checkpoint ({one_line(error)})") from error
     missing = [name for name in report["missing_keys"] if not name.startswith(UNUSED)]
-    check_whole(missing, folder, "DPTForDepthEstimation", PUBLISHED)
+    check_loaded(missing, folder, "DPTForDepthEstimation", PUBLISHED)
     return model

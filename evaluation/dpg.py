@@ -29,7 +29,7 @@ from PIL import Image
 from clients.chat import Question, Template, VLMClient
 from errors import UserError, one_line
 from evaluation.benchmark import Benchmark, Item, Verdict
-from evaluation.judged import Faults, ask, csv_rows, one_word, settings_of, told
+from evaluation.judged import RowErrors, ask, csv_rows, one_word, required_texts, settings_of
 from interfaces import Prompt
 
 log = logging.getLogger(__name__)
@@ -147,15 +147,15 @@ def load(path: Path, official_bugs: bool) -> tuple[list[Item], list[str]]:
             raise UserError(
                 f"{path}: no such file: put {FILE} of ELLA's repository there; prompts alone are not enough"
             )
-    faults = Faults()
+    errors = RowErrors()
     prompts: dict[str, tuple[int, str, list[dict[str, Any]]]] = {}  # id -> first line, text, questions
-    for number, (line, row) in enumerate(csv_rows(path, faults, COLUMNS)):
+    for number, (line, row) in enumerate(csv_rows(path, errors, COLUMNS)):
         if official_bugs and number == 0:
             continue
         try:
             _add(prompts, line, row)
         except ValueError as error:
-            faults.add(path, line, one_line(error))
+            errors.add(path, line, one_line(error))
     left_out = []
     for id, (line, _, questions) in prompts.items():
         ids = {question["id"] for question in questions}
@@ -163,8 +163,8 @@ def load(path: Path, official_bugs: bool) -> tuple[list[Item], list[str]]:
         if lost and official_bugs:
             left_out.append(id)
         elif lost:
-            faults.add(path, line, f"{id} has no question {', '.join(map(str, lost))} for others to hang on")
-    faults.check()
+            errors.add(path, line, f"{id} has no question {', '.join(map(str, lost))} for others to hang on")
+    errors.check()
     if left_out:
         log.warning("%s: left out, as the released code does: %s", path, ", ".join(left_out))
     items = [
@@ -177,7 +177,7 @@ def load(path: Path, official_bugs: bool) -> tuple[list[Item], list[str]]:
 
 def _add(prompts: dict[str, tuple[int, str, list[dict[str, Any]]]], line: int, row: Mapping[str, str]) -> None:
     """Add a row's question to its prompt; raises ValueError for a malformed one."""
-    item, text, number, dependency, category, question = told(row, *COLUMNS)
+    item, text, number, dependency, category, question = required_texts(row, *COLUMNS)
     if not _SAFE.fullmatch(item):
         raise ValueError(f"item_id is {item!r}, no file's name")
     if not number.isdecimal() or int(number) < 1:

@@ -36,9 +36,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from clients.chat import TOP_TOKENS, Question, Template, VLMClient
 from errors import UserError, one_line
 from evaluation.benchmark import Benchmark, Item, Verdict
-from evaluation.judged import Faults, ask, json_lines, one_word, settings_of, told
+from evaluation.judged import RowErrors, ask, json_lines, one_word, required_texts, settings_of
 from interfaces import Prompt
-from models.frozen import arithmetic, batches, check_whole, folder_of, freeze
+from models.frozen import arithmetic, batches, check_loaded, folder_of, freeze
 from models.weights import locked
 
 log = logging.getLogger(__name__)
@@ -260,13 +260,13 @@ def verdict(item: Item, answers: Sequence[tuple[float | None, str]]) -> Verdict:
 
 def load(path: Path) -> list[Item]:
     """The rows of a file, see `GenEval2.load`."""
-    path, faults, items = Path(path), Faults(), []
-    for line, row in json_lines(path, faults):
+    path, errors, items = Path(path), RowErrors(), []
+    for line, row in json_lines(path, errors):
         try:
             items.append(_item(row, len(items)))
         except ValueError as error:
-            faults.add(path, line, one_line(error))
-    faults.check()
+            errors.add(path, line, one_line(error))
+    errors.check()
     return items
 
 
@@ -274,7 +274,7 @@ def _item(row: object, number: int) -> Item:
     """The item of a row; raises ValueError for a malformed one."""
     if not isinstance(row, dict):
         raise ValueError(f"a {type(row).__name__}, not an object")
-    (text,) = told(row, "prompt")
+    (text,) = required_texts(row, "prompt")
     count, asked, skills = (row.get(field) for field in ("atom_count", "vqa_list", "skills"))
     if type(count) is not int or count not in ATOM_COUNTS:
         raise ValueError(f"atom_count is {count!r}, not a whole number from 3 to 10")
@@ -333,5 +333,5 @@ def _load(folder: Path, dtype: torch.dtype):
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"cannot read {folder} as a VLM of transformers ({one_line(error)})") from error
-    check_whole(report["missing_keys"], folder, "VLM", PUBLISHED)
+    check_loaded(report["missing_keys"], folder, "VLM", PUBLISHED)
     return model, processor

@@ -1,4 +1,4 @@
-"""What the benchmarks that ask a VLM share: files whose faults are told all at once, and what a result file must say.
+"""What the benchmarks that ask a VLM share: files whose errors are told all at once, and what a result file must say.
 
 UniGenBench, WISE, GenEval 2 and DPG-graph: one file each beside this one.
 """
@@ -21,7 +21,7 @@ _BLANK = re.compile(r"\s*")
 _AROUND = ".,;:!?*_`\"'()"
 
 
-class Faults:
+class RowErrors:
     """What is wrong in a benchmark's files, row by row."""
 
     def __init__(self):
@@ -51,8 +51,8 @@ def read_text(path: Path) -> str:
     return text
 
 
-def csv_rows(path: Path, faults: Faults, *choices: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """(number of its first line, column -> cell) of each row; rows of another width go to `faults`.
+def csv_rows(path: Path, errors: RowErrors, *choices: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """(number of its first line, column -> cell) of each row; rows of another width go to `errors`.
 
     Raises:
         UserError: the file cannot be read, has none of the `choices` of columns, or a quote that is not closed.
@@ -68,7 +68,7 @@ def csv_rows(path: Path, faults: Faults, *choices: Sequence[str]) -> Iterator[tu
         line = reader.line_num + 1
         for cells in reader:
             if cells and len(cells) != len(header):
-                faults.add(path, line, f"{len(cells)} cells, not {len(header)}")
+                errors.add(path, line, f"{len(cells)} cells, not {len(header)}")
             elif cells:
                 yield line, dict(zip(header, cells, strict=True))
             line = reader.line_num + 1
@@ -98,17 +98,17 @@ def json_list(path: Path) -> Iterator[tuple[int, object]]:
         raise UserError(f"{path}, line {line}: not a list in JSON ({one_line(error)}): correct it") from error
 
 
-def json_lines(path: Path, faults: Faults) -> Iterator[tuple[int, object]]:
-    """(line number, what it holds) of each line that is not blank; lines that are no JSON go to `faults`."""
+def json_lines(path: Path, errors: RowErrors) -> Iterator[tuple[int, object]]:
+    """(line number, what it holds) of each line that is not blank; lines that are no JSON go to `errors`."""
     for line, text in enumerate(read_text(path).split("\n"), 1):
         try:
             if text.strip():
                 yield line, json.loads(text)
         except (ValueError, RecursionError) as error:
-            faults.add(path, line, f"not JSON ({one_line(error)})")
+            errors.add(path, line, f"not JSON ({one_line(error)})")
 
 
-def told(row: Mapping[str, object], *names: str) -> list[str]:
+def required_texts(row: Mapping[str, object], *names: str) -> list[str]:
     """The text of each field of a row, without outer blanks.
 
     Raises:

@@ -38,7 +38,7 @@ from transformers import Mask2FormerForUniversalSegmentation
 
 from errors import UserError, one_line
 from evaluation.geneval import CLASS_NAMES, DETECTOR, Box, Detection
-from models.frozen import arithmetic, batches, check_whole, folder_of, freeze
+from models.frozen import arithmetic, batches, check_loaded, folder_of, freeze
 from models.weights import locked
 
 PUBLISHED = locked(DETECTOR)
@@ -221,7 +221,7 @@ def _load(folder: Path) -> Mask2FormerForUniversalSegmentation:
     except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise UserError(f"cannot read {folder} as a Mask2Former checkpoint ({one_line(error)})") from error
     missing = [name for name in info["missing_keys"] if not name.startswith("criterion.")]  # of the loss only
-    check_whole(missing, folder, "Mask2Former", PUBLISHED)
+    check_loaded(missing, folder, "Mask2Former", PUBLISHED)
     _check_classes(model.config.id2label, folder)
     return model
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from errors import UserError
 from evaluation.benchmark import Benchmark, Item, Verdict
 from evaluation.systems import Drawn, System
-from run.folder import differences, save_png, whole_lines, write_whole
+from run.folder import atomic_write, complete_lines, differences, save_png
 from run.seeds import render_seed
 
 Row = dict[str, Any]
@@ -65,7 +65,7 @@ class Evaluation:
     def open(self, settings: Mapping[str, Any]) -> None:
         """Make the folder; for one process."""
         (self.out / "images").mkdir(parents=True, exist_ok=True)
-        write_whole(self.out / "settings.json", json.dumps(settings, indent=1, sort_keys=True).encode())
+        atomic_write(self.out / "settings.json", json.dumps(settings, indent=1, sort_keys=True).encode())
 
     def run(self, name: str, system: System, benchmark: Benchmark) -> None:
         """Make, judge and write down this process's units of one system that are not there yet."""
@@ -135,7 +135,7 @@ class Evaluation:
 
     def _read(self) -> Iterator[Row]:
         for path in sorted(self.out.glob("rows_*.jsonl")):
-            for line in whole_lines(path, cut=path.name == f"rows_{self.share.index}.jsonl"):
+            for line in complete_lines(path, cut=path.name == f"rows_{self.share.index}.jsonl"):
                 yield json.loads(line)
 
 

@@ -21,7 +21,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -44,48 +44,42 @@ from inference import Reprompter, Rewrite
 from interfaces import Prompt, Renderer
 from prompting import well_formed
 from rendering import RenderOptions
-from rewards import REWARDS, RewardOptions, Setting, build
-from run.folder import PACKAGES, git_commit, whole_lines, write_whole
-from run.options import parse, run_main
+from rewards import REWARDS, RewardContext, RewardOptions, build
+from run.folder import PACKAGES, atomic_write, complete_lines, git_commit
+from run.options import may_differ, option, parse, run_main
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_RESULTS = ("out", "training_prompts", "judge_url", "judge_concurrency", "judge_timeout", "judge_batch_timeout",
-               "judge_cache", "reward_device", "reward_offload", "render_device", "render_timeout",
-               "render_batch_timeout", "render_concurrency")  # fmt: skip
 
 
 @dataclass
 class EvaluateOptions:
     """What is evaluated, and how; the renderer's and the rewards' own options have the trainer's names."""
 
-    benchmark: str = field(metadata={"help": f"One of: {', '.join(BENCHMARKS)}."})
-    metadata: str = field(metadata={"help": "The benchmark's prompts: its own file or folder."})
-    out: str = field(metadata={"help": "Folder to write to, or to continue in."})
-    gpt_path: str | None = field(default=None, metadata={"help": "Policy: folder, adapter folder or hub name."})
-    rewrites: str | None = field(default=None, metadata={"help": "A .jsonl with `prompt` and `rewrite`, to be drawn."})
-    images: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Folders with pictures that are there, in the benchmark's layout; nothing is drawn then."},
+    benchmark: str = option(help=f"One of: {', '.join(BENCHMARKS)}.", changes="run")
+    metadata: str = option(help="The benchmark's prompts: its own file or folder.", changes="run")
+    out: str = option(help="Folder to write to, or to continue in.", changes="nothing")
+    gpt_path: str | None = option(None, "Policy: folder, adapter folder or hub name.", changes="run")
+    rewrites: str | None = option(None, "A .jsonl with `prompt` and `rewrite`, to be drawn.", changes="run")
+    images: list[str] = option(
+        [], "Folders with pictures that are there, in the benchmark's layout; nothing is drawn then.", changes="run"
     )
-    samples: int | None = field(default=None, metadata={"help": "Pictures a prompt; unset: the protocol's."})
-    seed: int = field(default=42, metadata={"help": "Of noise and sampling."})
-    limit: int | None = field(default=None, metadata={"help": "Only the first so many prompts of each category."})
-    unit: int = field(default=8, metadata={"help": "Prompts that are drawn and judged together."})
-    n: int = field(default=1, metadata={"help": "Rewrites to choose the best picture from; above 1 needs --select."})
-    revise: int = field(default=0, metadata={"help": "Times that the policy may try again; needs --select."})
-    select: str | None = field(
-        default=None,
-        metadata={"help": f"Reward that chooses; not the benchmark's own judge. Of: {', '.join(REWARDS)}."},
+    samples: int | None = option(None, "Pictures a prompt; unset: the protocol's.", changes="run")
+    seed: int = option(42, "Of noise and sampling.", changes="run")
+    limit: int | None = option(None, "Only the first so many prompts of each category.", changes="run")
+    unit: int = option(8, "Prompts that are drawn and judged together.", changes="run")
+    n: int = option(1, "Rewrites to choose the best picture from; above 1 needs --select.", changes="run")
+    revise: int = option(0, "Times that the policy may try again; needs --select.", changes="run")
+    select: str | None = option(
+        None, f"Reward that chooses; not the benchmark's own judge. Of: {', '.join(REWARDS)}.", changes="run"
     )
-    training_prompts: list[str] = field(
-        default_factory=list,
-        metadata={"help": "What the policy was trained on, for the leak check; unset: what its run.json names."},
+    training_prompts: list[str] = option(
+        [], "What the policy was trained on, for the leak check; unset: what its run.json names.", changes="nothing"
     )
-    temperature: float = field(default=1.0, metadata={"help": "Of the rewrites to choose from; the other is greedy."})
-    max_new_tokens: int = field(default=512, metadata={"help": "Of one answer of the policy."})
-    rewrite_batch_size: int = field(default=16, metadata={"help": "Prompts rewritten at once."})
-    policy_dtype: str = field(default="auto", metadata={"help": "Of the policy: auto, bfloat16 or float32."})
-    reasoning: bool = field(default=True, metadata={"help": "false for a policy trained with --reasoning false."})
+    temperature: float = option(1.0, "Of the rewrites to choose from; the other is greedy.", changes="run")
+    max_new_tokens: int = option(512, "Of one answer of the policy.", changes="run")
+    rewrite_batch_size: int = option(16, "Prompts rewritten at once.", changes="run")
+    policy_dtype: str = option("auto", "Of the policy: auto, bfloat16 or float32.", changes="run")
+    reasoning: bool = option(True, "false for a policy trained with --reasoning false.", changes="run")
 
 
 @dataclass(frozen=True)
@@ -185,7 +179,7 @@ def rewritten(
 def _read_rewrites(out: Path, mine: int | None = None) -> dict[str, dict[str, Any]]:
     """Prompt -> row, of all processes; a line that a kill tore is cut off the file of process `mine`."""
     paths = sorted(out.glob("rewrites_*.jsonl"))
-    lines = [line for path in paths for line in whole_lines(path, cut=path.name == f"rewrites_{mine}.jsonl")]
+    lines = [line for path in paths for line in complete_lines(path, cut=path.name == f"rewrites_{mine}.jsonl")]
     return {row["prompt"]: row for row in map(json.loads, lines)}
 
 
@@ -205,8 +199,8 @@ def _given(path: Path, items: Sequence[Item]) -> dict[str, tuple[str, bool]]:
 def _chooser(options: Options, device: str, renderer: Renderer, items: Sequence[Item]) -> Chooser:
     name = options.evaluate.select
     prompts: list[Prompt] = [item.prompt for item in items]
-    setting = Setting(options.reward.reward_device or device, renderer, prompts, options.evaluate.seed)
-    (reward,) = build([name], options.reward, setting)
+    context = RewardContext(options.reward.reward_device or device, renderer, prompts, options.evaluate.seed)
+    (reward,) = build([name], options.reward, context)
     if not reward.needs_images:
         raise UserError(f"--select {name} does not look at pictures: choose one that does")
     return Chooser(reward)
@@ -252,15 +246,11 @@ def _limited(items: Sequence[Item], limit: int | None) -> list[Item]:
 
 def _settings(options: Options, benchmark: Benchmark, items: Sequence[Item], samples: int) -> dict[str, Any]:
     """All that a row depends on."""
-    ours = {
-        **asdict(options.evaluate),
-        **asdict(options.render),
-        **asdict(options.reward),
-        **asdict(options.benchmark),
-    }
+    parts = (options.evaluate, options.render, options.reward, options.benchmark)
+    ours = {name: value for part in parts for name, value in asdict(part).items()}
     texts = json.dumps([[item.id, item.prompt.text] for item in items])
     return {
-        **{name: value for name, value in ours.items() if name not in NOT_RESULTS},
+        **{name: value for name, value in ours.items() if name not in may_differ(*parts)},
         "samples": samples,
         "prompts": len(items),
         "prompts_hash": hashlib.sha256(texts.encode("utf-8", "surrogatepass")).hexdigest()[:16],
@@ -304,8 +294,8 @@ def _report(
             for n, of in rows.items()
         },
     }
-    write_whole(run.out / "results.json", json.dumps(results, indent=1).encode())
-    write_whole(run.out / "results.txt", f"{text}\n".encode())
+    atomic_write(run.out / "results.json", json.dumps(results, indent=1).encode())
+    atomic_write(run.out / "results.txt", f"{text}\n".encode())
     sheet = draw_examples(rows, run.out)
     print(f"\n{text}\n\nexamples: {sheet}\nrows, pictures and results.json: {run.out}", flush=True)
 

@@ -32,7 +32,7 @@ from PIL import Image
 from clients.chat import Question, Template, VLMClient, after_thinking
 from errors import one_line
 from evaluation.benchmark import Benchmark, Item, Verdict
-from evaluation.judged import Faults, ask, csv_rows, settings_of, told
+from evaluation.judged import RowErrors, ask, csv_rows, required_texts, settings_of
 from interfaces import Prompt
 
 log = logging.getLogger(__name__)
@@ -182,21 +182,21 @@ class UniGenBench(Benchmark):
 def load(path: Path) -> tuple[list[Item], list[str]]:
     """The rows of a file, and what was repaired in it, see `UniGenBench.load`."""
     path = Path(path)
-    faults, items, repaired, seen = Faults(), [], [], set()
-    for line, row in csv_rows(path, faults, *COLUMNS.values()):
+    errors, items, repaired, seen = RowErrors(), [], [], set()
+    for line, row in csv_rows(path, errors, *COLUMNS.values()):
         try:
             item, repair = _item(row, path.name)
         except (ValueError, RecursionError) as error:
-            faults.add(path, line, one_line(error))
+            errors.add(path, line, one_line(error))
             continue
         if item.id in seen:
-            faults.add(path, line, f"index {row['index']} comes twice")
+            errors.add(path, line, f"index {row['index']} comes twice")
         if repair:
             repaired.append(f"line {line}: {repair}")
             log.warning("%s, line %d: %s", path, line, repair)
         seen.add(item.id)
         items.append(item)
-    faults.check()
+    errors.check()
     return items, repaired
 
 
@@ -244,7 +244,7 @@ def _item(row: Mapping[str, str], file: str) -> tuple[Item, str]:
     index = int(row["index"])
     language = "zh" if "prompt_zh" in row else "en"
     fields = FIELDS[language]
-    text, written = told(row, *COLUMNS[language][1:])
+    text, written = required_texts(row, *COLUMNS[language][1:])
     entries, repair = _entries(written, index, (file, index) == BROKEN)
     theme, points, asked = (entries.get(field) for field in fields)
     for field, texts in zip(fields[1:], (points, asked), strict=True):

@@ -29,7 +29,7 @@ from PIL import Image
 from clients.chat import Question, Template, VLMClient, after_thinking
 from errors import UserError, one_line
 from evaluation.benchmark import Benchmark, Item, Verdict
-from evaluation.judged import Faults, ask, json_list, settings_of, told
+from evaluation.judged import RowErrors, ask, json_list, required_texts, settings_of
 from interfaces import Prompt
 
 CATEGORIES = ("culture", "time", "space", "biology", "physics", "chemistry")
@@ -209,17 +209,17 @@ def load(path: Path, version: str) -> list[Item]:
         raise UserError(f"{path}: no .json file in it: give the folder of WISE's data")
     rows = [(file, *found) for file in files for found in json_list(file)]
     items: dict[str, Item] = {}
-    faults = Faults()
+    errors = RowErrors()
     for file, line, row in rows:
         try:
             item = _item(row, version)
         except ValueError as error:
-            faults.add(file, line, one_line(error))
+            errors.add(file, line, one_line(error))
             continue
         if item.id in items:
-            faults.add(file, line, f"prompt_id {item.meta['prompt_id']} comes twice")
+            errors.add(file, line, f"prompt_id {item.meta['prompt_id']} comes twice")
         items[item.id] = item
-    faults.check()
+    errors.check()
     return list(items.values())
 
 
@@ -227,7 +227,7 @@ def _item(row: object, version: str) -> Item:
     """The item of a row; raises ValueError for a malformed one."""
     if not isinstance(row, dict):
         raise ValueError(f"a {type(row).__name__}, not an object")
-    text, explanation = told(row, "Prompt", "Explanation")
+    text, explanation = required_texts(row, "Prompt", "Explanation")
     number = row.get("prompt_id")
     if type(number) is not int or not 1 <= number <= LAST_ID[version][-1]:
         raise ValueError(f"prompt_id is {number!r}, not a whole number from 1 to {LAST_ID[version][-1]}")

@@ -38,7 +38,7 @@ class _Offloaded(Reward):
     def __init__(self, inner: Reward):
         self.inner, self.model, self.device = inner, inner.model, inner.device
         self.name, self.range = inner.name, inner.range
-        self.needs_images, self.needs_anchors = inner.needs_images, inner.needs_anchors
+        self.needs_images, self.needs_baseline_images = inner.needs_images, inner.needs_baseline_images
         self.model.to("cpu")
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
@@ -60,7 +60,7 @@ def offloaded(reward: Reward) -> Reward:
     return _Offloaded(reward) if isinstance(reward, ModelReward) else reward
 
 
-def footprint(reward: Reward) -> str:
+def describe(reward: Reward) -> str:
     """One line: parameters and memory of the reward's model, "no weights" if it has none."""
     if not isinstance(reward, ModelReward):
         return f"{reward.name}: no weights"
@@ -121,7 +121,7 @@ def tensors_of(path: Path, under: str | None = None) -> dict[str, torch.Tensor]:
     return read_weights(path, under)
 
 
-def check_whole(missing: Iterable[str], folder: Path, kind: str, published: Checkpoint) -> None:
+def check_loaded(missing: Iterable[str], folder: Path, kind: str, published: Checkpoint) -> None:
     """Raise UserError if any weight of a `kind` is `missing` from `folder`: transformers would make it up."""
     if names := sorted(missing):
         raise UserError(

@@ -82,7 +82,7 @@ def load_policy(path: str, dtype: str = "auto", device: str | None = "auto") -> 
     return (policy if device is None else policy.to(device)).eval()
 
 
-def trainee(path: str, training: TrainingArguments, use_peft: bool) -> str | PreTrainedModel:
+def prepare_policy(path: str, training: TrainingArguments, use_peft: bool) -> str | PreTrainedModel:
     """What a TRL trainer is to train: the model's folder, which TRL loads, or the adapter at `path`, ready to go on.
 
     Raises:
@@ -102,7 +102,7 @@ def trainee(path: str, training: TrainingArguments, use_peft: bool) -> str | Pre
     return _adapted(path, revision, options, is_trainable=True)
 
 
-def name_base(model: PreTrainedModel, path: str, revision: str) -> None:
+def record_base_model(model: PreTrainedModel, path: str, revision: str) -> None:
     """Let an adapter that is trained on a hub model name the hub's model, not its folder in this machine's cache."""
     if isinstance(model, PeftModel) and not is_adapter(path):
         for config in model.peft_config.values():

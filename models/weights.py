@@ -33,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from errors import UserError
-from run.folder import write_whole
+from run.folder import atomic_write
 
 LOCK = Path(__file__).resolve().parent.parent / "checkpoints.lock"
 PICKLES = (".pt", ".pth", ".bin")
@@ -165,7 +165,7 @@ def _digest(path: Path, expected: str) -> str:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             if digest == expected:
                 verified[str(path.resolve())] = known
-                write_whole(home / "verified.json", json.dumps(verified, indent=1).encode())
+                atomic_write(home / "verified.json", json.dumps(verified, indent=1).encode())
     except OSError as error:
         raise UserError(f"cannot check {path} ({error}): XDG_CACHE_HOME must name a writable folder") from error
     return digest

@@ -10,7 +10,7 @@ from transformers.integrations import deepspeed
 
 
 @contextmanager
-def whole_parameters() -> Iterator[None]:
+def without_zero3_init() -> Iterator[None]:
     """Load whole weights although a trainer is configured already.
 
     While ZeRO-3 is registered transformers builds text encoders as empty shards; with FSDP's RAM-efficient loading

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from clients.http import is_url
-from interfaces import Seen
+from interfaces import OnImage
+from run.options import option
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -25,10 +26,6 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 TEXT_LENGTHS = (128, 256, 512)  # tokens; the most of FLUX.1-dev, SD3.5 and Qwen-Image is 512 or above
-OF_THE_DRAWER = (  # what is not asked of a server with a picture
-    "render_device", "render_compile", "render_attention", "render_quantization", "render_offload_text",
-    "render_slice_vae", "render_lora", "render_lora_scale",
-)  # fmt: skip
 QUANTIZATIONS = ("fp8", "fp8_weights", "int8", "nf4")
 
 
@@ -36,84 +33,98 @@ QUANTIZATIONS = ("fp8", "fp8_weights", "int8", "nf4")
 class RenderOptions:
     """Which renderer, and how it draws; every field is a flag of a program that draws and a key of its YAML files."""
 
-    sdmodel_name: str = field(
-        default="black-forest-labs/FLUX.1-dev",
-        metadata={
-            "help": "Renderer: folder or hub name of any diffusers text-to-image pipeline, or servers with an OpenAI "
-            "images API, http://host:port/v1, separated by commas."
-        },
+    sdmodel_name: str = option(
+        "black-forest-labs/FLUX.1-dev",
+        "Renderer: folder or hub name of any diffusers text-to-image pipeline, or servers with an OpenAI "
+        "images API, http://host:port/v1, separated by commas.",
+        changes="pictures",
     )
-    render_steps: int | None = field(default=None, metadata={"help": "Denoising steps; unset: the pipeline's own."})
-    guidance: float | None = field(default=None, metadata={"help": "Guidance scale; unset: the pipeline's own."})
-    resolution: int | None = field(
-        default=None, metadata={"help": "Side of the square pictures in pixels; unset: the pipeline's own size."}
+    render_steps: int | None = option(None, "Denoising steps; unset: the pipeline's own.", changes="pictures")
+    guidance: float | None = option(None, "Guidance scale; unset: the pipeline's own.", changes="pictures")
+    resolution: int | None = option(
+        None, "Side of the square pictures in pixels; unset: the pipeline's own size.", changes="pictures"
     )
-    max_sequence_length: int | str | None = field(
-        default=None,
-        metadata={
-            "help": "Renderer tokens read of a rewrite; all texts are padded to it, so fewer draw faster. auto: the "
-            "least of 128, 256 and 512 that holds the rewrite of a full --max_completion_length."
-        },
+    max_sequence_length: int | str | None = option(
+        None,
+        "Renderer tokens read of a rewrite; all texts are padded to it, so fewer draw faster. auto: the "
+        "least of 128, 256 and 512 that holds the rewrite of a full --max_completion_length.",
+        changes="pictures",
     )
-    render_dtype: str = field(
-        default="bfloat16",
-        metadata={"help": "Renderer's weights and arithmetic.", "choices": ["bfloat16", "float16", "float32"]},
+    render_dtype: str = option(
+        "bfloat16",
+        "Renderer's weights and arithmetic.",
+        changes="pictures",
+        choices=["bfloat16", "float16", "float32"],
     )
-    render_batch_size: int | str | None = field(
-        default=8,
-        metadata={
-            "help": "Pictures per pipeline call; at 512 px a GPU is busy from about 8 on. auto: measured once at the "
-            "start of a run, then fixed for all of it."
-        },
+    render_batch_size: int | str | None = option(
+        8,
+        "Pictures per pipeline call; at 512 px a GPU is busy from about 8 on. auto: measured once at the "
+        "start of a run, then fixed for all of it.",
+        changes="nothing",
     )
-    render_device: str | None = field(default=None, metadata={"help": "Of the renderer; unset: the process's own."})
-    render_compile: bool = field(
-        default=False, metadata={"help": "Compile the repeated blocks of the transformer; the first pictures wait."}
+    render_device: str | None = option(
+        None, "Of the renderer; unset: the process's own.", changes="nothing", where="drawer"
     )
-    render_attention: str | None = field(
-        default=None,
-        metadata={"help": "Attention backend of diffusers (_native_cudnn, _flash_3, sage, ...); unset: native."},
+    render_compile: bool = option(
+        False,
+        "Compile the repeated blocks of the transformer; the first pictures wait.",
+        changes="pictures",
+        where="drawer",
     )
-    render_quantization: str | None = field(
-        default=None,
-        metadata={
-            "help": "Transformer's weights: fp8 (arithmetic too), fp8_weights or int8 (torchao), nf4 (bitsandbytes).",
-            "choices": list(QUANTIZATIONS),
-        },
+    render_attention: str | None = option(
+        None,
+        "Attention backend of diffusers (_native_cudnn, _flash_3, sage, ...); unset: native.",
+        changes="pictures",
+        where="drawer",
     )
-    render_offload_text: bool = field(
-        default=False,
-        metadata={"help": "Text encoders wait in main memory and come to the device once a generation, to encode."},
+    render_quantization: str | None = option(
+        None,
+        "Transformer's weights: fp8 (arithmetic too), fp8_weights or int8 (torchao), nf4 (bitsandbytes).",
+        changes="pictures",
+        choices=list(QUANTIZATIONS),
+        where="drawer",
     )
-    render_slice_vae: bool = field(
-        default=False, metadata={"help": "Decode one picture at a time: less memory, where decoding needs the most."}
+    render_offload_text: bool = option(
+        False,
+        "Text encoders wait in main memory and come to the device once a generation, to encode.",
+        changes="nothing",
+        where="drawer",
     )
-    render_lora: str | None = field(
-        default=None,
-        metadata={"help": "LoRA fused into the renderer: folder or hub name, :file.safetensors to say which of it."},
+    render_slice_vae: bool = option(
+        False,
+        "Decode one picture at a time: less memory, where decoding needs the most.",
+        changes="pictures",
+        where="drawer",
     )
-    render_lora_scale: float = field(default=1.0, metadata={"help": "Its strength; few-step ones name theirs."})
+    render_lora: str | None = option(
+        None,
+        "LoRA fused into the renderer: folder or hub name, :file.safetensors to say which of it.",
+        changes="pictures",
+        where="drawer",
+    )
+    render_lora_scale: float = option(
+        1.0, "Its strength; few-step ones name theirs.", changes="pictures", where="drawer"
+    )
 
-    render_model: str | None = field(
-        default=None, metadata={"help": "The renderer's name at its servers; unset: the only one that they serve."}
+    render_model: str | None = option(
+        None, "The renderer's name at its servers; unset: the only one that they serve.", changes="pictures"
     )
-    render_tokenizer: str | None = field(
-        default=None,
-        metadata={"help": "Folder or hub name of its longest tokenizer, for servers that do not give one."},
+    render_tokenizer: str | None = option(
+        None, "Folder or hub name of its longest tokenizer, for servers that do not give one.", changes="pictures"
     )
-    render_timeout: float = field(
-        default=120.0,
-        metadata={"help": "Seconds for one picture of a server, its turn included, and to wait while all are gone."},
+    render_timeout: float = option(
+        120.0,
+        "Seconds for one picture of a server, its turn included, and to wait while all are gone.",
+        changes="nothing",
     )
-    render_batch_timeout: float = field(
-        default=900.0, metadata={"help": "Seconds for all pictures of a batch from servers; then the rest is absent."}
+    render_batch_timeout: float = option(
+        900.0, "Seconds for all pictures of a batch from servers; then the rest is absent.", changes="nothing"
     )
-    render_concurrency: int | None = field(
-        default=None,
-        metadata={
-            "help": "Pictures that a process asks of each server at once; unset: its share of what the "
-            "server says it can use, or of 16."
-        },
+    render_concurrency: int | None = option(
+        None,
+        "Pictures that a process asks of each server at once; unset: its share of what the "
+        "server says it can use, or of 16.",
+        changes="nothing",
     )
 
     @property
@@ -147,8 +158,8 @@ class RenderOptions:
         """The renderer: servers, or here on `render_device` or else on `device`.
 
         Args:
-            measuring: whether the caller will settle a `render_batch_size` of auto (`levers.settle_batch`); until then
-                one picture is drawn at a time.
+            measuring: whether the caller will call `levers.choose_batch_size` for a `render_batch_size` of auto; until
+                then one picture is drawn at a time.
             pipe: a pipeline that is built already, in place of the one at `sdmodel_name`.
 
         Raises:
@@ -191,10 +202,10 @@ class RenderOptions:
         if self.render_batch_size == AUTO:
             raise ValueError(f"--render_batch_size {AUTO} tries a renderer of this process: leave it out with servers")
         given = asdict(self)
-        for option in fields(self):
-            if option.name in OF_THE_DRAWER and given[option.name] != option.default:
+        for one in fields(self):
+            if one.metadata["where"] == "drawer" and given[one.name] != one.default:
                 raise ValueError(
-                    f"--{option.name} {given[option.name]} is an option of the server that draws: leave it out here"
+                    f"--{one.name} {given[one.name]} is an option of the server that draws: leave it out here"
                 )
         settings = Settings(
             steps=self.render_steps,
@@ -215,15 +226,17 @@ class RenderOptions:
         ).load()
 
 
-def telling(rows: Sequence[tuple[str, int]], seen: Seen | None) -> Callable[[tuple[str, int], Image.Image], None]:
-    """What a renderer calls with a (text, seed) and its picture, so that `seen` hears of all its places in `rows`."""
+def notify_rows(
+    rows: Sequence[tuple[str, int]], on_image: OnImage | None
+) -> Callable[[tuple[str, int], Image.Image], None]:
+    """A function of (text, seed) and image that calls `on_image` once for each row with this (text, seed)."""
     places: dict[tuple[str, int], list[int]] = {}
-    for i, row in enumerate(rows if seen else ()):
+    for i, row in enumerate(rows if on_image else ()):
         places.setdefault(row, []).append(i)
 
     def tell(row: tuple[str, int], picture: Image.Image) -> None:
         for i in places.get(row, ()):
-            seen(i, picture)
+            on_image(i, picture)
 
     return tell
 

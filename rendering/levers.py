@@ -8,7 +8,7 @@
     --render_slice_vae      decoding in one batch is faster            convolutions of one picture may round otherwise
     --render_lora           it changes the renderer                    another renderer
 
-TOLERANCE is what a lever may change without being called another renderer. `scripts/bench.py --target levers`
+A lever that changes no pixel by more than MAX_PIXEL_DIFFERENCE is the same renderer. `bench.py --target levers`
 measures each one's gain and difference; RESULTS.md has the table. Every lever keeps the rule that a row's picture
 depends on its text and seed alone: fp8 arithmetic has a scale for each row of each product, not one for the batch.
 
@@ -38,10 +38,10 @@ from rendering import AUTO, QUANTIZATIONS
 if TYPE_CHECKING:
     from rendering.local import LocalRenderer
 
-TOLERANCE = 1  # level of 255, the largest difference of any channel of any pixel
-MOST = 64  # pictures of a trial
-WITHIN = 0.05  # of the best time for a picture: a smaller batch as good as that is preferred, it needs less memory
-SHARE = 0.5  # of what is free when a batch is tried; the rest is for the policy and its optimiser, which come later
+MAX_PIXEL_DIFFERENCE = 1  # level of 255, the largest difference of any channel of any pixel
+MAX_TRIAL_IMAGES = 64  # pictures of a trial
+MIN_GAIN = 0.05  # of the best time for a picture: a smaller batch as good as that is preferred, it needs less memory
+TRIAL_MEMORY_SHARE = 0.5  # a trial may use this share of the free memory, because the policy is loaded afterwards
 PACKAGES = {"fp8": "torchao", "fp8_weights": "torchao", "int8": "torchao", "nf4": "bitsandbytes"}
 
 
@@ -104,7 +104,7 @@ def text_encoders(pipe: DiffusionPipeline) -> list[torch.nn.Module]:
 
 
 @contextmanager
-def at_hand(encoders: Sequence[torch.nn.Module], device: torch.device) -> Iterator[None]:
+def on_device(encoders: Sequence[torch.nn.Module], device: torch.device) -> Iterator[None]:
     """`encoders` on `device` within, in main memory afterwards.
 
     T5-XXL and CLIP, 9.8 GB in bfloat16, take about 1 s each way over PCIe Gen4 (derived).
@@ -238,10 +238,10 @@ def _fuse(pipe: DiffusionPipeline, source: str, scale: float) -> None:
 # The batch size ---------------------------------------------------------------------------------------------------
 
 
-def smallest_good_batch(trial: Callable[[int], float | None], most: int = MOST) -> int:
-    """The smallest batch that draws a picture within WITHIN of the best time found; 1 if none fits.
+def smallest_good_batch(trial: Callable[[int], float | None], most: int = MAX_TRIAL_IMAGES) -> int:
+    """The smallest batch that draws a picture within MIN_GAIN of the best time found; 1 if none fits.
 
-    Sizes are doubled from 1 until one does not fit or gains no more than WITHIN.
+    Sizes are doubled from 1 until one does not fit or gains no more than MIN_GAIN.
 
     Args:
         trial: batch size -> seconds a picture, None if it does not fit.
@@ -249,16 +249,16 @@ def smallest_good_batch(trial: Callable[[int], float | None], most: int = MOST) 
     seconds: dict[int, float] = {}
     size = 1
     while size <= most and (found := trial(size)) is not None:
-        gains = not seconds or found < (1 - WITHIN) * min(seconds.values())
+        gains = not seconds or found < (1 - MIN_GAIN) * min(seconds.values())
         seconds[size] = found
         if not gains:
             break
         size *= 2
-    good = [size for size, found in seconds.items() if found <= (1 + WITHIN) * min(seconds.values())]
+    good = [size for size, found in seconds.items() if found <= (1 + MIN_GAIN) * min(seconds.values())]
     return min(good, default=1)
 
 
-def settle_batch(renderer: LocalRenderer, asked: int | str) -> int:
+def choose_batch_size(renderer: LocalRenderer, asked: int | str) -> int:
     """The batch size of this run: as `asked`, or for auto by trial, the smallest that any process found.
 
     For every process to call. What a trial finds depends on the hour, and pictures on the batch size to a rounding:

@@ -28,11 +28,11 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from errors import UserError
-from interfaces import Seen
+from interfaces import OnImage
 from models.weights import check_folder, locked
-from models.whole import whole_parameters
-from rendering import telling
-from rendering.levers import SHARE, Levers, apply, at_hand, text_encoders
+from models.whole import without_zero3_init
+from rendering import notify_rows
+from rendering.levers import TRIAL_MEMORY_SHARE, Levers, apply, on_device, text_encoders
 from run.signals import leaving
 
 # Pipelines print every text that they cut, padding included; `LocalRenderer.truncated` counts them and warns once.
@@ -123,14 +123,14 @@ class LocalRenderer:
 
     @torch.inference_mode()
     def __call__(
-        self, texts: Sequence[str], seeds: Sequence[int], seen: Seen | None = None
+        self, texts: Sequence[str], seeds: Sequence[int], on_image: OnImage | None = None
     ) -> list[Image.Image | None]:
         """Draw `texts[i]` from noise `seeds[i]`, once per distinct pair; equal rows share one picture object.
 
         Args:
             texts: B texts of any length.
             seeds: B seeds in [-2**63, 2**64).
-            seen: told index and picture of a row after its chunk.
+            on_image: told index and picture of a row after its chunk.
 
         Returns:
             B RGB pictures; None where a row could not be drawn, with the reason counted in `failures`.
@@ -145,7 +145,7 @@ class LocalRenderer:
         self._texts = list(dict.fromkeys(text for text, _ in distinct))
         self._count_truncated(set(self._texts))
         try:
-            drawn = self._draw_all(distinct, telling(rows, seen))
+            drawn = self._draw_all(distinct, notify_rows(rows, on_image))
         finally:
             self._forget()
         outcomes = [drawn.get(row, "told to leave" if row[0].strip() else "blank text") for row in rows]
@@ -153,7 +153,7 @@ class LocalRenderer:
         return [None if isinstance(outcome, str) else outcome for outcome in outcomes]
 
     @torch.inference_mode()
-    def trial(self, size: int, share: float = SHARE, **changes: int) -> float | None:
+    def trial(self, size: int, share: float = TRIAL_MEMORY_SHARE, **changes: int) -> float | None:
         """Seconds a picture when `size` are drawn at once, None if that does not fit; leaves `chunk_size` at `size`.
 
         One step warms up, off the clock.
@@ -324,7 +324,7 @@ class LocalRenderer:
     def _encode_new(self, new: dict[str, dict]) -> None:
         """Encode and remember rows by their keys, `chunk_size` of them at a time."""
         keys = list(new)
-        with at_hand(self._away, self.device):
+        with on_device(self._away, self.device):
             for start in range(0, len(keys), self.chunk_size):
                 some = keys[start : start + self.chunk_size]
                 self._encoded.update(zip(some, self._encode_rows([new[key] for key in some]), strict=True))
@@ -433,7 +433,7 @@ def _load(path: str, dtype: torch.dtype) -> DiffusionPipeline:
         folder = _folder(path)
         for part in (folder, *(part for part in folder.iterdir() if part.is_dir())):
             check_folder(part)
-        with whole_parameters():
+        with without_zero3_init():
             pipe = AutoPipelineForText2Image.from_pretrained(
                 str(folder), dtype=dtype, local_files_only=True, use_safetensors=True
             )

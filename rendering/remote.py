@@ -53,9 +53,9 @@ from transformers import AutoTokenizer
 
 from clients.http import ALIVE, CHECK_TIMEOUT, CONNECT_TIMEOUT, LISTEN, RETRIED, Circuit, back_off, checked_url
 from errors import UserError, one_line
-from interfaces import Seen
+from interfaces import OnImage
 from models.weights import locked
-from rendering import telling
+from rendering import notify_rows
 from run.signals import leaving
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class _Failed(Exception):
         alive: whether the server is well all the same.
         final: whether no server could do better.
         here: whether this server could not do better.
-        gone: whether nobody looked at the row: it says nothing of it.
+        no_answer: whether the connection was lost before an answer; this does not count against the row.
     """
 
     def __init__(
@@ -101,11 +101,11 @@ class _Failed(Exception):
         alive: bool = False,
         final: bool = False,
         here: bool = False,
-        gone: bool = False,
+        no_answer: bool = False,
     ):
         super().__init__(reason)
         self.reason, self.status = reason, status
-        self.alive, self.final, self.here, self.gone = alive, final, here, gone
+        self.alive, self.final, self.here, self.no_answer = alive, final, here, no_answer
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,7 @@ class RemoteRenderer:
         return self
 
     def __call__(
-        self, texts: Sequence[str], seeds: Sequence[int], seen: Seen | None = None
+        self, texts: Sequence[str], seeds: Sequence[int], on_image: OnImage | None = None
     ) -> list[Image.Image | None]:
         """Draw `texts[i]` from noise `seeds[i]`, once per distinct pair; equal rows share one picture object.
 
@@ -274,7 +274,7 @@ class RemoteRenderer:
         Args:
             texts: B texts of any length.
             seeds: B seeds in [0, 2**63).
-            seen: told index and picture of a row when it arrives.
+            on_image: told index and picture of a row when it arrives.
 
         Returns:
             B RGB pictures; None where a row could not be drawn, with the reason counted in `failures`.
@@ -287,7 +287,7 @@ class RemoteRenderer:
         rows = list(zip(texts, seeds, strict=True))
         distinct = [row for row in dict.fromkeys(rows) if row[0].strip()]
         self.truncated += sum(self.count_tokens(text) > self.max_tokens for text in {text for text, _ in distinct})
-        drawn = asyncio.run(self._draw_all(distinct, telling(rows, seen))) if distinct else {}
+        drawn = asyncio.run(self._draw_all(distinct, notify_rows(rows, on_image))) if distinct else {}
         outcomes = [drawn[row] if row[0].strip() else "blank text" for row in rows]
         reasons = [outcome for outcome in outcomes if isinstance(outcome, str)]
         self.failures.update(reasons)
@@ -550,7 +550,7 @@ class _Batch:
         job.tries[server] += 1
         if error.here:
             job.failures[server] = ATTEMPTS
-        elif not (error.gone and (error.alive or self.servers[server].circuit.is_open)):
+        elif not (error.no_answer and (error.alive or self.servers[server].circuit.is_open)):
             job.failures[server] += 1
         job.wait[server] = time.monotonic() + back_off(job.tries[server])
         self.waiting.append(job)
@@ -601,7 +601,7 @@ async def _fetched(
     except TimeoutError as error:
         raise _Failed(f"no answer within {within:g} s") from error
     except httpx.HTTPError as error:
-        raise _Failed(one_line(error), gone=True) from error
+        raise _Failed(one_line(error), no_answer=True) from error
     status = reply.status_code
     if status != 200:
         again = status in RETRIED or status >= 500
@@ -612,7 +612,7 @@ async def _fetched(
             alive=status in ALIVE,
             final=status in REFUSED,
             here=not again,
-            gone=status in GONE,
+            no_answer=status in GONE,
         )
     return content
 

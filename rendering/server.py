@@ -38,7 +38,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,7 +65,7 @@ from clients.http import checked_key, is_loopback
 from models.weights import locked
 from prompting import well_formed
 from rendering import AUTO, RenderOptions
-from run.options import parse
+from run.options import changed_by, option, parse
 
 if TYPE_CHECKING:
     from rendering.local import LocalRenderer  # diffusers: for the replicas alone
@@ -74,10 +74,9 @@ ROOT = Path(__file__).resolve().parent.parent
 MOST_BYTES = 2**20  # of a request: a text of 100,000 characters, however escaped, fits
 SEED_BITS = 63
 MOST_BATCHES = 64  # that Serve may hand over before the first of them is drawn
-DRAWING = (  # options, beside those that a request may name, by which pictures differ
-    "render_batch_size", "render_compile", "render_attention", "render_quantization", "render_slice_vae",
-    "render_lora", "render_lora_scale",
-)  # fmt: skip
+DRAWING = [  # options, beside those that a request may name, by which pictures differ
+    one.name for one in fields(RenderOptions) if one.metadata["where"] == "drawer" and changed_by(one) == "pictures"
+]
 WARM_UP = ("a photo of a red circle", 0)  # what is drawn before the first request: it warms up, and is the fingerprint
 
 
@@ -85,17 +84,16 @@ WARM_UP = ("a photo of a red circle", 0)  # what is drawn before the first reque
 class ServerOptions:
     """Where it serves, and with how much."""
 
-    host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on; others than loopback need a key."})
-    port: int = field(default=8001, metadata={"help": "Port to listen on."})
-    replicas: int | None = field(
-        default=None, metadata={"help": "Copies of the renderer, one a GPU; unset: as many as GPUs, or one on a CPU."}
+    host: str = option("127.0.0.1", "Address to listen on; others than loopback need a key.", changes="nothing")
+    port: int = option(8001, "Port to listen on.", changes="nothing")
+    replicas: int | None = option(
+        None, "Copies of the renderer, one a GPU; unset: as many as GPUs, or one on a CPU.", changes="nothing"
     )
-    batch_wait: float = field(
-        default=0.05, metadata={"help": "Seconds that a batch waits for more pictures after its first."}
+    batch_wait: float = option(
+        0.05, "Seconds that a batch waits for more pictures after its first.", changes="nothing"
     )
-    temp_dir: str | None = field(
-        default=None,
-        metadata={"help": "Folder of Ray's own files, a short path; unset: one that is removed at the end."},
+    temp_dir: str | None = option(
+        None, "Folder of Ray's own files, a short path; unset: one that is removed at the end.", changes="nothing"
     )
 
 
@@ -316,11 +314,11 @@ def deploy(server: ServerOptions, render: RenderOptions) -> None:
     gpus = torch.cuda.device_count() if render.render_device is None else 0
     replicas = server.replicas or gpus or 1
     batch = render.render_batch_size
-    name = render.render_model or Path(render.sdmodel_name).name
-    for option in ("sdmodel_name", "render_lora"):  # replicas may start in another folder
-        given = asdict(render)[option]
+    model = render.render_model or Path(render.sdmodel_name).name
+    for name in ("sdmodel_name", "render_lora"):  # replicas may start in another folder
+        given = asdict(render)[name]
         if given and Path(given.partition(":")[0]).is_dir():
-            render = replace(render, **{option: str(Path(given).resolve())})
+            render = replace(render, **{name: str(Path(given).resolve())})
     deployment = serve.deployment(
         Renderers,
         name="Renderers",
@@ -333,7 +331,7 @@ def deploy(server: ServerOptions, render: RenderOptions) -> None:
     )
     device = render.render_device or ("cuda" if gpus else "cpu")
     concurrency = 2 * batch * replicas  # one batch drawn, one filled
-    application = deployment.bind(render, name, device, concurrency, server.batch_wait)
+    application = deployment.bind(render, model, device, concurrency, server.batch_wait)
     serve.start(http_options=HTTPOptions(host=server.host, port=server.port, location="HeadOnly"))
     serve.run(application, name="renderers", route_prefix="/")
 

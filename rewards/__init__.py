@@ -9,22 +9,18 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from errors import UserError
 from interfaces import Prompt, Renderer, Reward
+from run.options import option
 
 if TYPE_CHECKING:
     from clients.chat import VLMClient
     from rewards.judge import Judge
     from rewards.preference import Preference
-
-
-def option(default: object, help: str, **more: object):
-    """A field of `RewardOptions`, which the trainer's command line shows with this help."""
-    return field(default=default, metadata={"help": help, **more})
 
 
 DTYPES = ["float32", "bfloat16", "float16"]
@@ -35,38 +31,69 @@ FORMULAS = ["faithful", "released"]
 class RewardOptions:
     """What a user may choose about rewards; every field is a flag of the trainer and a key of its YAML files."""
 
-    reward_device: str | None = option(None, "Where reward models compute; unset: where the renderer does.")
-    reward_offload: bool = option(False, "Keep reward models in main memory while they do not score.")
+    reward_device: str | None = option(
+        None, "Where reward models compute; unset: where the renderer does.", changes="nothing"
+    )
+    reward_offload: bool = option(
+        False, "Keep reward models in main memory while they do not score.", changes="nothing"
+    )
     reward_dtype: str = option(
-        "float32", "Their arithmetic; a group's scores differ in the third digit, so not bfloat16.", choices=DTYPES
+        "float32",
+        "Their arithmetic; a group's scores differ in the third digit, so not bfloat16.",
+        changes="run",
+        choices=DTYPES,
     )
-    reward_batch_size: int = option(32, "Pictures or texts per forward pass of a reward.")
-    hps_path: str | None = option(None, "HPS checkpoint, .pt file or open_clip folder; unset: the published v2.1.")
-    git_path: str | None = option(None, "GIT folder; unset: microsoft/git-large-vqav2.")
-    git_formula: str = option("faithful", "Published formula, or the released code's.", choices=FORMULAS)
-    gdino_path: str | None = option(None, "GroundingDINO folder; unset: IDEA-Research/grounding-dino-tiny.")
-    gdino_formula: str = option("faithful", "Published formula, or the released code's bugs too.", choices=FORMULAS)
-    orm_path: str | None = option(None, "ORM folder; unset: CaraJ/ORM-T2I-R1.")
-    orm_dtype: str = option("bfloat16", "Weights and arithmetic of the ORM, 8 billion parameters.", choices=DTYPES)
-    orm_temperature: float = option(1.0, "Of the ORM's yes/no softmax; 0.3 is as sharp as the released code.")
-    imagereward_path: str | None = option(None, "ImageReward folder; unset: THUDM/ImageReward.")
-    pickscore_path: str | None = option(None, "PickScore folder; unset: yuvalkirstain/PickScore_v1.")
-    judge_url: str = option("http://127.0.0.1:8080/v1", "OpenAI-compatible API; its key: environment JUDGE_API_KEY.")
-    judge_model: str = option("UnifiedReward", "The judge's name there.")
-    judge_concurrency: int = option(16, "Calls of one process in flight at once.")
-    judge_timeout: float = option(120.0, "Seconds for one call, retries included.")
-    judge_batch_timeout: float = option(900.0, "Seconds for all calls of a batch; what is open then is absent.")
-    judge_cache: str | None = option(None, "SQLite file of verdicts; unset: one per process in the run folder.")
+    reward_batch_size: int = option(32, "Pictures or texts per forward pass of a reward.", changes="nothing")
+    hps_path: str | None = option(
+        None, "HPS checkpoint, .pt file or open_clip folder; unset: the published v2.1.", changes="run"
+    )
+    git_path: str | None = option(None, "GIT folder; unset: microsoft/git-large-vqav2.", changes="run")
+    git_formula: str = option(
+        "faithful", "Published formula, or the released code's.", changes="run", choices=FORMULAS
+    )
+    gdino_path: str | None = option(
+        None, "GroundingDINO folder; unset: IDEA-Research/grounding-dino-tiny.", changes="run"
+    )
+    gdino_formula: str = option(
+        "faithful", "Published formula, or the released code's bugs too.", changes="run", choices=FORMULAS
+    )
+    orm_path: str | None = option(None, "ORM folder; unset: CaraJ/ORM-T2I-R1.", changes="run")
+    orm_dtype: str = option(
+        "bfloat16", "Weights and arithmetic of the ORM, 8 billion parameters.", changes="run", choices=DTYPES
+    )
+    orm_temperature: float = option(
+        1.0, "Of the ORM's yes/no softmax; 0.3 is as sharp as the released code.", changes="run"
+    )
+    imagereward_path: str | None = option(None, "ImageReward folder; unset: THUDM/ImageReward.", changes="run")
+    pickscore_path: str | None = option(None, "PickScore folder; unset: yuvalkirstain/PickScore_v1.", changes="run")
+    judge_url: str = option(
+        "http://127.0.0.1:8080/v1", "OpenAI-compatible API; its key: environment JUDGE_API_KEY.", changes="nothing"
+    )
+    judge_model: str = option("UnifiedReward", "The judge's name there.", changes="run")
+    judge_concurrency: int = option(16, "Calls of one process in flight at once.", changes="nothing")
+    judge_timeout: float = option(120.0, "Seconds for one call, retries included.", changes="nothing")
+    judge_batch_timeout: float = option(
+        900.0, "Seconds for all calls of a batch; what is open then is absent.", changes="nothing"
+    )
+    judge_cache: str | None = option(
+        None, "SQLite file of verdicts; unset: one per process in the run folder.", changes="nothing"
+    )
     preference_pairs: str = option(
-        "all", "Pairs of a group to compare: all, anchor (each with the raw prompt's), or k."
+        "all", "Pairs of a group to compare: all, anchor (each with the raw prompt's), or k.", changes="run"
     )
-    preference_both_orders: bool = option(False, "Ask each pair twice, swapped; a disagreement is a tie.")
-    length_low: int = option(15, "Renderer tokens; below it a rewrite loses length score: it adds nothing.")
-    length_high: int = option(77, "Renderer tokens; above it a rewrite loses length score; RePrompt's bound.")
+    preference_both_orders: bool = option(
+        False, "Ask each pair twice, swapped; a disagreement is a tie.", changes="run"
+    )
+    length_low: int = option(
+        15, "Renderer tokens; below it a rewrite loses length score: it adds nothing.", changes="run"
+    )
+    length_high: int = option(
+        77, "Renderer tokens; above it a rewrite loses length score; RePrompt's bound.", changes="run"
+    )
 
 
 @dataclass(frozen=True)
-class Setting:
+class RewardContext:
     """What a run gives its rewards beside the options.
 
     Attributes:
@@ -84,61 +111,61 @@ class Setting:
     judge_cache: Path | None = None
 
 
-def _computing(options: RewardOptions, setting: Setting) -> dict[str, object]:
+def _computing(options: RewardOptions, context: RewardContext) -> dict[str, object]:
     """The keyword arguments that every model reward takes."""
-    return {"device": setting.device, "dtype": options.reward_dtype, "batch_size": options.reward_batch_size}
+    return {"device": context.device, "dtype": options.reward_dtype, "batch_size": options.reward_batch_size}
 
 
-def _hps(options: RewardOptions, setting: Setting) -> Reward:
+def _hps(options: RewardOptions, context: RewardContext) -> Reward:
     from rewards.hps import DEFAULT, HPS
 
-    return HPS(options.hps_path or DEFAULT, **_computing(options, setting))
+    return HPS(options.hps_path or DEFAULT, **_computing(options, context))
 
 
-def _git(options: RewardOptions, setting: Setting) -> Reward:
+def _git(options: RewardOptions, context: RewardContext) -> Reward:
     from rewards.git import GIT, PUBLISHED
 
     path, formula = options.git_path or PUBLISHED.repo, options.git_formula
-    return GIT(path, formula=formula, prompts=setting.prompts, **_computing(options, setting))
+    return GIT(path, formula=formula, prompts=context.prompts, **_computing(options, context))
 
 
-def _gdino(options: RewardOptions, setting: Setting) -> Reward:
+def _gdino(options: RewardOptions, context: RewardContext) -> Reward:
     from rewards.gdino import PUBLISHED, GroundingDino
 
     path, formula = options.gdino_path or PUBLISHED.repo, options.gdino_formula
-    return GroundingDino(path, formula=formula, prompts=setting.prompts, **_computing(options, setting))
+    return GroundingDino(path, formula=formula, prompts=context.prompts, **_computing(options, context))
 
 
-def _orm(options: RewardOptions, setting: Setting) -> Reward:
+def _orm(options: RewardOptions, context: RewardContext) -> Reward:
     from rewards.orm import ORM, PUBLISHED
 
-    computing = {**_computing(options, setting), "dtype": options.orm_dtype}
+    computing = {**_computing(options, context), "dtype": options.orm_dtype}
     return ORM(options.orm_path or PUBLISHED.repo, temperature=options.orm_temperature, **computing)
 
 
-def _imagereward(options: RewardOptions, setting: Setting) -> Reward:
+def _imagereward(options: RewardOptions, context: RewardContext) -> Reward:
     from rewards.imagereward import PUBLISHED, ImageReward
 
-    return ImageReward(options.imagereward_path or PUBLISHED.repo, **_computing(options, setting))
+    return ImageReward(options.imagereward_path or PUBLISHED.repo, **_computing(options, context))
 
 
-def _pickscore(options: RewardOptions, setting: Setting) -> Reward:
+def _pickscore(options: RewardOptions, context: RewardContext) -> Reward:
     from rewards.pickscore import PUBLISHED, PickScore
 
-    return PickScore(options.pickscore_path or PUBLISHED.repo, **_computing(options, setting))
+    return PickScore(options.pickscore_path or PUBLISHED.repo, **_computing(options, context))
 
 
-def _judge(options: RewardOptions, setting: Setting) -> Reward:
+def _judge(options: RewardOptions, context: RewardContext) -> Reward:
     from rewards.judge import Judge
 
-    return _reached(Judge(_client(options, setting)))
+    return _reached(Judge(_client(options, context)))
 
 
-def _preference(options: RewardOptions, setting: Setting) -> Reward:
+def _preference(options: RewardOptions, context: RewardContext) -> Reward:
     from rewards.preference import Preference
 
     pairs, both = options.preference_pairs, options.preference_both_orders
-    return _reached(Preference(_client(options, setting), pairs=pairs, both_orders=both, seed=setting.seed))
+    return _reached(Preference(_client(options, context), pairs=pairs, both_orders=both, seed=context.seed))
 
 
 def _reached(reward: Judge | Preference) -> Reward:
@@ -147,7 +174,7 @@ def _reached(reward: Judge | Preference) -> Reward:
     return reward
 
 
-def _client(options: RewardOptions, setting: Setting) -> VLMClient:
+def _client(options: RewardOptions, context: RewardContext) -> VLMClient:
     from clients.chat import VLMClient
 
     return VLMClient(
@@ -156,26 +183,26 @@ def _client(options: RewardOptions, setting: Setting) -> VLMClient:
         concurrency=options.judge_concurrency,
         call_timeout=options.judge_timeout,
         batch_timeout=options.judge_batch_timeout,
-        cache=options.judge_cache or setting.judge_cache,
+        cache=options.judge_cache or context.judge_cache,
     )
 
 
-def _format(options: RewardOptions, setting: Setting) -> Reward:
+def _format(options: RewardOptions, context: RewardContext) -> Reward:
     from rewards.text import Format
 
     return Format()
 
 
-def _length(options: RewardOptions, setting: Setting) -> Reward:
+def _length(options: RewardOptions, context: RewardContext) -> Reward:
     from rewards.text import Length
 
-    renderer = setting.renderer
+    renderer = context.renderer
     if renderer is None:
-        raise UserError("reward 'length' counts the renderer's tokens, but Setting.renderer is None: set it")
+        raise UserError("reward 'length' counts the renderer's tokens, but RewardContext.renderer is None: set it")
     return Length(renderer.count_tokens, options.length_low, options.length_high, renderer.max_tokens)
 
 
-REWARDS: dict[str, Callable[[RewardOptions, Setting], Reward]] = {
+REWARDS: dict[str, Callable[[RewardOptions, RewardContext], Reward]] = {
     "hps": _hps,
     "git": _git,
     "gdino": _gdino,
@@ -223,7 +250,7 @@ def check(names: Sequence[str], options: RewardOptions, ddp_timeout: float = mat
         )
 
 
-def build(names: Sequence[str], options: RewardOptions, setting: Setting) -> list[Reward]:
+def build(names: Sequence[str], options: RewardOptions, context: RewardContext) -> list[Reward]:
     """Build the named rewards, in the order of `names`. All names are checked before the first model is loaded.
 
     Raises:
@@ -234,7 +261,7 @@ def build(names: Sequence[str], options: RewardOptions, setting: Setting) -> lis
     rewards, missing = [], []
     for name in names:
         try:
-            rewards.append(REWARDS[name](options, setting))
+            rewards.append(REWARDS[name](options, context))
         except UserError as error:
             missing.append(str(error))
     if missing:

@@ -39,7 +39,7 @@ from transformers.models.grounding_dino.modeling_grounding_dino import SPECIAL_T
 from data.grammar import RELATIONS
 from errors import UserError, one_line
 from interfaces import Prompt, Reward, Sample
-from models.frozen import arithmetic, autocast, batches, check_pictures, check_whole, folder_of, freeze
+from models.frozen import arithmetic, autocast, batches, check_loaded, check_pictures, folder_of, freeze
 from models.weights import locked
 from prompting import well_formed
 
@@ -500,7 +500,7 @@ def _load(
     except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise UserError(f"cannot read {folder} as a GroundingDINO checkpoint ({one_line(error)})") from error
     missing = sorted(info["missing_keys"]) or [name for name in (BOX_HEAD,) if name not in names]
-    check_whole(missing, folder, "GroundingDINO", PUBLISHED)
+    check_loaded(missing, folder, "GroundingDINO", PUBLISHED)
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer of {folder} has no offsets: save its fast form there (tokenizer.json)")
     ids = [tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.convert_tokens_to_ids(".")]

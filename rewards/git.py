@@ -34,8 +34,8 @@ from models.frozen import (
     arithmetic,
     autocast,
     batches,
+    check_loaded,
     check_pictures,
-    check_whole,
     distinct_pictures,
     folder_of,
     freeze,
@@ -200,7 +200,7 @@ def _load(folder: Path):
         processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
     except (OSError, EOFError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise UserError(f"cannot read {folder} as a GIT checkpoint ({one_line(error)})") from error
-    check_whole(report["missing_keys"], folder, "GitForCausalLM", PUBLISHED)
+    check_loaded(report["missing_keys"], folder, "GitForCausalLM", PUBLISHED)
     if tokenizer.cls_token_id is None:
         raise UserError(f"the tokenizer in {folder} has no [CLS], with which GIT's questions begin: set cls_token")
     return model, tokenizer, processor

@@ -57,7 +57,7 @@ class Judge(Reward):
 
     name = "judge"
     range = (-1.0, 1.0)
-    begins = True
+    can_prefetch = True
 
     def __init__(self, client: VLMClient):
         self.client = client
@@ -73,9 +73,9 @@ class Judge(Reward):
         self.metrics = {f"{self.name}/{key}": value for key, value in self.client.metrics.items()}
         return [_score([next(grades) for _ in sample.images]) for sample in samples]
 
-    def begin(self, samples: Sequence[Sample]) -> None:
+    def prefetch(self, samples: Sequence[Sample]) -> None:
         """Ask about these already; the next call finds the grades there."""
-        self.client.begin(self._questions(samples))
+        self.client.prefetch(self._questions(samples))
 
     def _questions(self, samples: Sequence[Sample]) -> list[Question]:
         check_pictures(samples, self.name)

@@ -39,8 +39,8 @@ from interfaces import Reward, Sample
 from models.frozen import (
     arithmetic,
     batches,
+    check_loaded,
     check_pictures,
-    check_whole,
     distinct_pictures,
     folder_of,
     freeze,
@@ -194,7 +194,7 @@ def _load(folder: Path, dtype: torch.dtype, device: torch.device):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"cannot read {folder} as a LLaVA-OneVision checkpoint ({one_line(error)})") from error
-    check_whole(report["missing_keys"], folder, "LlavaOnevisionForConditionalGeneration", PUBLISHED)
+    check_loaded(report["missing_keys"], folder, "LlavaOnevisionForConditionalGeneration", PUBLISHED)
     config = model.config
     if config.vision_feature_select_strategy != "full" or not isinstance(config.vision_feature_layer, int):
         raise UserError(

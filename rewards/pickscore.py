@@ -27,8 +27,8 @@ from models.frozen import (
     arithmetic,
     autocast,
     batches,
+    check_loaded,
     check_pictures,
-    check_whole,
     folder_of,
     freeze,
     mean_cosines,
@@ -126,7 +126,7 @@ def _load(folder: Path):
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"cannot read {folder} as a CLIP checkpoint ({one_line(error)})") from error
-    check_whole(report["missing_keys"], folder, "CLIPModel", PUBLISHED)
+    check_loaded(report["missing_keys"], folder, "CLIPModel", PUBLISHED)
     reader = folder
     if not all((folder / name).is_file() for name in PROCESSOR_FILES):
         reader = folder_of(PROCESSOR.repo, PROCESSOR, PROCESSOR_FILES)

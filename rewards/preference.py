@@ -101,13 +101,13 @@ class Preference(Reward):
 
     name = "preference"
     range = (0.0, 1.0)
-    begins = True
+    can_prefetch = True
 
     def __init__(self, client: VLMClient, *, pairs: str = "all", both_orders: bool = False, seed: int = 0):
         if pairs not in ("all", "anchor") and not (pairs.isdecimal() and int(pairs) >= 1):
             raise UserError(f'preference pairs are {pairs!r}: give "all", "anchor" or how many each picture meets')
         self.client, self.pairs, self.both_orders, self.seed = client, pairs, both_orders, seed
-        self.needs_anchors = pairs == "anchor"
+        self.needs_baseline_images = pairs == "anchor"
         self.metrics: dict[str, float] = {}
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
@@ -129,14 +129,14 @@ class Preference(Reward):
         self.metrics = self._metrics(points, verdicts)
         return _win_rates(len(samples), pairs, points)
 
-    def begin(self, samples: Sequence[Sample]) -> None:
+    def prefetch(self, samples: Sequence[Sample]) -> None:
         """Ask about these whole groups already; the next call finds the verdicts there."""
-        self.client.begin(self._questions(samples)[-1])
+        self.client.prefetch(self._questions(samples)[-1])
 
     def _questions(self, samples: Sequence[Sample]) -> tuple[list[_Pair], list[list[tuple[int, int]]], list[Question]]:
         """All comparisons, in which orders each is shown, and the questions that come of that, in their order."""
         check_pictures(samples, self.name)
-        pictures = {id(image): image for sample in samples for image in (*sample.images, *sample.anchors)}
+        pictures = {id(image): image for sample in samples for image in (*sample.images, *sample.baseline_images)}
         hashes = {key: picture_hash(image) for key, image in pictures.items() if image is not None}
         pairs = list(self._pairs(samples, hashes))
         orders = [self._orders(pair, hashes) for pair in pairs]
@@ -153,8 +153,8 @@ class Preference(Reward):
             groups.setdefault(sample.prompt.id, []).append(row)
         for group in groups.values():
             prompt = samples[group[0]].prompt
-            if self.needs_anchors:
-                meetings = [((i,), samples[i].images, samples[i].anchors) for i in group]
+            if self.needs_baseline_images:
+                meetings = [((i,), samples[i].images, samples[i].baseline_images) for i in group]
             else:
                 chosen = self._partners(samples, group, hashes)
                 meetings = [((i, k), samples[i].images, samples[k].images) for i, k in chosen]
@@ -207,7 +207,7 @@ class Preference(Reward):
             metrics["failed_pairs"] = 1 - len(played) / len(points)
         if played:
             metrics["ties"] = played.count(0.5) / len(played)
-        if played and self.needs_anchors:
+        if played and self.needs_baseline_images:
             metrics["win_rate_vs_raw"] = sum(played) / len(played)
         if decided:
             metrics["first_position"] = decided.count(FIRST) / len(decided)

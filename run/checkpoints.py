@@ -1,8 +1,8 @@
 """Checkpoints that are complete or absent: sealed by a manifest that is written last, then renamed into place.
 
-TRL, transformers and DeepSpeed write the files, under `.saving/`; `seal` lists them with size and SHA-256 and names
-the configuration, data, processes and versions that made them; one rename makes the folder `checkpoint-N`. What has
-no manifest, or is not what its manifest says, is never continued from. No torch here.
+The trainer writes the files under `.saving/`; `write_manifest` lists them with size and SHA-256 and names the
+configuration, data, processes and versions that made them; one rename makes the folder `checkpoint-N`. A folder
+without a manifest, or with other files than its manifest lists, is never continued from. No torch here.
 
 Hashes find damage, not malice: optimiser states are pickles, so continue only from checkpoints of people you trust.
 """
@@ -23,8 +23,8 @@ THREADS = 8  # hashing releases the interpreter; a disk is busy from a few on
 
 
 @dataclass(frozen=True)
-class Maker:
-    """Who may continue a checkpoint: what made it.
+class ResumeKey:
+    """What must match for a run to resume from a checkpoint.
 
     Attributes:
         config_hash: of the configuration, `RunFolder.config_hash`.
@@ -39,7 +39,7 @@ class Maker:
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
-def seal(folder: Path, step: int, maker: Maker) -> None:
+def write_manifest(folder: Path, step: int, resume_key: ResumeKey) -> None:
     """Write the manifest of all files in `folder`, everything flushed to the disk before it."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     with ThreadPoolExecutor(THREADS) as pool:
@@ -49,7 +49,7 @@ def seal(folder: Path, step: int, maker: Maker) -> None:
         for path, digest in zip(paths, digests, strict=True)
     }
     manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({"step": step, **asdict(maker), "files": files}, indent=1), encoding="utf-8")
+    manifest.write_text(json.dumps({"step": step, **asdict(resume_key), "files": files}, indent=1), encoding="utf-8")
     for path in (manifest, folder):
         _flush(path)
 
@@ -72,8 +72,8 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
-def fault(checkpoint: Path, maker: Maker, *, contents: bool) -> str | None:
-    """Why `maker` cannot continue from `checkpoint`, None if it can.
+def problem_with(checkpoint: Path, resume_key: ResumeKey, *, contents: bool) -> str | None:
+    """Why `resume_key` cannot continue from `checkpoint`, None if it can.
 
     Args:
         contents: also hash every file, which takes about a second per GB and thread; else names and sizes alone.
@@ -81,7 +81,7 @@ def fault(checkpoint: Path, maker: Maker, *, contents: bool) -> str | None:
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         files = {name: (facts["size"], facts["sha256"]) for name, facts in manifest["files"].items()}
-        theirs = Maker(*(manifest[name] for name in ("config_hash", "data_hash", "world_size", "versions")))
+        theirs = ResumeKey(*(manifest[name] for name in ("config_hash", "data_hash", "world_size", "versions")))
         step = manifest["step"]
     except FileNotFoundError:
         return f"half-written: it has no {MANIFEST}"
@@ -89,14 +89,14 @@ def fault(checkpoint: Path, maker: Maker, *, contents: bool) -> str | None:
         return f"its {MANIFEST} cannot be read ({type(error).__name__}: {error})"
     if step != step_of(checkpoint):
         return f"its {MANIFEST} is of step {step}"
-    return _not_ours(theirs, maker) or _damage(checkpoint, files, contents)
+    return _not_ours(theirs, resume_key) or _damage(checkpoint, files, contents)
 
 
-def other_versions(checkpoint: Path, maker: Maker) -> list[str]:
+def other_versions(checkpoint: Path, resume_key: ResumeKey) -> list[str]:
     """Packages that were others when `checkpoint`, which has no fault, was made: "torch 2.12.0 -> 2.13.0"."""
     theirs = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["versions"]
-    names = sorted(theirs.keys() | maker.versions.keys())
-    pairs = [(name, theirs.get(name, "none"), maker.versions.get(name, "none")) for name in names]
+    names = sorted(theirs.keys() | resume_key.versions.keys())
+    pairs = [(name, theirs.get(name, "none"), resume_key.versions.get(name, "none")) for name in names]
     return [f"{name} {old} -> {new}" for name, old, new in pairs if old != new]
 
 
@@ -105,10 +105,10 @@ def size_of(checkpoint: Path) -> int:
     return sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
 
 
-def prune(run: Path, maker: Maker, keep: int) -> list[Path]:
+def prune(run: Path, resume_key: ResumeKey, keep: int) -> list[Path]:
     """Delete the oldest checkpoints until `keep` good ones are left; never the newest good one, and never what it
     cannot tell to be this run's. Returns what was deleted."""
-    good = [path for path in found(run) if fault(path, maker, contents=False) is None]
+    good = [path for path in found(run) if problem_with(path, resume_key, contents=False) is None]
     surplus = good[max(keep, 1) :]
     for path in surplus:
         (path / MANIFEST).unlink()  # first: a kill in between leaves a half-written checkpoint, not a damaged one
@@ -116,7 +116,7 @@ def prune(run: Path, maker: Maker, keep: int) -> list[Path]:
     return surplus
 
 
-def _not_ours(theirs: Maker, ours: Maker) -> str | None:
+def _not_ours(theirs: ResumeKey, ours: ResumeKey) -> str | None:
     if theirs.world_size != ours.world_size:
         return f"it was made by {theirs.world_size} processes, these are {ours.world_size}: launch as many"
     if theirs.data_hash != ours.data_hash:

@@ -19,7 +19,7 @@ import platform
 import shlex
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,53 +28,14 @@ from PIL import Image
 
 from errors import UserError
 from run import checkpoints
-from run.checkpoints import Maker
+from run.checkpoints import ResumeKey
 
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"  # of --resume
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # a full disk, a used-up quota, a limit on file sizes
 PACKAGES = ("accelerate", "deepspeed", "diffusers", "peft", "torch", "transformers", "trl")
-# What may differ between a run and its continuation: where it writes, how often, and how fast; not what it learns.
-NOT_IDENTITY = {
-    "outdir",
-    "output_dir",
-    "resume",
-    "resume_from_checkpoint",
-    "logging_dir",
-    "report_to",
-    "disable_tqdm",
-    "save_images_every",
-    "save_images_max",
-    "save_total_limit",
-    "render_batch_size",
-    "render_timeout",
-    "render_batch_timeout",
-    "render_concurrency",
-    "render_offload_text",
-    "reward_batch_size",
-    "reward_device",
-    "reward_offload",
-    "judge_url",
-    "judge_concurrency",
-    "judge_timeout",
-    "judge_batch_timeout",
-    "judge_cache",
-    "log_level",
-    "ddp_timeout",
-    "dataloader_num_workers",
-    "max_absent_share",
-    "phase_budget",
-    "picture_cache",
-    "vllm_server_base_url",
-    "vllm_server_timeout",
-    "request_timeout",
-    "weight_sync_timeout",
-    "heartbeat_stale_after_s",
-}
-
-
-FOLLOWING = {"generation_batch_size"}  # what another number of processes changes by itself
+FOLLOWING = {"generation_batch_size"}  # options derived from the number of processes
 
 
 class RunFolder:
@@ -82,7 +43,8 @@ class RunFolder:
 
     Args:
         path: the `--outdir`.
-        config: the resolved configuration, JSON-able, without secrets.
+        config: all options, JSON-able, without secrets.
+        may_differ: names of those that may be others when the run is continued (`run.options.may_differ`).
         resume: `--resume`: AUTO for the newest good checkpoint, or the beginning where there is none; "checkpoint-N";
             None for a new run.
 
@@ -91,8 +53,16 @@ class RunFolder:
         skipped: checkpoint -> why it is not continued from, newest first.
     """
 
-    def __init__(self, path: str | Path, config: Mapping[str, Any], *, resume: str | None = None):
+    def __init__(
+        self,
+        path: str | Path,
+        config: Mapping[str, Any],
+        *,
+        may_differ: Set[str] = frozenset(),
+        resume: str | None = None,
+    ):
         self.path, self.config, self.resume = Path(path), dict(config), resume
+        self.may_differ = may_differ
         self.started = time.time()
         self.start: Path | None = None
         self.skipped: dict[Path, str] = {}
@@ -100,15 +70,15 @@ class RunFolder:
 
     @property
     def config_hash(self) -> str:
-        """First 16 hex digits of the SHA-256 of the configuration, NOT_IDENTITY left out."""
-        identity = {key: value for key, value in self.config.items() if key not in NOT_IDENTITY}
+        """First 16 hex digits of the SHA-256 of the configuration, without what may differ."""
+        identity = {key: value for key, value in self.config.items() if key not in self.may_differ}
         return hashlib.sha256(_json(identity).encode()).hexdigest()[:16]
 
     @property
-    def maker(self) -> Maker:
+    def resume_key(self) -> ResumeKey:
         """What this run writes into the manifests of its checkpoints, and asks of those that it continues from."""
         config = self.config
-        return Maker(self.config_hash, config.get("data_hash", ""), config.get("num_processes", 1), _versions())
+        return ResumeKey(self.config_hash, config.get("data_hash", ""), config.get("num_processes", 1), _versions())
 
     @property
     def resume_step(self) -> int:
@@ -155,7 +125,7 @@ class RunFolder:
             raise UserError(f"--resume {self.resume}: {self.path} has {there}; give one of them, or {AUTO}")
         self.start, self.skipped = None, {}
         for path in named:
-            if (why := checkpoints.fault(path, self.maker, contents=contents)) is None:
+            if (why := checkpoints.problem_with(path, self.resume_key, contents=contents)) is None:
                 self.start = path
                 return
             self.skipped[path] = why
@@ -171,12 +141,12 @@ class RunFolder:
         record = self.path / "run.json"
         return json.loads(record.read_text(encoding="utf-8"))["derived"] if record.exists() else {}
 
-    def going_on(self) -> list[str]:
+    def resume_messages(self) -> list[str]:
         """Lines that say where a continued run starts, which checkpoints it passed over, and what has changed."""
         passed = [f"passed over {path.name}: {why}" for path, why in self.skipped.items()]
         if self.start is None:
             return [f"--resume: no checkpoint in {self.path}, starting at step 0"] if self.resume else []
-        changed = checkpoints.other_versions(self.start, self.maker)
+        changed = checkpoints.other_versions(self.start, self.resume_key)
         note = f"note: made with other versions ({', '.join(changed)}), so not bit for bit the same run"
         return [*passed, f"continuing after step {self.resume_step}, from {self.start}", *([note] if changed else [])]
 
@@ -188,7 +158,7 @@ class RunFolder:
         if stored.get("config_hash") == self.config_hash:
             return
         theirs = stored.get("config") or {}
-        names = sorted((theirs.keys() | self.config.keys()) - NOT_IDENTITY)
+        names = sorted((theirs.keys() | self.config.keys()) - self.may_differ)
         differing = [name for name in names if _json(theirs.get(name)) != _json(self.config.get(name))]
         if "num_processes" in differing and not set(differing) - {"num_processes", *FOLLOWING}:
             raise UserError(
@@ -213,13 +183,13 @@ class RunFolder:
             "derived": dict(derived),
             "config": self.config,
         }
-        write_whole(self.path / "run.json", json.dumps(record, indent=2, default=str).encode())
+        atomic_write(self.path / "run.json", json.dumps(record, indent=2, default=str).encode())
 
     def _cut_after(self, step: int) -> None:
         metrics = self.path / "metrics.jsonl"
         if metrics.exists():
             kept = [line for line in metrics.read_text(encoding="utf-8").splitlines() if _logged_by(line, step)]
-            write_whole(metrics, "".join(f"{line}\n" for line in kept).encode())
+            atomic_write(metrics, "".join(f"{line}\n" for line in kept).encode())
         for rollouts in (self.path / "rollouts").glob("step_*.jsonl"):
             if int(rollouts.stem.removeprefix("step_")) > step:
                 rollouts.unlink()
@@ -237,7 +207,7 @@ class RunFolder:
         """Write `rollouts/step_NNNNNN.jsonl`, whole or not at all."""
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         content = text.encode("utf-8", "surrogatepass")
-        self._record(lambda: write_whole(self.path / "rollouts" / f"step_{step:06d}.jsonl", content))
+        self._record(lambda: atomic_write(self.path / "rollouts" / f"step_{step:06d}.jsonl", content))
 
     def save_image(self, image: Image.Image) -> str | None:
         """Store a picture once, under the hash of its PNG; returns its path inside the folder, None on a full disk."""
@@ -249,7 +219,7 @@ class RunFolder:
             return None if self._full else name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, buffer.getvalue())
+            atomic_write(path, buffer.getvalue())
         except OSError as error:
             if error.errno not in FULL:
                 raise
@@ -285,7 +255,7 @@ class RunFolder:
         self._full = True
 
 
-def whole_lines(path: Path, cut: bool) -> list[bytes]:
+def complete_lines(path: Path, cut: bool) -> list[bytes]:
     """The lines of a file but for a last one that a kill tore; `cut` takes it off the file, for who appends to it."""
     content = path.read_bytes()
     whole = content.rfind(b"\n") + 1
@@ -304,7 +274,7 @@ def save_png(image: Image.Image, path: Path) -> None:
     """Write a picture as PNG, whole or not at all."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
-    write_whole(path, buffer.getvalue())
+    atomic_write(path, buffer.getvalue())
 
 
 def git_commit(repository: Path) -> str | None:
@@ -351,7 +321,7 @@ def _without_secrets(command: Sequence[str]) -> list[str]:
     return clean
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def atomic_write(path: Path, content: bytes) -> None:
     """Write a temporary file of this process, then rename it: a reader sees the old file or the new, never half."""
     temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
     try:

@@ -17,12 +17,12 @@ import platform
 import time
 from pathlib import Path
 
-from run.folder import write_whole
+from run.folder import atomic_write
 
 logger = logging.getLogger(__name__)
 
 
-class Watch:
+class Heartbeat:
     """The phases of one process. Not for several at once: `faulthandler` has one timer a process.
 
     Args:
@@ -32,7 +32,7 @@ class Watch:
     """
 
     def __init__(self, folder: Path, rank: int, budget: float):
-        self.heartbeat, self.budget = folder / f"heartbeat_{rank}.json", budget
+        self.path, self.budget = folder / f"heartbeat_{rank}.json", budget
         self.stacks = open(folder / f"stacks_{rank}.txt", "a", encoding="utf-8")
 
     def enter(self, phase: str, step: int) -> None:
@@ -41,9 +41,9 @@ class Watch:
         beat = {"phase": phase, "step": step, "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
         where = {"host": platform.node(), "pid": os.getpid(), "budget_seconds": self.budget}
         try:
-            write_whole(self.heartbeat, json.dumps({**beat, **where}).encode())
+            atomic_write(self.path, json.dumps({**beat, **where}).encode())
         except OSError as error:
-            logger.warning("no heartbeat in %s: %s", self.heartbeat, error.strerror)
+            logger.warning("no heartbeat in %s: %s", self.path, error.strerror)
 
     def close(self) -> None:
         """No phase from now on."""

@@ -11,7 +11,8 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,45 +23,97 @@ from trl import ModelConfig, TrlParser
 
 from errors import Stopped, UserError
 
-RESUME = {  # the field of --resume
-    "nargs": "?",
-    "const": "auto",
-    "help": "Continue this run: auto (or nothing) from its newest good checkpoint, from the beginning if it has none; "
-    "checkpoint-N from that one.",
-}
+CHANGES = ("nothing", "pictures", "run")
+WHERE = ("client", "drawer")
+
+# TRL's and transformers' options that change nothing of what is learnt: where a run writes, how often, and how fast.
+# All others of theirs change the run.
+CHANGES_NOTHING = {
+    "output_dir", "resume_from_checkpoint", "logging_dir", "report_to", "disable_tqdm", "save_total_limit",
+    "log_level", "ddp_timeout", "dataloader_num_workers", "vllm_server_base_url", "vllm_server_timeout",
+}  # fmt: skip
+
+
+def option(
+    default: Any = MISSING, help: str = "", *, changes: str, where: str = "client", **argparse_options: Any
+) -> Any:
+    """A dataclass field that is a flag of a program and a key of its YAML files.
+
+    Args:
+        default: none makes it required; a list is copied for each instance.
+        help: what `--help` shows.
+        changes: what another value changes when something is continued. "nothing": how fast, where, or how much is
+            written; such options may differ. "pictures": what is drawn from a text; rewrites stay valid, pictures do
+            not. "run": everything else.
+        where: "drawer": an option of the machine that draws, not asked of a render server. "client": all others.
+        argparse_options: `choices`, `nargs`, `const`.
+    """
+    if changes not in CHANGES or where not in WHERE:
+        raise ValueError(f"changes {changes!r}, where {where!r}: give one of {CHANGES} and of {WHERE}")
+    metadata = {"help": help, "changes": changes, "where": where, **argparse_options}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def changed_by(option: Field) -> str:
+    """What another value of an option changes, one of CHANGES; CHANGES_NOTHING says it for TRL's own options."""
+    return option.metadata.get("changes") or ("nothing" if option.name in CHANGES_NOTHING else "run")
+
+
+def may_differ(*options: Any, changes: Sequence[str] = ("nothing",)) -> set[str]:
+    """Names of the options, in dataclasses or instances of them, that may differ when something is continued.
+
+    Args:
+        changes: which kinds may; ("nothing", "pictures") for what holds rewrites alone.
+    """
+    return {one.name for kind in options for one in fields(kind) if changed_by(one) in changes}
+
+
+def resume_option() -> Any:
+    """The field of --resume."""
+    return option(
+        None,
+        "Continue this run: auto (or nothing) from its newest good checkpoint, from the beginning if it has none; "
+        "checkpoint-N from that one.",
+        changes="nothing",
+        nargs="?",
+        const="auto",
+    )
+
+
 OURS = {"output_dir": "outdir", "model_name_or_path": "gpt_path", "resume_from_checkpoint": "resume"}
 
 
 class _Parser(TrlParser):
     """TRL's parser, with every complaint as a `UserError`."""
 
+    def add_argument(self, *names: str, changes: str = "", where: str = "", **kwargs: Any) -> argparse.Action:
+        return super().add_argument(*names, **kwargs)  # an option's own metadata is not argparse's
+
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
 
 
-def parse(
-    kinds: Sequence[type], recipe: Path | None, argv: Sequence[str], lacking: Mapping[str, str] | None = None
-) -> tuple[Any, ...]:
+def parse(kinds: Sequence[type], recipe: Path | None, argv: Sequence[str]) -> tuple[Any, ...]:
     """One filled dataclass per kind, in their order.
 
     Args:
         kinds: dataclasses; ours have other field names than TRL's.
         recipe: a YAML that is always read first, None for none.
         argv: the command line without the program's name.
-        lacking: options of other trainers that this one has not, and why.
 
     Raises:
-        UserError: an unknown key or flag (with the nearest valid one, or why it is lacking), a missing or ill-typed
-            value.
+        UserError: an unknown key or flag (with the nearest valid one), a missing or ill-typed value.
     """
-    lacking = lacking or {}
     config_only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     config_only.add_argument("--config", help="YAML file of options; it states only what differs from the defaults.")
     parser = _Parser(tuple(kinds), parents=[config_only], allow_abbrev=False)
-    parser.set_defaults(use_cpu=not torch.cuda.is_available())
+    if "use_cpu" in {action.dest for action in parser._actions}:
+        parser.set_defaults(use_cpu=not torch.cuda.is_available())
     for path in (recipe, config_only.parse_known_args(argv)[0].config):
         if path is not None:
-            parser.set_defaults_with_config(**_read_yaml(Path(path), parser, lacking))
+            parser.set_defaults_with_config(**_read_yaml(Path(path), parser))
     try:
         *filled, _, unknown = parser.parse_args_into_dataclasses(
             args=list(argv), return_remaining_strings=True, look_for_args_file=False
@@ -68,8 +121,6 @@ def parse(
     except ValueError as error:  # TRL and transformers check values against each other while they build their config
         raise UserError(str(error)) from error
     if unknown:
-        if (name := unknown[0].lstrip("-").partition("=")[0].replace("-", "_")) in lacking:
-            raise UserError(f"--{name} is not possible here: {lacking[name]}")
         flags = [option for action in parser._actions for option in action.option_strings]
         raise UserError(f"unknown argument {unknown[0]!r}, did you mean {_nearest(unknown[0], flags)!r}?")
     return tuple(filled)
@@ -112,7 +163,7 @@ def set_renamed(outdir: str, gpt_path: str, training: TrainingArguments, model: 
     }
 
 
-def _read_yaml(path: Path, parser: TrlParser, lacking: Mapping[str, str]) -> dict[str, Any]:
+def _read_yaml(path: Path, parser: TrlParser) -> dict[str, Any]:
     try:
         options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
@@ -123,8 +174,6 @@ def _read_yaml(path: Path, parser: TrlParser, lacking: Mapping[str, str]) -> dic
         raise UserError(f"{path} holds a {type(options).__name__}, not `option: value` lines")
     actions = {action.dest: action for action in parser._actions}
     for key, value in options.items():
-        if key in lacking:
-            raise UserError(f"{key} in {path} is not possible here: {lacking[key]}")
         if key not in actions:
             raise UserError(f"unknown key {key!r} in {path}, did you mean {_nearest(str(key), list(actions))!r}?")
         if actions[key].nargs == "+" and not isinstance(value, list):

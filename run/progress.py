@@ -22,13 +22,13 @@ from errors import UserError
 from report.page import write_report
 from run.folder import RunFolder, git_commit
 from run.signals import Leave, listen
-from run.trainer import GuardedTrainer
+from run.trainer import RunTrainer
 from scoring.judge import ScoringError
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def begin(folder: RunFolder, numbers: Mapping[str, int], lines: Sequence[str]) -> None:
+def start_run(folder: RunFolder, numbers: Mapping[str, int], lines: Sequence[str]) -> None:
     """Open the run folder and say what is about to run, on the main process; for every process to call.
 
     Raises:
@@ -41,7 +41,7 @@ def begin(folder: RunFolder, numbers: Mapping[str, int], lines: Sequence[str]) -
         try:
             folder.choose(contents=True)
             folder.open(numbers, [Path(sys.argv[0]).name, *sys.argv[1:]], git_commit(ROOT))
-            print("\n".join([*lines, *folder.going_on()]), flush=True)
+            print("\n".join([*lines, *folder.resume_messages()]), flush=True)
         except UserError as error:
             chosen[1] = str(error)
         except OSError as error:
@@ -57,7 +57,7 @@ def begin(folder: RunFolder, numbers: Mapping[str, int], lines: Sequence[str]) -
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.path / "tensorboard"))
 
 
-def rounded_away(training: TrainingArguments, model: ModelConfig) -> list[str]:
+def warn_if_bf16_loses_updates(training: TrainingArguments, model: ModelConfig) -> list[str]:
     """A line of warning if the policy's weights are too coarse for its steps; else none."""
     if model.dtype != "bfloat16" or model.use_peft or training.deepspeed_plugin is not None:
         return []
@@ -67,7 +67,7 @@ def rounded_away(training: TrainingArguments, model: ModelConfig) -> list[str]:
     ]
 
 
-def finish(trainer: GuardedTrainer, folder: RunFolder) -> None:
+def run_to_end(trainer: RunTrainer, folder: RunFolder) -> None:
     """Train, from the checkpoint that the run continues from; then save the policy and write the report.
 
     Raises:
@@ -89,7 +89,7 @@ def finish(trainer: GuardedTrainer, folder: RunFolder) -> None:
             print(f"told to leave after step {step}: continue with --resume, from {folder.path}", flush=True)
         raise
     finally:
-        trainer.watch.close()
+        trainer.heartbeat.close()
     if trainer.is_world_process_zero():
         print(f"policy: {folder.path}\nreport: {write_report(folder.path)}", flush=True)
 

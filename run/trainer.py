@@ -29,7 +29,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from errors import Stopped
 from run import checkpoints, signals
 from run.folder import RunFolder
-from run.heartbeat import Watch
+from run.heartbeat import Heartbeat
 
 logger = logging.getLogger(__name__)
 
@@ -38,18 +38,18 @@ ADAM_BYTES = 12  # a trained parameter's two float32 moments, and DeepSpeed's fl
 CANNOT_WRITE = (OSError, RuntimeError, SafetensorError)  # of file, torch's zip writer and safetensors on a full disk
 
 
-class GuardedTrainer(Trainer):
+class RunTrainer(Trainer):
     """To stand before a TRL trainer among a class's bases.
 
     Args:
         folder: of the run.
-        watch: told what this process is doing.
+        heartbeat: told what this process is doing.
         cycle: optimiser steps from one state that can be saved to the next: those that one generation serves.
     """
 
-    def __init__(self, *args: Any, folder: RunFolder, watch: Watch, cycle: int = 1, **kwargs: Any):
+    def __init__(self, *args: Any, folder: RunFolder, heartbeat: Heartbeat, cycle: int = 1, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.folder, self.watch, self.cycle = folder, watch, cycle
+        self.folder, self.heartbeat, self.cycle = folder, heartbeat, cycle
         self.told_to_leave = 0  # exit code, the same on every process
         self._aside = False  # whether TRL's saving is redirected
         loggers = tuple(get_reporting_integration_callbacks(self.args.report_to))
@@ -83,11 +83,11 @@ class GuardedTrainer(Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         step = self.state.global_step
-        self.watch.enter("save", step)
+        self.heartbeat.enter("save", step)
         self._on_main(self._clear_and_make_room)
         self._aside = True
         try:
-            self._or_stop(lambda: super(GuardedTrainer, self)._save_checkpoint(model, trial))
+            self._or_stop(lambda: super(RunTrainer, self)._save_checkpoint(model, trial))
         finally:
             self._aside = False
         self.accelerator.wait_for_everyone()
@@ -95,11 +95,11 @@ class GuardedTrainer(Trainer):
 
     def _put_in_place(self, step: int) -> None:
         run, name = self.folder.path, f"checkpoint-{step}"
-        checkpoints.seal(run / checkpoints.STAGING / name, step, self.folder.maker)
+        checkpoints.write_manifest(run / checkpoints.STAGING / name, step, self.folder.resume_key)
         checkpoints.put_in_place(run / checkpoints.STAGING / name, run / name)
         (run / checkpoints.STAGING).rmdir()
         if self.args.save_total_limit:
-            checkpoints.prune(run, self.folder.maker, self.args.save_total_limit)
+            checkpoints.prune(run, self.folder.resume_key, self.args.save_total_limit)
 
     def _clear_and_make_room(self) -> None:
         """Remove what a killed save left; then pictures and older checkpoints, as far as a new one needs the room."""
@@ -109,7 +109,7 @@ class GuardedTrainer(Trainer):
         if shutil.disk_usage(run).free < needed:
             self.folder.make_room()
         if shutil.disk_usage(run).free < needed:
-            checkpoints.prune(run, self.folder.maker, keep=1)
+            checkpoints.prune(run, self.folder.resume_key, keep=1)
         if (free := shutil.disk_usage(run).free) < needed:
             raise Stopped(
                 f"{_size(free)} free at {run}, a checkpoint takes about {_size(needed)}: free some space, then "
@@ -126,7 +126,7 @@ class GuardedTrainer(Trainer):
         return weights + ADAM_BYTES * sum(parameter.numel() for parameter in trained)
 
     def _good(self, checkpoint: Path) -> bool:
-        return checkpoints.fault(checkpoint, self.folder.maker, contents=False) is None
+        return checkpoints.problem_with(checkpoint, self.folder.resume_key, contents=False) is None
 
     def _last(self) -> str:
         good = [path.name for path in checkpoints.found(self.folder.path) if self._good(path)]
@@ -172,11 +172,11 @@ class GuardedTrainer(Trainer):
 class _Guard(TrainerCallback):
     """The guard's eyes on the loop: signals and random states after each step, gradients before it."""
 
-    def __init__(self, trainer: GuardedTrainer):
+    def __init__(self, trainer: RunTrainer):
         self.trainer, self.skipped, self.save_asked = trainer, 0, False
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer.watch.enter("train", state.global_step + 1)
+        self.trainer.heartbeat.enter("train", state.global_step + 1)
         self._remember(state)
 
     def _remember(self, state) -> None:
@@ -206,7 +206,7 @@ class _Guard(TrainerCallback):
             )
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.trainer.watch.enter("train", state.global_step + 1)
+        self.trainer.heartbeat.enter("train", state.global_step + 1)
         told = gather_object([(signals.leaving(), signals.saving())])
         self.trainer.told_to_leave = max(leave for leave, _ in told)
         self.save_asked |= any(save for _, save in told)

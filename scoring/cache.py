@@ -1,8 +1,8 @@
 """Pictures of a run that may be wanted again, on disk: drawn once by whichever process comes first.
 
-Raw prompts' pictures (`Sample.anchors`) are, once an epoch; rewrites' are only under `--fresh_seeds false`, where a
-prompt keeps its noise from step to step. Files are named by the hash of text and seed, so equal pictures are one file
-and no name comes from a prompt. They are lossless: a picture from here is the one that was drawn.
+Pictures of raw prompts (`Sample.baseline_images`) are needed once an epoch; those of rewrites are needed again only
+under `--fresh_seeds false`, where a prompt keeps its noise from step to step. Files are named by the hash of text and
+seed, so equal pictures are one file and no name comes from a prompt. They are lossless.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from run.folder import write_whole
+from run.folder import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class PictureCache:
         path = self._path(text, seed)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(path, content.getvalue())
+            atomic_write(path, content.getvalue())
         except OSError as error:
             logger.warning("%s: %s: no more pictures are kept for later steps", self.folder, error.strerror)
             for path in list(self._mine):

@@ -27,7 +27,7 @@ from prompting import parse
 from run.seeds import render_seed
 from run.signals import Leave, leaving
 from scoring.cache import PictureCache
-from scoring.prefetch import Ahead
+from scoring.prefetch import Prefetcher
 
 logger = logging.getLogger(__name__)
 
@@ -68,26 +68,28 @@ class Scored:
 
 @dataclass(frozen=True)
 class _Rollout:
-    """What is to be drawn for one sample; `anchor` is the raw prompt where its pictures are wanted too."""
+    """What is to be drawn for one sample; `baseline` is the raw prompt where its pictures are wanted too."""
 
     prompt: Prompt
     completion: str
     rewrite: str | None
     seeds: tuple[int, ...]
-    anchor: str | None
-    anchor_seeds: tuple[int, ...]
+    baseline: str | None
+    baseline_seeds: tuple[int, ...]
 
     @property
     def rows(self) -> list[Row]:
         """Each (text, seed) of which it needs the picture."""
-        texts = ((self.rewrite, self.seeds), (self.anchor, self.anchor_seeds))
+        texts = ((self.rewrite, self.seeds), (self.baseline, self.baseline_seeds))
         return [(text, seed) for text, seeds in texts if text is not None for seed in seeds]
 
     def sample(self, drawn: Mapping[Row, Image.Image | None]) -> Sample:
         """The sample with its pictures."""
         images = () if self.rewrite is None else tuple(drawn[self.rewrite, seed] for seed in self.seeds)
-        anchors = () if self.anchor is None else tuple(drawn[self.anchor, seed] for seed in self.anchor_seeds)
-        return Sample(self.prompt, self.completion, self.rewrite, images, anchors)
+        baseline_images = (
+            () if self.baseline is None else tuple(drawn[self.baseline, seed] for seed in self.baseline_seeds)
+        )
+        return Sample(self.prompt, self.completion, self.rewrite, images, baseline_images)
 
 
 class Scorer:
@@ -104,10 +106,10 @@ class Scorer:
         run_seed: the run's `--seed`.
         max_absent_share: above this share of absent samples a batch counts against PATIENCE, in [0, 1].
         held_out: scorers that are asked and logged but feed no advantage.
-        fresh_seeds: whether a prompt's rewrites get new noise each step; its anchors never do.
+        fresh_seeds: whether a prompt's rewrites get new noise each step; its baseline pictures never do.
         cache: of pictures that may be wanted again at a later step; None keeps none.
-        ahead: whether all scorers, not judges alone, look at a group's pictures while others are being drawn.
-        enter: told the phase that begins ("render", "score hps", "train") and the optimiser step that it serves.
+        score_while_drawing: whether all scorers, not judges alone, score a group while others are being drawn.
+        enter: called with the name of each phase as it starts ("render", "score hps", "train") and its optimiser step.
     """
 
     def __init__(
@@ -125,17 +127,17 @@ class Scorer:
         held_out: Sequence[Reward] = (),
         fresh_seeds: bool = True,
         cache: PictureCache | None = None,
-        ahead: bool = False,
+        score_while_drawing: bool = False,
         enter: Callable[[str, int], None] = lambda phase, step: None,
     ):
         self.renderer, self.rewards, self.prompts = renderer, list(rewards), prompts
         self.held_out, self.num_generations = list(held_out), num_generations
         self.run_seed, self.max_absent_share = run_seed, max_absent_share
         self.reasoning, self.common_seeds, self.enter = reasoning, common_seeds, enter
-        self.fresh_seeds, self.cache, self.ahead = fresh_seeds, cache, ahead
+        self.fresh_seeds, self.cache, self.score_while_drawing = fresh_seeds, cache, score_while_drawing
         scorers = [*self.rewards, *self.held_out]
         self._pictures = images_per_rewrite if any(scorer.needs_images for scorer in scorers) else 0
-        self._anchors = any(scorer.needs_anchors for scorer in scorers)
+        self._baseline_images = any(scorer.needs_baseline_images for scorer in scorers)
         self.last: list[Scored] = []
         self.metrics: dict[str, float] = {}
         self._completions: list | None = None
@@ -202,11 +204,13 @@ class Scorer:
         scorers = [*self.rewards, *self.held_out]
         started = time.perf_counter()
         self.enter("render", step)
-        with Ahead(scorers, _column, locally=self.ahead) as ahead:
-            drawn, counts = self._draw(rollouts, ahead)
+        with Prefetcher(scorers, _column, locally=self.score_while_drawing) as prefetcher:
+            drawn, counts = self._draw(rollouts, prefetcher)
             rendered = time.perf_counter()
         samples = [rollout.sample(drawn) for rollout in rollouts]
-        columns = {scorer.name: self._ask(scorer, samples, step, ahead.early[scorer.name]) for scorer in scorers}
+        columns = {
+            scorer.name: self._ask(scorer, samples, step, prefetcher.prefetched[scorer.name]) for scorer in scorers
+        }
         missing = self._missing(samples, columns)
         parts, held_out = self._parts(samples, columns), _rows(self.held_out, columns, len(samples))
         scored = [
@@ -270,30 +274,30 @@ class Scorer:
         return tuple(render_seed(self.run_seed, id, step, k) for k in range(first, first + self._pictures))
 
     def _rollout(self, prompt: Prompt, completion: str, rewrite: str | None, seeds: tuple[int, ...]) -> _Rollout:
-        if not self._anchors or not seeds:
+        if not self._baseline_images or not seeds:
             return _Rollout(prompt, completion, rewrite, seeds, None, ())
-        anchor_seeds = tuple(render_seed(self.run_seed, prompt.id, 0, k) for k in range(self._pictures))
-        return _Rollout(prompt, completion, rewrite, seeds, prompt.text, anchor_seeds)
+        baseline_seeds = tuple(render_seed(self.run_seed, prompt.id, 0, k) for k in range(self._pictures))
+        return _Rollout(prompt, completion, rewrite, seeds, prompt.text, baseline_seeds)
 
     def _draw(
-        self, rollouts: Sequence[_Rollout], ahead: Ahead
+        self, rollouts: Sequence[_Rollout], prefetcher: Prefetcher
     ) -> tuple[dict[Row, Image.Image | None], dict[str, float]]:
-        """Every distinct picture once, from the cache or drawn, and the counts; whole groups are told to `ahead`."""
-        groups = _Groups(rollouts, self.num_generations, ahead)
+        """Every distinct picture once, from the cache or drawn, and the counts; `prefetcher` gets whole groups."""
+        groups = _Groups(rollouts, self.num_generations, prefetcher)
         kept = self._kept(rollouts) if self.cache else set()
         for row in sorted(kept):
             if (picture := self.cache.get(*row)) is not None:
-                groups.seen(row, picture)
+                groups.add(row, picture)
         cached = len(groups.drawn)
         wanted = dict.fromkeys(row for rollout in rollouts for row in rollout.rows)
         rows = [row for row in wanted if row not in groups.drawn]
-        told = {"seen": lambda i, picture: groups.seen(rows[i], picture)} if ahead.scorers else {}
+        told = {"on_image": lambda i, picture: groups.add(rows[i], picture)} if prefetcher.scorers else {}
         pictures = self.renderer([text for text, _ in rows], [seed for _, seed in rows], **told) if rows else []
         if len(pictures) != len(rows):
             raise ScoringError(f"the renderer returned {len(pictures)} images for {len(rows)} rewrites")
         for row, picture in zip(rows, pictures, strict=True):
             if row not in groups.drawn:
-                groups.seen(row, picture)
+                groups.add(row, picture)
             if row in kept and picture is not None:
                 self.cache.put(*row, picture)
         counts = {"images/drawn": float(len(rows))}
@@ -306,20 +310,24 @@ class Scorer:
 
     def _kept(self, rollouts: Sequence[_Rollout]) -> set[Row]:
         """The pictures that may be wanted again at a later step."""
-        anchors = {(r.anchor, seed) for r in rollouts if r.anchor is not None for seed in r.anchor_seeds}
-        return anchors if self.fresh_seeds else anchors | {row for rollout in rollouts for row in rollout.rows}
+        baseline_images = {(r.baseline, seed) for r in rollouts if r.baseline is not None for seed in r.baseline_seeds}
+        return (
+            baseline_images
+            if self.fresh_seeds
+            else baseline_images | {row for rollout in rollouts for row in rollout.rows}
+        )
 
     def _ask(
-        self, scorer: Reward, samples: Sequence[Sample], step: int, early: Mapping[int, float | None]
+        self, scorer: Reward, samples: Sequence[Sample], step: int, prefetched: Mapping[int, float | None]
     ) -> list[float | None]:
         self.enter(f"score {scorer.name}", step)
         if code := leaving():
             raise Leave(code)
-        rest = [i for i in range(len(samples)) if i not in early]  # whole groups
-        late = dict(zip(rest, _column(scorer, [samples[i] for i in rest]), strict=True)) if rest else {}
+        rest = [i for i in range(len(samples)) if i not in prefetched]  # whole groups
+        remaining = dict(zip(rest, _column(scorer, [samples[i] for i in rest]), strict=True)) if rest else {}
         if code := leaving():  # its answers may have been cut short
             raise Leave(code)
-        return [(early if i in early else late)[i] for i in range(len(samples))]
+        return [(prefetched if i in prefetched else remaining)[i] for i in range(len(samples))]
 
     def _missing(self, samples: Sequence[Sample], columns: Mapping[str, Sequence[float | None]]) -> dict[str, float]:
         """Share of the readable samples without a picture, and of those a reward could score without its score."""
@@ -370,19 +378,19 @@ def _rows(
 class _Groups:
     """Which groups have all their pictures, as pictures come in."""
 
-    def __init__(self, rollouts: Sequence[_Rollout], size: int, ahead: Ahead):
+    def __init__(self, rollouts: Sequence[_Rollout], size: int, prefetcher: Prefetcher):
         self.drawn: dict[Row, Image.Image | None] = {}
-        self._ahead = ahead
+        self._prefetcher = prefetcher
         self._groups = {first: rollouts[first : first + size] for first in range(0, len(rollouts), size)}
         self._lacks = {first: {row for r in group for row in r.rows} for first, group in self._groups.items()}
 
-    def seen(self, row: Row, picture: Image.Image | None) -> None:
+    def add(self, row: Row, picture: Image.Image | None) -> None:
         self.drawn[row] = picture
         for first, rows in self._lacks.items():
             if row in rows:
                 rows.remove(row)
                 if not rows:
-                    self._ahead.ready(first, [rollout.sample(self.drawn) for rollout in self._groups[first]])
+                    self._prefetcher.ready(first, [rollout.sample(self.drawn) for rollout in self._groups[first]])
 
 
 def _column(reward: Reward, samples: Sequence[Sample]) -> list[float | None]:

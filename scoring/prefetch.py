@@ -1,8 +1,8 @@
 """Scoring ahead: a group's pictures go to the scorers as soon as all of them are there, while others are being drawn.
 
-Judges, which wait for another machine, are always asked ahead (`Reward.begin`). Models of this process only where the
-drawing happens elsewhere: on one device two at once would take turns. Each scorer has a thread of its own, so it never
-meets two calls at once; what a model is given at once is one group, never what happened to be ready.
+Judges, which wait for another machine, are always asked ahead (`Reward.prefetch`). Models of this process are asked
+ahead only where another machine draws, because on one device two at once would take turns. Each scorer has its own
+thread, so it never meets two calls at once; a model is given one group at once, never what happened to be ready.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from interfaces import Reward, Sample
 Column = Callable[[Reward, Sequence[Sample]], list[float | None]]
 
 
-class Ahead:
+class Prefetcher:
     """Scores groups beside the drawing; a context manager around it, at whose end all that was begun is done.
 
     Args:
-        scorers: in any order; those that neither `begins` nor are scored `locally` are left alone.
+        scorers: in any order; those that neither `can_prefetch` nor are scored `locally` are left alone.
         column: scores of whole groups.
-        locally: whether scorers that do not `begins` are asked too.
+        locally: whether scorers that do not `can_prefetch` are asked too.
 
     Attributes:
-        early: scorer's name -> row of the batch -> its score, of the groups that a local scorer has done.
+        prefetched: scorer's name -> row of the batch -> its score, of the groups that a local scorer has done.
     """
 
     def __init__(self, scorers: Sequence[Reward], column: Column, *, locally: bool):
         self.column = column
-        self.scorers = [scorer for scorer in scorers if scorer.begins or (locally and scorer.needs_images)]
-        self.early: dict[str, dict[int, float | None]] = {scorer.name: {} for scorer in scorers}
+        self.scorers = [scorer for scorer in scorers if scorer.can_prefetch or (locally and scorer.needs_images)]
+        self.prefetched: dict[str, dict[int, float | None]] = {scorer.name: {} for scorer in scorers}
         self._pools: dict[str, ThreadPoolExecutor] = {}
         self._ready: dict[str, SimpleQueue[tuple[int, list[Sample]]]] = {s.name: SimpleQueue() for s in self.scorers}
         self._jobs: list[Future[None]] = []
@@ -46,14 +46,14 @@ class Ahead:
         """Do all that is ready: a judge gets it at once, so that many calls are in flight, a model group by group."""
         queue = self._ready[scorer.name]
         ready = [queue.get() for _ in range(queue.qsize())]
-        if scorer.begins:
+        if scorer.can_prefetch:
             samples = [sample for _, group in ready for sample in group]
-            scorer.begin([sample for sample in samples if sample.images and None not in sample.images])
+            scorer.prefetch([sample for sample in samples if sample.images and None not in sample.images])
             return
         for first, group in ready:
-            self.early[scorer.name].update(enumerate(self.column(scorer, group), first))
+            self.prefetched[scorer.name].update(enumerate(self.column(scorer, group), first))
 
-    def __enter__(self) -> Ahead:
+    def __enter__(self) -> Prefetcher:
         self._pools = {scorer.name: ThreadPoolExecutor(1, f"score {scorer.name}") for scorer in self.scorers}
         return self
 

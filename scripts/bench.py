@@ -37,7 +37,7 @@ from inference import Reprompter
 from interfaces import Prompt, Renderer, Sample
 from miniature import build as miniature
 from prompting import messages, parse
-from rewards import RewardOptions, Setting, build
+from rewards import RewardContext, RewardOptions, build
 from run.seeds import render_seed
 from scoring.judge import Scorer
 
@@ -100,7 +100,7 @@ def bench_cpu(groups: int, group: int, *, compare: bool = True) -> dict:
     asked = [prompt for prompt in prompts for _ in range(group)]
     renderer, phases = miniature.renderer(), _Phases()
     paths = {f"{name}_path": str(ROOT / options[f"{name}_path"]) for name in LOCAL}
-    rewards = build(options["rewards"], RewardOptions(**paths), Setting(renderer=renderer, prompts=prompts))
+    rewards = build(options["rewards"], RewardOptions(**paths), RewardContext(renderer=renderer, prompts=prompts))
     by_id = {prompt.id: prompt for prompt in prompts}
     scorer = Scorer(renderer, rewards, by_id, num_generations=group, enter=phases.enter)
 
@@ -171,7 +171,7 @@ def bench_rewards(pictures: int) -> dict:
     samples = [Sample(prompt, "", prompt.text, (image,)) for prompt, image in zip(prompts, images, strict=True)]
     paths = {f"{name}_path": str(ROOT / options[f"{name}_path"]) for name in LOCAL}
     result = {"pictures": pictures, "threads": torch.get_num_threads()}
-    for reward in build(LOCAL, RewardOptions(**paths), Setting()):
+    for reward in build(LOCAL, RewardOptions(**paths), RewardContext()):
         reward(samples[:1])  # warm up, off the clock
         together = _median_of_3(lambda reward=reward: reward(samples)) / pictures
         alone = _median_of_3(lambda reward=reward: [reward([sample]) for sample in samples]) / pictures

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from miniature import build as miniature
 from rendering import RenderOptions
-from rendering.levers import TOLERANCE
+from rendering.levers import MAX_PIXEL_DIFFERENCE
 from rendering.local import LocalRenderer
 from scripts.bench_gpu import Clock, _peak, _reset_peak
 from scripts.bench_models import SCALES, NoRoom, flux
@@ -81,7 +81,7 @@ def bench_levers(scale: str | None, minutes: float, device: torch.device, only: 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return {
         "target": "levers", "device": name, "renderer": scale or "miniature", "pictures": pictures,
-        "threads": torch.get_num_threads(), "tolerance": TOLERANCE, "base": base,
+        "threads": torch.get_num_threads(), "tolerance": MAX_PIXEL_DIFFERENCE, "base": base,
         "rows": [asdict(row) for row in rows],
     }  # fmt: skip
 

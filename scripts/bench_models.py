@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from interfaces import Reward
 from models.frozen import freeze
-from rewards import RewardOptions, Setting, build
+from rewards import RewardContext, RewardOptions, build
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "miniature" / "weights"
 REWARDS = ("hps", "git", "gdino", "orm")
@@ -160,7 +160,7 @@ def reward(name: str, scale: Scale, device: torch.device) -> Reward:
         NoRoom: it does not fit on `device`.
     """
     options = RewardOptions(**{f"{name}_path": str(WEIGHTS / name)}, reward_batch_size=8)
-    (made,) = build([name], options, Setting(str(device)))
+    (made,) = build([name], options, RewardContext(str(device)))
     dtype = torch.bfloat16 if name == "orm" else torch.float32
     model = _made(lambda: MODELS[name](scale), device, dtype)
     made.model = freeze(model, device, f"random {name}")

@@ -39,7 +39,7 @@ from models.policy import READ, base_of, is_adapter
 from models.weights import Checkpoint
 from r1_prompter import Options, parse_options
 from rewards import CHECKPOINTS, check
-from run.folder import write_whole
+from run.folder import atomic_write
 
 
 @dataclass(frozen=True)
@@ -297,7 +297,7 @@ def update_lock(wanted: Sequence[Wanted]) -> None:
                 _fill(f"{one.known.repo} {file.rfilename}", row, "size", file.size)
                 _fill(f"{one.known.repo} {file.rfilename}", row, "sha256", file.lfs.sha256)
     head = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
-    write_whole(
+    atomic_write(
         weights.LOCK, (head + yaml.safe_dump(entries, sort_keys=False, default_flow_style=None, width=1000)).encode()
     )
     weights.lock.cache_clear()

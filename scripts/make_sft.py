@@ -41,8 +41,8 @@ from errors import UserError, one_line
 from interfaces import Prompt
 from prompting import SYSTEM_PROMPT, completion
 from rendering import AUTO, RenderOptions
-from rewards import REWARDS, RewardOptions, Setting, build, check, option
-from run.folder import write_whole
+from rewards import REWARDS, RewardContext, RewardOptions, build, check, option
+from run.folder import atomic_write
 from scripts.journal import Journal
 from scripts.teacher import (
     FOR_A_TEACHER,
@@ -188,8 +188,8 @@ def load_scorer(args: Options, render: RenderOptions, reward: RewardOptions, pro
     try:
         device = pick_device(render.render_device or "auto")
         renderer = render.load(device)
-        setting = Setting(reward.reward_device or device, renderer, prompts, args.seed)
-        rewards = build(args.rewards, reward, setting)
+        context = RewardContext(reward.reward_device or device, renderer, prompts, args.seed)
+        rewards = build(args.rewards, reward, context)
     except (UserError, ValueError) as error:
         raise UserError(f"renderer: {error}") from error
     # Groups differ in size here, and no answer is unreadable: what the size of a group is for does not occur. Pictures
@@ -301,7 +301,7 @@ def _example(args: Options, prompt: Prompt, kept: list[dict], best: int) -> dict
 def write(path: Path, rows: Sequence[dict]) -> None:
     """All rows or nothing."""
     try:
-        write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        atomic_write(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
     except OSError as error:
         raise UserError(f"{path} cannot be written ({one_line(error)}): repair that, then run again") from error
 

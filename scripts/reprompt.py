@@ -26,7 +26,7 @@ from interfaces import Prompt, Renderer
 from models.policy import DTYPES, pick_device, pick_dtype
 from prompting import well_formed
 from rendering import RenderOptions
-from run.folder import differences, save_png, whole_lines, write_whole
+from run.folder import atomic_write, complete_lines, differences, save_png
 from run.seeds import render_seed
 
 NOT_RESULTS = ("prompts", "out", "device")  # arguments that may differ when a run is continued
@@ -67,7 +67,7 @@ def _read_rows(path: Path) -> dict[str, dict]:
     if not path.exists():
         return {}
     try:
-        rows = [json.loads(line) for line in whole_lines(path, cut=True)]
+        rows = [json.loads(line) for line in complete_lines(path, cut=True)]
     except ValueError as error:
         raise UserError(f"{path} has a line that is not JSON ({error}); name another --out") from error
     return {row["id"]: row for row in rows}
@@ -89,7 +89,7 @@ def rewrite_all(args: argparse.Namespace, prompts: Sequence[Prompt], rows: dict[
         reasoning=not args.no_reasoning,
     )
     if not (args.out / "settings.json").exists():
-        write_whole(
+        atomic_write(
             args.out / "settings.json", json.dumps(_settings(args, prompts, pictures=False), indent=1).encode()
         )
     where = {prompt.text: (index, prompt.id) for index, prompt in enumerate(prompts)}
@@ -175,10 +175,12 @@ def run(args: argparse.Namespace) -> str:
     pictures = ""
     if args.sdmodel_name is not None:
         renderer = load_renderer(args)
-        write_whole(args.out / "settings.json", json.dumps(_settings(args, prompts, pictures=True), indent=1).encode())
+        atomic_write(
+            args.out / "settings.json", json.dumps(_settings(args, prompts, pictures=True), indent=1).encode()
+        )
         drawn, failed = draw_all(args, renderer, ordered)
         pictures = f"; {drawn} pictures drawn, {failed} could not be drawn"
-    write_whole(args.out / "rewrites.jsonl", "".join(json.dumps(row) + "\n" for row in ordered).encode())
+    atomic_write(args.out / "rewrites.jsonl", "".join(json.dumps(row) + "\n" for row in ordered).encode())
     fallbacks = sum(not row["readable"] for row in ordered)
     return (
         f"{len(ordered) - there} prompts rewritten, {there} were there; {fallbacks} of {len(ordered)} fell back to "

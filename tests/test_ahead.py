@@ -15,7 +15,7 @@ from interfaces import Sample
 from rewards.judge import Judge
 from run.seeds import render_seed
 from scoring.cache import PictureCache
-from scoring.prefetch import Ahead
+from scoring.prefetch import Prefetcher
 from tests.test_judges import MODEL, JudgeServer, grades, group, questions
 from tests.test_judges import score as brightness
 from tests.test_scoring import CAT, DOG, Grey, Painter, score, scorer
@@ -30,27 +30,27 @@ class InTurn(Painter):
         super().__init__(**options)
         self.gate, self.open, self.waited = gate, threading.Event(), True
 
-    def __call__(self, texts, seeds, seen=None):
+    def __call__(self, texts, seeds, on_image=None):
         pictures = []
         for i, (text, seed) in enumerate(zip(texts, seeds, strict=True)):
             if text == self.gate:
                 self.waited = self.open.wait(10)
             pictures += super().__call__([text], [seed])
-            if seen:
-                seen(i, pictures[-1])
+            if on_image:
+                on_image(i, pictures[-1])
         return pictures
 
 
 class Asking(Grey):
     """A judge that can begin; `heard` is what it was told, in order."""
 
-    begins = True
+    can_prefetch = True
 
     def __init__(self, name="asking", opens: threading.Event | None = None):
         super().__init__(name)
         self.heard, self.opens = [], opens
 
-    def begin(self, samples):
+    def prefetch(self, samples):
         self.heard.append([sample.rewrite for sample in samples])
         if self.opens:
             self.opens.set()
@@ -75,13 +75,15 @@ def test_a_model_is_scored_ahead_group_by_group_only_where_that_is_wanted():
                 heard.append([sample.rewrite for sample in samples])
                 return super().__call__(samples)
 
-        scores[ahead] = [row.parts for row in score(scorer(Model(), renderer=InTurn(), ahead=ahead), TWO_GROUPS)]
+        scores[ahead] = [
+            row.parts for row in score(scorer(Model(), renderer=InTurn(), score_while_drawing=ahead), TWO_GROUPS)
+        ]
     assert calls == {True: [["one cat", "a big cat"], ["one dog"]], False: [["one cat", "a big cat", "one dog"]]}
     assert scores[True] == scores[False]
 
 
 def test_a_failed_picture_makes_its_sample_absent_ahead_as_well():
-    rows = score(scorer(Grey(), renderer=InTurn(broken="one cat"), ahead=True), TWO_GROUPS)
+    rows = score(scorer(Grey(), renderer=InTurn(broken="one cat"), score_while_drawing=True), TWO_GROUPS)
     assert [row.absent for row in rows] == [True, False, False, False]
 
 
@@ -89,9 +91,12 @@ def test_an_error_beside_the_drawing_is_raised_and_one_of_the_drawing_comes_firs
     def fail(scorer, samples):
         raise RuntimeError("no memory for the model")
 
-    with pytest.raises(RuntimeError, match="no memory for the model"), Ahead([Grey()], fail, locally=True) as ahead:
+    with (
+        pytest.raises(RuntimeError, match="no memory for the model"),
+        Prefetcher([Grey()], fail, locally=True) as ahead,
+    ):
         ahead.ready(0, [])
-    with pytest.raises(ValueError, match="the renderer"), Ahead([Grey()], fail, locally=True) as ahead:
+    with pytest.raises(ValueError, match="the renderer"), Prefetcher([Grey()], fail, locally=True) as ahead:
         ahead.ready(0, [])
         raise ValueError("the renderer")
 
@@ -103,9 +108,9 @@ def test_what_was_begun_is_not_asked_again_and_counted_once():
     server = JudgeServer(brightness)
     with server as url:
         client = VLMClient(url, MODEL)
-        client.begin(questions(0, 51))
+        client.prefetch(questions(0, 51))
         assert server.requests == 2
-        client.begin(questions(51, 102))
+        client.prefetch(questions(51, 102))
         assert server.requests == 3
         assert client.ask(questions(0, 51, 102, 153)) == grades(0, 51, 102, 153)
         assert server.requests == 4
@@ -118,7 +123,7 @@ def test_a_call_that_failed_when_begun_is_absent_and_not_tried_twice():
     server = JudgeServer(brightness, fail_share=1, fail_status=400)
     with server as url:
         client = VLMClient(url, MODEL)
-        client.begin(questions(51))
+        client.prefetch(questions(51))
         assert client.ask(questions(51)) == [None]
         assert server.requests == 1 and client.metrics["failed"] == 1 and client.reasons[0]
 
@@ -127,22 +132,22 @@ def test_a_verdict_from_the_cache_is_counted_as_such_whether_begun_or_not(tmp_pa
     with JudgeServer(brightness) as url:
         VLMClient(url, MODEL, cache=tmp_path / "v.sqlite").ask(questions(0, 51))
         client = VLMClient(url, MODEL, cache=tmp_path / "v.sqlite")
-        client.begin(questions(0))
+        client.prefetch(questions(0))
         assert client.ask(questions(0, 51, 102)) == grades(0, 51, 102)
         assert client.metrics == {"asked": 1, "cached": 2, "failed": 0, "unparsable": 0}
 
 
 def test_a_judge_begun_by_the_scorer_gives_the_scores_and_counts_of_one_that_was_not():
-    def graded(samples: list[Sample], begin: bool):
+    def graded(samples: list[Sample], prefetch: bool):
         server = JudgeServer(brightness)
         with server as url:
             it = Judge(VLMClient(url, MODEL))
-            if begin:
-                it.begin(samples[:2])
+            if prefetch:
+                it.prefetch(samples[:2])
             return it(samples), it.metrics, server.requests
 
     samples = group("a cat", 10, 20, 30)
-    assert graded(samples, begin=True) == graded(samples, begin=False)
+    assert graded(samples, prefetch=True) == graded(samples, prefetch=False)
 
 
 # ----- pictures that are kept

@@ -547,7 +547,7 @@ def test_rows_with_substitutes_carry_the_detectors_name():
 
 def test_bad_lines_are_all_named_with_their_numbers(folder):
     (folder / "color_val.txt").write_bytes(b"a red car and a blue dog\r\nthree cars\n\xff\xfe\na\x00b\nsome cars\n")
-    with pytest.raisesUserError as raised:
+    with pytest.raises(UserError) as raised:
         load_items(folder / "color_val.txt", GRAMMAR)
     said = str(raised.value)
     for number, what in [
@@ -1017,7 +1017,7 @@ def test_the_overall_is_the_plain_mean_of_the_categories_there(weights):
 )  # fmt: skip
 def test_a_missing_checkpoint_names_the_command_size_and_licence(module, judge, tmp_path):
     published = module.PUBLISHED
-    with pytest.raisesUserError as raised:
+    with pytest.raises(UserError) as raised:
         judge(device="cpu")
     for part in (published.repo, published.size, published.licence, f"hf download {published.repo}"):
         assert part in str(raised.value)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from miniature.judge_server import JudgeServer
 from run import checkpoints
-from run.checkpoints import Maker
+from run.checkpoints import ResumeKey
 from tests.processes import ENVIRONMENT, ROOT, launcher
 
 TRAIN, FAULTY = ROOT / "r1_prompter.py", ROOT / "tests" / "fault_run.py"
@@ -76,8 +76,10 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 def whole(outdir: Path) -> list[int]:
     """Steps of the checkpoints that are what their manifests say, newest first."""
-    maker = Maker(**{k: v for k, v in manifest(checkpoints.found(outdir)[-1]).items() if k not in ("step", "files")})
-    good = [c for c in checkpoints.found(outdir) if checkpoints.fault(c, maker, contents=True) is None]
+    resume_key = ResumeKey(
+        **{k: v for k, v in manifest(checkpoints.found(outdir)[-1]).items() if k not in ("step", "files")}
+    )
+    good = [c for c in checkpoints.found(outdir) if checkpoints.problem_with(c, resume_key, contents=True) is None]
     return [checkpoints.step_of(checkpoint) for checkpoint in good]
 
 
@@ -272,16 +274,16 @@ def test_resuming_where_there_is_nothing_yet_starts_and_says_so(toy, tmp_path):
 
 
 def test_pruning_keeps_the_newest_good_checkpoint_and_what_it_does_not_know(tmp_path):
-    maker = Maker("c", "d", 1)
+    resume_key = ResumeKey("c", "d", 1)
     for step in (9, 10, 20, 30):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         (folder / "model.safetensors").write_bytes(bytes(step))
-        checkpoints.seal(folder, step, maker)
+        checkpoints.write_manifest(folder, step, resume_key)
     cut(tmp_path / "checkpoint-30" / "manifest.json")
-    assert [path.name for path in checkpoints.prune(tmp_path, maker, keep=1)] == ["checkpoint-10", "checkpoint-9"]
+    assert [path.name for path in checkpoints.prune(tmp_path, resume_key, keep=1)] == ["checkpoint-10", "checkpoint-9"]
     assert [path.name for path in checkpoints.found(tmp_path)] == ["checkpoint-30", "checkpoint-20"]
-    assert checkpoints.prune(tmp_path, maker, keep=0) == []  # never the last good one
+    assert checkpoints.prune(tmp_path, resume_key, keep=0) == []  # never the last good one
 
 
 def test_a_run_keeps_as_many_checkpoints_as_it_is_told(toy, tmp_path):

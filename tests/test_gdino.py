@@ -626,7 +626,7 @@ def test_the_detector_is_frozen_in_float32_and_in_half_precision_agrees(folder, 
 
 def test_a_missing_published_checkpoint_names_size_licence_and_command(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raisesUserError as caught:
+    with pytest.raises(UserError) as caught:
         GroundingDino(device="cpu")
     message = str(caught.value)
     assert "\n" not in message

@@ -337,7 +337,7 @@ BAD = [
 
 def test_malformed_rows_are_all_named_with_their_lines_in_one_message(tmp_path):
     path = write(tmp_path / "metadata.jsonl", GOOD[0], *(bad for bad, _ in BAD), GOOD[1])
-    with pytest.raisesUserError as error:
+    with pytest.raises(UserError) as error:
         bare().load(path)
     message = str(error.value)
     assert "\n" not in message and message.startswith(f"{path}: line 2: ")

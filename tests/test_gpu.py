@@ -10,7 +10,7 @@ import torch
 
 from miniature import build as miniature
 from rendering import RenderOptions
-from rendering.levers import TOLERANCE, smallest_good_batch, text_encoders
+from rendering.levers import MAX_PIXEL_DIFFERENCE, smallest_good_batch, text_encoders
 from scripts import bench_gpu, bench_models
 from tests.test_levers import SMALL, TEXTS, most
 
@@ -40,7 +40,10 @@ def test_a_row_draws_the_same_alone_and_in_a_batch():
 
 
 def test_compiled_blocks_stay_near_in_float32():
-    assert most(drawn(render_compile=True, render_dtype="float32"), drawn(render_dtype="float32")) <= 2 * TOLERANCE
+    assert (
+        most(drawn(render_compile=True, render_dtype="float32"), drawn(render_dtype="float32"))
+        <= 2 * MAX_PIXEL_DIFFERENCE
+    )
 
 
 @pytest.mark.parametrize("name", ["_native_cudnn", "_native_efficient", "_native_flash"])

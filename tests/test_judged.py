@@ -1,5 +1,5 @@
 """Claims about the benchmarks that ask a VLM: loaders, parsers and aggregation against hand-worked answers, all four
-through a real HTTP server with faults, and Soft-TIFA through a tiny random Qwen2-VL."""
+through a real HTTP server with errors, and Soft-TIFA through a tiny random Qwen2-VL."""
 
 import csv
 import io
@@ -38,11 +38,11 @@ def gray(level: int) -> Image.Image:
 
 
 class Answering(JudgeServer):
-    """Answers each question with `say(text)` unless one of `JudgeServer`'s faults falls on it; `logprobs(text)`, where
+    """Answers each question with `say(text)` unless one of `JudgeServer`'s errors falls on it; `logprobs(text)`, where
     given, is sent as the first token's probabilities."""
 
-    def __init__(self, say, logprobs=None, **faults):
-        super().__init__(lambda samples: [], **faults)
+    def __init__(self, say, logprobs=None, **errors):
+        super().__init__(lambda samples: [], **errors)
         self.say, self.logprobs = say, logprobs
 
     def _reply(self, body, fate):
@@ -230,7 +230,7 @@ def test_all_malformed_rows_are_named_with_their_line(tmp_path):
         [8, "h", dims(["Style"], [5])],
         [9, "i"],
     ]
-    with pytest.raisesUserError as caught:
+    with pytest.raises(UserError) as caught:
         unigenbench.load(write(tmp_path / "en.csv", csv_of(rows, EN)))
     told = str(caught.value)
     assert "\n" not in told

@@ -29,7 +29,7 @@ from errors import UserError
 from interfaces import Prompt, Sample
 from miniature.judge_server import JudgeServer, prompt_in
 from prompting import MAX_PROMPT_CHARS
-from rewards import RewardOptions, Setting, build, judge, preference
+from rewards import RewardContext, RewardOptions, build, judge, preference
 from rewards.judge import Judge
 from rewards.preference import FIRST, SECOND, TIE, Preference
 
@@ -57,8 +57,8 @@ def score(samples: list[Sample]) -> list[float]:
     return [brightness(sample.images[0]) for sample in samples]
 
 
-def sample(text: str, *images: Image.Image, anchors: tuple = ()) -> Sample:
-    return Sample(Prompt(text), "SECRET-THOUGHT", "SECRET-REWRITE", images, anchors)
+def sample(text: str, *images: Image.Image, baseline_images: tuple = ()) -> Sample:
+    return Sample(Prompt(text), "SECRET-THOUGHT", "SECRET-REWRITE", images, baseline_images)
 
 
 def group(text: str, *levels: int) -> list[Sample]:
@@ -368,7 +368,7 @@ def test_a_file_that_is_no_cache_is_refused_and_one_that_breaks_later_costs_only
 def test_the_rewrite_never_leaves_the_process(reward):
     seen = []
     with JudgeServer(score, watch=lambda headers, body: seen.append(str(headers).encode() + body)) as url:
-        samples = [replace(one, anchors=(gray(9),)) for one in group("a red circle", 0, 51, 102)]
+        samples = [replace(one, baseline_images=(gray(9),)) for one in group("a red circle", 0, 51, 102)]
         assert None not in reward(VLMClient(url, MODEL))(samples)
     assert seen
     for request in seen:
@@ -790,11 +790,11 @@ def test_against_anchors_the_score_is_the_win_rate_over_the_raw_prompts_pictures
     reward = Preference(client, pairs="anchor")
     raw = (gray(50), gray(150))
     samples = [
-        sample("a cat", gray(60), gray(160), anchors=raw),
-        sample("a cat", gray(60), gray(140), anchors=raw),
-        sample("a cat", gray(60), gray(140), anchors=(None, raw[1])),
-        sample("a cat", gray(60), gray(140), anchors=(None, None)),
-        sample("a cat", *raw, anchors=raw),
+        sample("a cat", gray(60), gray(160), baseline_images=raw),
+        sample("a cat", gray(60), gray(140), baseline_images=raw),
+        sample("a cat", gray(60), gray(140), baseline_images=(None, raw[1])),
+        sample("a cat", gray(60), gray(140), baseline_images=(None, None)),
+        sample("a cat", *raw, baseline_images=raw),
     ]
     assert reward(samples) == [1, 0.5, 0, None, 0.5]
     assert len(client.asked) == 5
@@ -807,8 +807,8 @@ def test_against_anchors_the_score_is_the_win_rate_over_the_raw_prompts_pictures
 def test_only_anchors_are_asked_for_and_reported_when_they_are_used():
     reward = Preference(Opinions(brighter))
     reward(group("a cat", 0, 20))
-    assert not reward.needs_anchors
-    assert Preference(Opinions(brighter), pairs="anchor").needs_anchors
+    assert not reward.needs_baseline_images
+    assert Preference(Opinions(brighter), pairs="anchor").needs_baseline_images
     assert "preference/win_rate_vs_raw" not in reward.metrics
 
 
@@ -868,13 +868,13 @@ def test_the_judges_are_built_by_name_once_the_judge_answers(tmp_path):
         options = RewardOptions(
             judge_url=url, judge_model=MODEL, preference_pairs="anchor", preference_both_orders=True
         )
-        one, two = build(names, options, Setting(judge_cache=cache))
-        assert (one.name, one.range, one.needs_anchors) == ("judge", (-1, 1), False)
-        assert (two.name, two.range, two.needs_anchors, two.both_orders) == ("preference", (0, 1), True, True)
+        one, two = build(names, options, RewardContext(judge_cache=cache))
+        assert (one.name, one.range, one.needs_baseline_images) == ("judge", (-1, 1), False)
+        assert (two.name, two.range, two.needs_baseline_images, two.both_orders) == ("preference", (0, 1), True, True)
         assert one(group("a cat", 51)) == [pytest.approx(-0.6, abs=0.002)]
     assert cache.exists()
     with pytest.raises(UserError, match="serve_judge.sh"):
-        build(names, options, Setting())
+        build(names, options, RewardContext())
 
 
 def serve_judge(**environment: str) -> subprocess.CompletedProcess:

@@ -19,7 +19,7 @@ from doctor import memory, shapes
 from errors import UserError
 from miniature import build as miniature
 from rendering import RenderOptions, levers, local
-from rendering.levers import TOLERANCE, settle_batch, smallest_good_batch
+from rendering.levers import MAX_PIXEL_DIFFERENCE, choose_batch_size, smallest_good_batch
 from run.folder import RunFolder
 from scripts import bench, bench_gpu, bench_levers, bench_models
 from tests.processes import launch
@@ -61,7 +61,10 @@ def test_text_encoders_off_the_device_draw_the_same_and_come_once_a_call(pipe, m
 
 
 def test_decoding_in_slices_stays_within_the_tolerance_in_float32():
-    assert most(drawn(render_slice_vae=True, render_dtype="float32"), drawn(render_dtype="float32")) <= TOLERANCE
+    assert (
+        most(drawn(render_slice_vae=True, render_dtype="float32"), drawn(render_dtype="float32"))
+        <= MAX_PIXEL_DIFFERENCE
+    )
 
 
 def test_another_attention_kernel_is_this_transformers_alone(plain):
@@ -75,7 +78,7 @@ def test_another_attention_kernel_is_this_transformers_alone(plain):
 
 def test_compiled_blocks_draw_the_same_within_the_tolerance(toy):
     options = {"sdmodel_name": str(toy.flux), "resolution": 16, "render_dtype": "float32", "max_sequence_length": 32}
-    assert most(drawn(**options, render_compile=True), drawn(**options)) <= TOLERANCE
+    assert most(drawn(**options, render_compile=True), drawn(**options)) <= MAX_PIXEL_DIFFERENCE
 
 
 def test_a_lora_is_fused_at_its_scale(tmp_path, plain):
@@ -166,14 +169,14 @@ def test_auto_is_settled_once_and_kept_by_whoever_goes_on(toy, tmp_path, monkeyp
     monkeypatch.setattr(levers, "smallest_good_batch", lambda trial: next(found))
     run = ["--config", str(toy.config), "--outdir", str(tmp_path / "run"), "--rewards", "format", "--max_steps", "1"]
     options = r1_prompter.parse_options([*run, "--render_batch_size", "auto"])
-    folder = RunFolder(options.script.outdir, r1_prompter.resolved(options), resume="auto")
+    folder = RunFolder(options.script.outdir, r1_prompter.all_options(options), resume="auto")
     renderer = options.render.load("cpu", measuring=True)
     assert renderer.chunk_size == 1
-    assert r1_prompter.settled(renderer, "auto", folder) == renderer.chunk_size == 2
+    assert r1_prompter.choose_run_batch_size(renderer, "auto", folder) == renderer.chunk_size == 2
     folder.open({"render_batch_size": 2}, ["r1_prompter.py"], None)
     again = options.render.load("cpu", measuring=True)
-    assert r1_prompter.settled(again, "auto", folder) == again.chunk_size == 2  # no other trial
-    assert r1_prompter.settled(again, 4, folder) == 4
+    assert r1_prompter.choose_run_batch_size(again, "auto", folder) == again.chunk_size == 2  # no other trial
+    assert r1_prompter.choose_run_batch_size(again, 4, folder) == 4
 
 
 def test_a_run_writes_down_the_batch_size_that_it_settled(toy, tmp_path):
@@ -330,6 +333,6 @@ def test_a_renderer_takes_a_pipeline_that_is_ready():
 
 
 def test_settling_needs_a_renderer_of_this_process():
-    assert settle_batch(object(), 8) == 8
+    assert choose_batch_size(object(), 8) == 8
     with pytest.raises(ValueError, match="give a number"):
-        settle_batch(object(), "auto")
+        choose_batch_size(object(), "auto")

@@ -27,7 +27,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from errors import UserError
 from interfaces import Prompt, Sample
 from models.weights import locked
-from rewards import RewardOptions, Setting, build, imagereward, pickscore
+from rewards import RewardContext, RewardOptions, build, imagereward, pickscore
 from rewards.imagereward import ImageReward
 from rewards.pickscore import PickScore
 
@@ -420,7 +420,7 @@ def test_half_precision_weights_compute_in_float32(folders, liking, tmp_path):
 
 def test_both_are_built_by_name(folders):
     options = RewardOptions(pickscore_path=folders["pickscore"], imagereward_path=folders["imagereward"])
-    built = build(["imagereward", "pickscore"], options, Setting())
+    built = build(["imagereward", "pickscore"], options, RewardContext())
     assert [reward.name for reward in built] == ["imagereward", "pickscore"]
     assert all(low <= s <= high for reward in built for low, high in [reward.range] for s in reward(samples()))
 
@@ -434,7 +434,7 @@ def test_a_missing_published_checkpoint_names_size_licence_and_command(monkeypat
         (pickscore, PickScore, "hf download yuvalkirstain/PickScore_v1"),
         (imagereward, ImageReward, "hf download THUDM/ImageReward --include 'ImageReward.pt'"),
     ):
-        with pytest.raisesUserError as caught:
+        with pytest.raises(UserError) as caught:
             kind(device="cpu")
         message = str(caught.value)
         assert "\n" not in message

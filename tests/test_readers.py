@@ -25,7 +25,7 @@ from transformers import (
 from errors import UserError
 from interfaces import Prompt, Sample
 from prompting import MAX_PROMPT_CHARS
-from rewards import RewardOptions, Setting, build, orm
+from rewards import RewardContext, RewardOptions, build, orm
 from rewards.git import GIT, PUBLISHED, UNJUDGED
 from rewards.orm import ORM
 
@@ -296,12 +296,12 @@ def test_an_unknown_formula_is_refused(git_folder):
 def test_without_its_checkpoint_the_error_says_how_to_fetch_it(name, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     published = {"git": PUBLISHED, "orm": orm.PUBLISHED}[name]
-    with pytest.raisesUserError as caught:
-        build([name], RewardOptions(), Setting())
+    with pytest.raises(UserError) as caught:
+        build([name], RewardOptions(), RewardContext())
     for text in (published.repo, published.size, published.licence, f"hf download {published.repo}"):
         assert text in str(caught.value)
     with pytest.raises(UserError, match="no folder at 'nowhere'"):
-        build([name], RewardOptions(**{f"{name}_path": "nowhere"}), Setting())
+        build([name], RewardOptions(**{f"{name}_path": "nowhere"}), RewardContext())
 
 
 def test_build_hands_over_the_options(git_folder, orm_folder):
@@ -309,7 +309,7 @@ def test_build_hands_over_the_options(git_folder, orm_folder):
         reward_batch_size=2, git_path=str(git_folder), git_formula="released", orm_path=str(orm_folder),
         orm_dtype="float32", orm_temperature=0.3,
     )  # fmt: skip
-    git, judge = build(["git", "orm"], options, Setting())
+    git, judge = build(["git", "orm"], options, RewardContext())
     assert (git.name, git.formula, git.batch_size) == ("git", "released", 2)
     assert (judge.name, judge.temperature, judge.dtype, judge.batch_size) == ("orm", 0.3, torch.float32, 2)
 

@@ -622,7 +622,7 @@ def test_flux_without_a_hub_says_size_licence_and_command_at_once(setting, tmp_p
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, *setting)
     started = time.monotonic()
-    with pytest.raisesUserError as error:
+    with pytest.raises(UserError) as error:
         renderer("black-forest-labs/FLUX.1-dev")
     assert time.monotonic() - started < 5
     message = str(error.value)

@@ -307,7 +307,7 @@ def test_a_damaged_model_folder_is_a_one_line_error(random_policy, tmp_path, dam
         (tmp_path / "config.json").write_text("{}")
     if damage == "torn weights":
         (tmp_path / "model.safetensors").write_bytes(b"\x10\x00")
-    with pytest.raisesUserError as error:
+    with pytest.raises(UserError) as error:
         load_policy(str(tmp_path), device="cpu")
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 

@@ -21,8 +21,8 @@ from errors import UserError
 from interfaces import Prompt, Reward, Sample
 from miniature.fit import WEIGHTS
 from miniature.judge_server import JudgeServer
-from models.frozen import footprint, offloaded
-from rewards import REWARDS, RewardOptions, Setting, build, check
+from models.frozen import describe, offloaded
+from rewards import REWARDS, RewardContext, RewardOptions, build, check
 from rewards.orm import ORM
 from tests.processes import ENVIRONMENT, ZERO_2, launch
 
@@ -93,7 +93,7 @@ def test_rewards_are_whole_and_score_the_same_under_zero_3(tmp_path):
     from data.grammar import read
 
     samples = [Sample(read(row["prompt"]), "", "", (Image.open(run / row["images"][0]),)) for row in drawn]
-    for reward in build(LOCAL, local_options(), Setting()):
+    for reward in build(LOCAL, local_options(), RewardContext()):
         expected = reward(samples)
         assert [row["parts"][reward.name] for row in drawn] == pytest.approx(expected, abs=1e-3), reward.name
 
@@ -123,14 +123,14 @@ def test_all_ten_rewards_and_a_held_out_one_run_together_and_say_what_they_cost(
 
 def test_a_reward_is_loaded_only_when_it_is_named():
     options = RewardOptions(hps_path=str(WEIGHTS / "hps"), orm_path="/nowhere", judge_url="http://127.0.0.1:9/v1")
-    assert [reward.name for reward in build(["hps", "format"], options, Setting())] == ["hps", "format"]
+    assert [reward.name for reward in build(["hps", "format"], options, RewardContext())] == ["hps", "format"]
 
 
 def test_all_missing_rewards_are_named_at_once_with_their_size_licence_and_command(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     options = RewardOptions(git_path="/nowhere/git", judge_url="http://127.0.0.1:9/v1")
-    with pytest.raisesUserError as caught:
-        build(["git", "gdino", "orm", "imagereward", "pickscore", "judge"], options, Setting())
+    with pytest.raises(UserError) as caught:
+        build(["git", "gdino", "orm", "imagereward", "pickscore", "judge"], options, RewardContext())
     for word in ("/nowhere/git", "hf download IDEA-Research/grounding-dino-tiny", "CaraJ/ORM-T2I-R1 (16 GB",
                  "ImageReward", "PickScore_v1", "scripts/serve_judge.sh"):  # fmt: skip
         assert word in str(caught.value)
@@ -204,5 +204,5 @@ def test_an_offloaded_reward_is_on_its_device_only_while_it_scores(monkeypatch):
     with pytest.raises(ValueError, match="missing"):
         outside([])
     assert moves[-1] == "cpu"
-    plain = build(["format"], RewardOptions(reward_offload=True), Setting())[0]
-    assert footprint(plain) == "format: no weights" and footprint(reward).startswith("model: 0.0 M parameters, 0 MiB")
+    plain = build(["format"], RewardOptions(reward_offload=True), RewardContext())[0]
+    assert describe(plain) == "format: no weights" and describe(reward).startswith("model: 0.0 M parameters, 0 MiB")

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 import rewards
 from errors import UserError
 from interfaces import Prompt, Sample
-from rewards import REWARDS, RewardOptions, Setting, build
+from rewards import REWARDS, RewardContext, RewardOptions, build
 from rewards.hps import DEFAULT, HPS
 from rewards.text import Format, Length
 
@@ -284,7 +284,7 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_does_not_run_it(tmp_pat
 def test_a_missing_published_checkpoint_fails_at_once_with_size_licence_and_command(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     start = time.monotonic()
-    with pytest.raisesUserError as caught:
+    with pytest.raises(UserError) as caught:
         HPS(DEFAULT, device="cpu")
     message = str(caught.value)
     assert time.monotonic() - start < 5
@@ -341,7 +341,7 @@ class WordRenderer:
 
 def test_rewards_are_built_in_the_order_named(folder):
     options = RewardOptions(hps_path=str(folder), length_low=2, length_high=4)
-    built = build(["length", "hps", "format"], options, Setting(renderer=WordRenderer()))
+    built = build(["length", "hps", "format"], options, RewardContext(renderer=WordRenderer()))
     assert [reward.name for reward in built] == ["length", "hps", "format"]
     assert [reward.needs_images for reward in built] == [False, True, False]
     assert built[0]([sample("a red circle", rewrite="three whole words")]) == [1.0]
@@ -349,14 +349,14 @@ def test_rewards_are_built_in_the_order_named(folder):
 
 def test_an_unknown_reward_names_the_nearest_and_all_valid_before_any_model_loads(monkeypatch):
     monkeypatch.setitem(REWARDS, "hps", lambda *_: pytest.fail("a model was loaded"))
-    with pytest.raisesUserError as caught:
-        build(["hps", "lenght"], RewardOptions(), Setting())
+    with pytest.raises(UserError) as caught:
+        build(["hps", "lenght"], RewardOptions(), RewardContext())
     assert "unknown reward 'lenght', did you mean 'length'?" in str(caught.value)
     assert all(name in str(caught.value) for name in rewards.REWARDS)
 
 
 def test_a_reward_named_twice_and_a_length_without_renderer_are_refused():
     with pytest.raises(UserError, match="named twice"):
-        build(["format", "format"], RewardOptions(), Setting())
-    with pytest.raises(UserError, match="Setting.renderer is None"):
-        build(["length"], RewardOptions(), Setting())
+        build(["format", "format"], RewardOptions(), RewardContext())
+    with pytest.raises(UserError, match="RewardContext.renderer is None"):
+        build(["length"], RewardOptions(), RewardContext())

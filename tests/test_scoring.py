@@ -150,11 +150,11 @@ def test_a_held_out_scorer_is_asked_but_makes_no_sample_absent():
 class AgainstRaw(Grey):
     """Lighter than the picture of the raw prompt?"""
 
-    needs_anchors = True
+    needs_baseline_images = True
 
     def __call__(self, samples):
         self.metrics = {"grey/asked": float(len(samples))}
-        return [float(s.images[0].getpixel((0, 0)) > s.anchors[0].getpixel((0, 0))) for s in samples]
+        return [float(s.images[0].getpixel((0, 0)) > s.baseline_images[0].getpixel((0, 0))) for s in samples]
 
 
 def test_the_raw_prompt_is_drawn_once_in_a_run_where_a_reward_needs_it(tmp_path):

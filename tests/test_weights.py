@@ -22,7 +22,7 @@ import r1_prompter
 import sft
 from errors import UserError
 from models import weights
-from models.policy import load_policy, load_tokenizer, name_base, trainee
+from models.policy import load_policy, load_tokenizer, prepare_policy, record_base_model
 from models.weights import lock, locked, read_weights, verify
 from rendering import RenderOptions
 from rewards import CHECKPOINTS, RewardOptions, gdino, git, hps, imagereward, orm, pickscore
@@ -87,7 +87,7 @@ def policy_file(tmp_path: Path):
 def trainee_file(tmp_path: Path):
     file, _ = policy_file(tmp_path)
     training = SimpleNamespace(model_init_kwargs={"revision": "main"}, trust_remote_code=False)
-    return file, lambda: trainee(str(file.parent), training, use_peft=False)
+    return file, lambda: prepare_policy(str(file.parent), training, use_peft=False)
 
 
 def plain_file(tmp_path: Path):
@@ -312,7 +312,7 @@ def test_foreign_code_is_trusted_at_a_full_commit_only(program):
             parse("--trust_remote_code", "true", *revision)
     training = parse("--trust_remote_code", "true", "--model_revision", COMMIT)
     assert training.trust_remote_code and training.model_init_kwargs["revision"] == COMMIT
-    assert trainee(str(MINIATURE / "policy"), training, use_peft=False) == str(MINIATURE / "policy")
+    assert prepare_policy(str(MINIATURE / "policy"), training, use_peft=False) == str(MINIATURE / "policy")
     assert training.model_init_kwargs["trust_remote_code"] is True
 
 
@@ -345,10 +345,10 @@ def test_a_policy_by_hub_name_is_its_folder_in_the_cache_at_the_locked_commit(tm
     for commit in (COMMIT, locked("Qwen/Qwen2.5-3B-Instruct").revision):
         shutil.copytree(MINIATURE / "policy", repo / commit)
     training = SimpleNamespace(model_init_kwargs={"revision": COMMIT}, trust_remote_code=False)
-    assert trainee("Qwen/Qwen2.5-3B-Instruct", training, use_peft=False) == str(repo / COMMIT)
+    assert prepare_policy("Qwen/Qwen2.5-3B-Instruct", training, use_peft=False) == str(repo / COMMIT)
     training.model_init_kwargs["revision"] = "main"
     with pytest.raises(UserError, match="tokenizer.*json has .* bytes, checkpoints.lock says"):
-        trainee("Qwen/Qwen2.5-3B-Instruct", training, use_peft=False)
+        prepare_policy("Qwen/Qwen2.5-3B-Instruct", training, use_peft=False)
 
 
 def test_an_adapter_of_a_hub_model_names_it_and_its_commit_and_not_this_machines_cache(tmp_path, monkeypatch):
@@ -356,7 +356,7 @@ def test_an_adapter_of_a_hub_model_names_it_and_its_commit_and_not_this_machines
     snapshot = tmp_path / "hub" / "models--some--policy" / "snapshots" / COMMIT
     shutil.copytree(MINIATURE / "policy", snapshot)
     adapted = get_peft_model(load_policy(str(snapshot), device="cpu"), LoraConfig(r=2, task_type="CAUSAL_LM"))
-    name_base(adapted, "some/policy", COMMIT)
+    record_base_model(adapted, "some/policy", COMMIT)
     adapted.save_pretrained(tmp_path / "adapter")
     assert str(tmp_path) not in (tmp_path / "adapter" / "adapter_config.json").read_text()
     assert isinstance(load_policy(str(tmp_path / "adapter"), device="cpu"), PeftModel)
