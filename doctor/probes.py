@@ -21,8 +21,7 @@ from interfaces import Prompt, Renderer, Reward, Sample
 from models.policy import load_policy, load_tokenizer
 from models.whole import without_zero3_init
 from prompting import completion, messages, parse
-from rendering import AUTO
-from rendering.levers import smallest_good_batch
+from rendering import AUTO, load_renderer
 from rewards import RewardContext, build
 from run.seeds import render_seed
 
@@ -95,14 +94,14 @@ def probe_renderer(
     """
     training, seeds = options.training, [render_seed(options.training.seed, prompt.id, 1, index) for index in (0, 1)]
     try:
-        renderer = options.render.load(str(training.device), measuring=True)
+        renderer = load_renderer(options.render, str(training.device), measuring=True)
         chunk = _batch_size(renderer, options.render.render_batch_size)
         drawn = 2 if chunk > 1 else 1
         pictures, seconds = _timed(lambda: renderer([prompt.text] * drawn, seeds[:drawn]))
         before = pictures
         if seconds < 20:  # the first call also warms up
             pictures, seconds = _timed(lambda: renderer([prompt.text] * drawn, seeds[:drawn]))
-    except (UserError, ValueError, torch.OutOfMemoryError) as error:
+    except (UserError, torch.OutOfMemoryError) as error:
         return [Check("picture", PROBLEM, _one_line(error))], None, []
     if None in pictures:
         why = ", ".join(f"{reason} ({count})" for reason, count in renderer.failures.items())
@@ -128,10 +127,7 @@ def probe_renderer(
 
 def _batch_size(renderer: Renderer, asked: int | str) -> int:
     """As asked; for auto what a trial on this process alone finds: the other ones of a launch are not here."""
-    if asked != AUTO:
-        return asked
-    renderer.chunk_size = smallest_good_batch(renderer.trial)
-    return renderer.chunk_size
+    return renderer.choose_batch_size() if asked == AUTO else asked
 
 
 def probe_reward(

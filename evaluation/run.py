@@ -43,7 +43,7 @@ from evaluation.table import cost, cost_table, text_table
 from inference import Reprompter, Rewrite
 from interfaces import Prompt, Renderer
 from prompting import well_formed
-from rendering import RenderOptions
+from rendering import RenderOptions, load_renderer
 from rewards import REWARDS, RewardContext, RewardOptions, build
 from run.folder import PACKAGES, atomic_write, complete_lines, git_commit
 from run.options import may_differ, option, parse, run_main
@@ -131,8 +131,8 @@ def systems(options: Options, items: Sequence[Item], share: Share, wait: Callabl
         return {Path(folder).name: There(Path(folder), args.benchmark) for folder in args.images}
     device = str(PartialState().device)
     try:
-        renderer = options.render.load(device)
-    except ValueError as error:  # a setting that this pipeline does not take
+        renderer = load_renderer(options.render, device)
+    except UserError as error:  # a setting that this pipeline does not take
         raise UserError(f"renderer: {error}") from error
     made: dict[str, System] = {"raw": Fixed(renderer, {i.id: (well_formed(i.prompt.text), True) for i in items}, {})}
     if args.rewrites:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from data.prompts import load_prompts
 from interfaces import Prompt
 from prompting import completion
-from rendering import RenderOptions
+from rendering import RenderOptions, load_renderer
 from rendering.local import LocalRenderer
 from scoring.judge import Scorer
 from scripts.bench import ROOT, plain_loop
@@ -145,7 +145,7 @@ def _renderer(pipe: FluxPipeline, scale: Scale, steps: int, batch: int, device: 
         max_sequence_length=scale.text,
         guidance=3.5,
     )
-    return options.load(str(device), pipe=pipe)
+    return load_renderer(options, str(device), pipe=pipe)
 
 
 # Drawing ----------------------------------------------------------------------------------------------------------

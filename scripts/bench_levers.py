@@ -18,8 +18,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from errors import UserError
 from miniature import build as miniature
-from rendering import RenderOptions
+from rendering import RenderOptions, load_renderer
 from rendering.levers import MAX_PIXEL_DIFFERENCE
 from rendering.local import LocalRenderer
 from scripts.bench_gpu import Clock, _peak, _reset_peak
@@ -115,7 +116,9 @@ def _base(scale: str | None, device: torch.device) -> tuple[dict[str, Any], Make
     def make(**changes: Any) -> LocalRenderer:
         options = RenderOptions(**{**base, **changes})
         pipe = flux(shapes, device)
-        return options.load(str(device), pipe=pipe.to(torch.float32) if options.render_dtype == "float32" else pipe)
+        return load_renderer(
+            options, str(device), pipe=pipe.to(torch.float32) if options.render_dtype == "float32" else pipe
+        )
 
     return base, make, 2 * batch
 
@@ -133,7 +136,7 @@ def _measure(
         row.first = time.perf_counter() - started
         row.seconds = sorted(_seconds(renderer, texts) for _ in range(3))[1] / len(texts)
         row.peak_gb = _peak(device)
-    except (ValueError, RuntimeError) as error:  # RuntimeError: a kernel that this device does not have
+    except (UserError, RuntimeError) as error:  # RuntimeError: a kernel that this device does not have
         row.skipped = " ".join(str(error).split())[:160]
         return row, []
     if None in pictures:

@@ -40,7 +40,7 @@ from data.prompts import load_prompts
 from errors import UserError, one_line
 from interfaces import Prompt
 from prompting import SYSTEM_PROMPT, completion
-from rendering import AUTO, RenderOptions
+from rendering import AUTO, RenderOptions, load_renderer
 from rewards import REWARDS, RewardContext, RewardOptions, build, check, option
 from run.folder import atomic_write
 from scripts.journal import Journal
@@ -187,7 +187,7 @@ def load_scorer(args: Options, render: RenderOptions, reward: RewardOptions, pro
 
     try:
         device = pick_device(render.render_device or "auto")
-        renderer = render.load(device)
+        renderer = load_renderer(render, device)
         context = RewardContext(reward.reward_device or device, renderer, prompts, args.seed)
         rewards = build(args.rewards, reward, context)
     except (UserError, ValueError) as error:

@@ -19,13 +19,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+import rendering
 from data.prompts import load_prompts
 from errors import UserError
 from inference import Reprompter
 from interfaces import Prompt, Renderer
 from models.policy import DTYPES, pick_device, pick_dtype
 from prompting import well_formed
-from rendering import RenderOptions
 from run.folder import atomic_write, complete_lines, differences, save_png
 from run.seeds import render_seed
 
@@ -114,7 +114,7 @@ def rewrite_all(args: argparse.Namespace, prompts: Sequence[Prompt], rows: dict[
 def load_renderer(args: argparse.Namespace) -> Renderer:
     """The renderer that the arguments name; options not given are its own defaults."""
     device = pick_device(args.device)
-    options = RenderOptions(
+    options = rendering.RenderOptions(
         args.sdmodel_name,
         render_steps=args.steps,
         guidance=args.guidance,
@@ -124,8 +124,8 @@ def load_renderer(args: argparse.Namespace) -> Renderer:
         render_batch_size=args.chunk_size,
     )
     try:
-        return options.load(device)
-    except (UserError, ValueError) as error:
+        return rendering.load_renderer(options, device)
+    except UserError as error:
         raise UserError(f"renderer: {error}") from error
 
 

@@ -13,7 +13,7 @@ from huggingface_hub import constants
 from errors import UserError
 from models import weights
 from models.policy import load_policy
-from rendering import RenderOptions
+from rendering import RenderOptions, load_renderer
 from scripts import fetch
 from tests.hub_server import COMMIT, Hub, Repo
 
@@ -197,7 +197,7 @@ def test_a_run_that_downloads_loads_nothing_that_the_lock_does_not_know(hub, nam
     weight = "model.safetensors" if name == "policy" else "transformer/diffusion_pytorch_model.safetensors"
     hub.repos[f"tiny/{name}"] = served(name)
     load = (lambda: load_policy(f"tiny/{name}", device="cpu")) if name == "policy" else (
-        lambda: RenderOptions(sdmodel_name=f"tiny/{name}").load("cpu")
+        lambda: load_renderer(RenderOptions(sdmodel_name=f"tiny/{name}"), "cpu")
     )  # fmt: skip
     load()
     rows = {"revision": COMMIT, "files": {weight: {"size": None, "sha256": "0" * 64}}}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from miniature import build as miniature
-from rendering import RenderOptions
+from rendering import RenderOptions, load_renderer
 from rendering.levers import MAX_PIXEL_DIFFERENCE, smallest_good_batch, text_encoders
 from scripts import bench_gpu, bench_models
 from tests.test_levers import SMALL, TEXTS, most
@@ -55,7 +55,7 @@ def test_attention_kernels_draw_and_a_row_stays_itself(name):
 
 def test_a_batch_that_takes_more_than_half_of_what_is_free_is_not_tried_further():
     options = RenderOptions(resolution=64, render_steps=1, max_sequence_length=32, render_batch_size=1)
-    one = options.load("cuda", pipe=bench_models.flux(bench_models.TINY, GPU))
+    one = load_renderer(options, "cuda", pipe=bench_models.flux(bench_models.TINY, GPU))
     assert one.trial(2, share=1e-9) is None
     assert smallest_good_batch(one.trial) >= 1
 

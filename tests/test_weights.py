@@ -24,7 +24,7 @@ from errors import UserError
 from models import weights
 from models.policy import load_policy, load_tokenizer, prepare_policy, record_base_model
 from models.weights import lock, locked, read_weights, verify
-from rendering import RenderOptions
+from rendering import RenderOptions, load_renderer
 from rewards import CHECKPOINTS, RewardOptions, gdino, git, hps, imagereward, orm, pickscore
 
 MINIATURE = Path("miniature/weights")
@@ -76,7 +76,7 @@ def git_file(tmp_path: Path):
 def renderer_file(tmp_path: Path):
     folder = copy_without("flux", "transformer/diffusion_pytorch_model.safetensors", tmp_path / "flux")
     file = folder / "transformer" / "diffusion_pytorch_model.bin"
-    return file, lambda: RenderOptions(sdmodel_name=str(folder)).load("cpu")
+    return file, lambda: load_renderer(RenderOptions(sdmodel_name=str(folder)), "cpu")
 
 
 def policy_file(tmp_path: Path):
@@ -369,6 +369,6 @@ def test_a_renderer_by_hub_name_is_read_offline_at_the_locked_commit(tmp_path, m
     for repo in ("Qwen/Qwen-Image", "black-forest-labs/FLUX.1-schnell"):
         home = tmp_path / f"models--{repo.replace('/', '--')}" / "snapshots" / locked(repo).revision
         shutil.copytree(MINIATURE / "flux", home)
-    assert RenderOptions(sdmodel_name="Qwen/Qwen-Image").load("cpu").count_tokens("a red circle") > 2
+    assert load_renderer(RenderOptions(sdmodel_name="Qwen/Qwen-Image"), "cpu").count_tokens("a red circle") > 2
     with pytest.raises(UserError, match="has .* bytes, checkpoints.lock says 246144352"):
-        RenderOptions(sdmodel_name="black-forest-labs/FLUX.1-schnell").load("cpu")
+        load_renderer(RenderOptions(sdmodel_name="black-forest-labs/FLUX.1-schnell"), "cpu")
