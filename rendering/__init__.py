@@ -37,17 +37,17 @@ def load_renderer(
     Raises:
         UserError: nothing at `sdmodel_name`, incomplete weights, or an option that this renderer does not take.
     """
+    if measuring and options.render_batch_size == AUTO and not options.remote:
+        options = replace(options, render_batch_size=1)
+    if AUTO in (options.render_batch_size, options.max_sequence_length):
+        raise UserError(
+            "--render_batch_size and --max_sequence_length can be auto only in r1_prompter.py, the first only without "
+            "servers: give numbers; those of a run are in its run.json"
+        )
     if options.remote:
         from rendering.remote import RemoteRenderer
 
         return RemoteRenderer(options, processes=int(os.environ.get("WORLD_SIZE", "1")))
-    if measuring and options.render_batch_size == AUTO:
-        options = replace(options, render_batch_size=1)
-    if AUTO in (options.render_batch_size, options.max_sequence_length):
-        raise UserError(
-            "only r1_prompter.py takes auto: give numbers for --render_batch_size and --max_sequence_length; those of "
-            "a run are in its run.json"
-        )
     from rendering.local import LocalRenderer  # diffusers: seconds that a bad option need not cost
 
     return LocalRenderer(options, options.render_device or device, pipe)
