@@ -197,7 +197,7 @@ def _fuse(pipe: DiffusionPipeline, source: str, scale: float) -> None:
         options["revision"] = locked(place).revision
     try:
         pipe.load_lora_weights(place, **options)
-    except (OSError, httpx.HTTPError) as error:
+    except (OSError, ValueError, httpx.HTTPError) as error:
         raise UserError(
             f"--render_lora {source} cannot be loaded ({one_line(error)}): give a folder with its .safetensors file, "
             f"or fetch it with: {locked(place).command} {file}".rstrip()

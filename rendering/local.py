@@ -126,7 +126,6 @@ class LocalRenderer:
         self.chunk_size = size
         rows = [(TRIAL_TEXT.format(index), index) for index in range(size)]
         on_gpu = self.device.type == "cuda"
-        room = 0.0
         if on_gpu:
             torch.cuda.empty_cache()
             room = torch.cuda.memory_allocated(self.device) + share * torch.cuda.mem_get_info(self.device)[0]
@@ -136,13 +135,11 @@ class LocalRenderer:
                 return None
             self._forget()
             started = time.perf_counter()
-            if (
-                self._draw_chunk(rows, **changes) is None
-                or on_gpu
-                and torch.cuda.max_memory_allocated(self.device) > room
-            ):
-                return None
-            return (time.perf_counter() - started) / size
+            fits = self._draw_chunk(rows, **changes) is not None
+            seconds = time.perf_counter() - started
+            if on_gpu:
+                fits = fits and torch.cuda.max_memory_allocated(self.device) <= room
+            return seconds / size if fits else None
         finally:
             self._forget()
 
@@ -161,11 +158,8 @@ class LocalRenderer:
     @property
     def max_tokens(self) -> int:
         """Tokens of a text that are read: `max_sequence_length` (given or default) or the tokenizer's lower limit."""
-        parameters = inspect.signature(type(self.pipe).__call__).parameters
         limit = self._tokenizer.model_max_length
-        if "max_sequence_length" not in parameters:
-            return limit
-        return min(self._settings.get("max_sequence_length", parameters["max_sequence_length"].default), limit)
+        return min(self.settings["max_sequence_length"] or limit, limit)
 
     @property
     def settings(self) -> dict[str, int | float | None]:

@@ -6,24 +6,20 @@ Ours (`scripts/render_server.py`), vLLM-Omni and SGLang-Diffusion. One request i
 batches. A batch never raises because of a server: a picture that could not be had is None, and its reason is counted.
 
     one request   at most `render_timeout` seconds
-    one row       tried again elsewhere, or there after a pause; absent after ATTEMPTS failures at each server that
-                  works. A refusal of the text (400, 413, 422) is final; a server that is gone or busy does not count
+    one row       tried again, elsewhere first; absent after ATTEMPTS failures at each server that works. A refusal of
+                  the text (400, 413, 422) is final; a server that is gone or busy does not count
     one server    left out after TRIP failures in a row; then every PAUSE seconds a copy of a waiting row probes it.
                   The row itself waits for other servers, so a probe that hangs delays nothing
     all servers   left out for `render_timeout` seconds: the waiting rows are absent
     one batch     at most `render_batch_timeout` seconds; what is unfinished then is absent
 
-Seeds: a server that says that it takes 63 bits (ours) gets our seeds as they are; any other gets their lowest 31 bits,
-which every engine's generator and JSON reader takes. Pixels differ between engines in any case.
-
-Ours also says its settings, levers included. They are asked of every picture, so a server that was started again with
-other settings refuses (409). vLLM-Omni does not know `max_sequence_length` and ignores it.
+Ours gets our seeds as they are; any other gets their lowest 31 bits, which every engine takes. Pixels differ between
+engines in any case. Ours says its settings, levers included. They are asked of every picture, so a server that was
+started again with other settings refuses (409). vLLM-Omni does not know `max_sequence_length` and ignores it.
 
 Left out: streaming, pictures by URL, `Retry-After`, redirects (which could carry prompts to another host).
 
-Sources: vLLM-Omni `entrypoints/openai/protocol/images.py`, SGLang `multimodal_gen/runtime/entrypoints/openai/`
-(`protocol.py`, `image_api.py`): prompt, model, n, size, response_format, output_format, seed, num_inference_steps,
-guidance_scale.
+Sources: vLLM-Omni `entrypoints/openai/protocol/images.py`, SGLang `multimodal_gen/runtime/entrypoints/openai/`.
 """
 
 from __future__ import annotations
@@ -89,19 +85,15 @@ class _Failed(Exception):
 
 @dataclass(eq=False)
 class Server:
-    """One server.
-
-    Attributes:
-        url: base of its API.
-        loopback: whether it is on this machine.
-        slots: requests in flight at most.
-        circuit: open while it is left out.
-    """
+    """One server, at the base `url` of its API."""
 
     url: str
-    loopback: bool
-    slots: int
-    circuit: Circuit = field(default_factory=lambda: Circuit(TRIP, PAUSE))
+    loopback: bool  # whether it is on this machine
+    slots: int  # requests in flight at most
+    circuit: Circuit = field(default_factory=lambda: Circuit(TRIP, PAUSE))  # open while it is left out
+
+
+Request = Callable[[Server, Row], Awaitable[Image.Image]]  # one picture from one server; raises _Failed
 
 
 class RemoteRenderer:
@@ -148,15 +140,8 @@ class RemoteRenderer:
     ) -> list[Image.Image | None]:
         """Draw `texts[i]` from noise `seeds[i]`, once per distinct pair; equal rows share one picture object.
 
-        Runs its own event loop, so it cannot be called from inside one.
-
-        Args:
-            texts: B texts of any length.
-            seeds: B seeds in [0, 2**63).
-            on_image: called with index and picture of each row when it arrives.
-
-        Returns:
-            B RGB pictures; None where a row could not be drawn, with the reason counted in `failures`.
+        Runs its own event loop, so it cannot be called from inside one. A seed is in [0, 2**63). None is a row that
+        could not be drawn; the reason is counted in `failures`.
         """
         return draw_distinct(texts, seeds, on_image, self.failures, self._draw)
 
@@ -294,42 +279,20 @@ class RemoteRenderer:
 
 @dataclass(eq=False)
 class _Job:
-    """One row on its way.
-
-    Attributes:
-        row: text and seed.
-        is_probe: whether it is a copy that shows if a server works again.
-        failures: by server, those that count.
-        tries: failures of any kind.
-        after: when it may be sent again, of time.monotonic.
-        reason: of the last failure.
-    """
+    """One row on its way, or a copy of it that probes a server."""
 
     row: Row
     is_probe: bool = False
-    failures: Counter[Server] = field(default_factory=Counter)
-    tries: int = 0
-    after: float = 0.0
-    reason: str = ""
+    failures: Counter[Server] = field(default_factory=Counter)  # those that count
+    tries: int = 0  # that failed, for whatever reason
+    after: float = 0.0  # it may be sent again, of time.monotonic
+    reason: str = ""  # of the last failure
 
 
 class _Batch:
-    """Servers take rows as they have room, until every row has an outcome.
+    """Servers take rows as they have room, until every row has an outcome; their circuits outlive the batch."""
 
-    Args:
-        servers: their circuits are kept from batch to batch.
-        rows: distinct.
-        request: one picture from one server; raises _Failed.
-        on_row: called with each row that is drawn.
-    """
-
-    def __init__(
-        self,
-        servers: Sequence[Server],
-        rows: Sequence[Row],
-        request: Callable[[Server, Row], Awaitable[Image.Image]],
-        on_row: OnRow,
-    ):
+    def __init__(self, servers: Sequence[Server], rows: Sequence[Row], request: Request, on_row: OnRow):
         self.servers = random.SystemRandom().sample(servers, len(servers))  # or all processes begin with the same one
         self.rows, self.request, self.on_row = rows, request, on_row
         self.waiting = [_Job(row) for row in rows]

@@ -93,18 +93,17 @@ class ServerOptions:
 
 
 class Refused(Exception):
-    """A request that is answered with an error; `code` is for programs."""
+    """A request that is answered with an error."""
 
-    def __init__(self, status: int, message: str, code: str = "invalid_request"):
+    def __init__(self, status: int, message: str):
         super().__init__(message)
-        self.status, self.code = status, code
+        self.status = status
 
     @property
     def reply(self) -> JSONResponse:
         """In the shape of OpenAI's errors."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
-        error = {"message": str(self), "type": kind, "param": None, "code": self.code}
-        return JSONResponse({"error": error}, self.status)
+        return JSONResponse({"error": {"message": str(self), "type": kind, "param": None, "code": None}}, self.status)
 
 
 class Renderers:
@@ -168,7 +167,7 @@ class Renderers:
         """Raise unless the caller has the key, if there is one."""
         given = request.headers.get("authorization", "").encode()
         if self.key and not hmac.compare_digest(given, f"Bearer {self.key}".encode()):
-            raise Refused(401, "wrong or no key: send RENDER_API_KEY as a bearer token", "invalid_api_key")
+            raise Refused(401, "wrong or no key: send RENDER_API_KEY as a bearer token")
 
     async def health(self, request: Request) -> Response:
         """It is there."""
@@ -183,7 +182,7 @@ class Renderers:
         """The tokenizer with which texts are counted, as its tokenizer.json."""
         text = self.renderer.tokenizer_json
         if text is None:
-            raise Refused(404, "this renderer's tokenizer has no tokenizer.json", "no_tokenizer")
+            raise Refused(404, "this renderer's tokenizer has no tokenizer.json")
         return Response(text, media_type="application/json")
 
     async def image(self, request: Request) -> Response:
@@ -191,7 +190,7 @@ class Renderers:
         outcome = await self.draw(self._row(await _json_of(request)))
         if isinstance(outcome, str):
             gone = self.is_broken or "out of memory" in outcome  # not the text's fault: to be asked for again
-            raise Refused(503 if gone else 422, f"could not be drawn: {outcome}", "not_drawn")
+            raise Refused(503 if gone else 422, f"could not be drawn: {outcome}")
         content = await asyncio.to_thread(_png, outcome)  # 0.1 s at 1024 px, in which others are answered
         return JSONResponse({"created": int(time.time()), "output_format": "png", "data": [{"b64_json": content}]})
 
@@ -207,15 +206,14 @@ class Renderers:
         if type(seed) is not int or not 0 <= seed < 2**SEED_BITS:
             raise Refused(400, f"seed is {seed!r}, must be a whole number from 0 to 2**{SEED_BITS} - 1")
         if body.get("model") not in (None, self.name):
-            raise Refused(404, f"no model {body['model']!r} here, only {self.name!r}", "model_not_found")
+            raise Refused(404, f"no model {body['model']!r} here, only {self.name!r}")
         for name, value in {"n": 1, "response_format": "b64_json", "output_format": "png"}.items():
             if body.get(name) not in (None, value):
                 raise Refused(400, f"{name} is {body[name]!r}, here it can only be {value!r}")
         for name in ("size", "num_inference_steps", "guidance_scale", "max_sequence_length", "drawing"):
             value = self.card["request"].get(name)
             if body.get(name) not in (None, value):
-                message = f"{name} is {body[name]!r}, this server draws with {value!r}: start it with what you need"
-                raise Refused(409, message, "other_settings")
+                raise Refused(409, f"{name} is {body[name]!r}, this server draws with {value!r}: start it with yours")
         return well_formed(text), seed
 
     async def draw(self, row: Row) -> Outcome:
@@ -320,12 +318,8 @@ def check(server: ServerOptions, render: RenderOptions) -> None:
         raise UserError(f"--sdmodel_name {render.sdmodel_name} is a server: this one draws itself, name a pipeline")
     if AUTO in (render.render_batch_size, render.max_sequence_length):
         raise UserError(f"give numbers for --render_batch_size and --max_sequence_length, not {AUTO}")
-    if server.replicas is not None and server.replicas < 1:
-        raise UserError(f"--replicas is {server.replicas}, must be at least 1")
     if gpus and render.render_device is None and (server.replicas or gpus) > gpus:
         raise UserError(f"--replicas is {server.replicas}, but there are {gpus} GPU(s), one for each")
-    if not 0 < server.port < 2**16:
-        raise UserError(f"--port is {server.port}, must be from 1 to 65535")
     if not checked_key("render", UserError) and not is_loopback(server.host):
         raise UserError(
             f"--host {server.host} can be reached from other machines: set environment RENDER_API_KEY, or leave "

@@ -21,12 +21,13 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain
-from pathlib import Path
 
 import grpc
 import httpx
+import psutil
 import pytest
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -483,14 +484,6 @@ def test_what_does_not_fit_is_refused_before_the_first_picture(card, options, na
         assert "secret" not in str(refused.value) and not server.bodies
 
 
-def test_a_model_is_chosen_by_its_name_where_several_are_served():
-    with Painter(CARD, ids=("a", "b")) as server:
-        with pytest.raises(UserError, match="--render_model"):
-            load(server)
-        load(server, render_model="b")(["a cat"], [1])
-        assert server.bodies[0]["model"] == "b"
-
-
 def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(monkeypatch):
     monkeypatch.setenv("RENDER_API_KEY", "s3cret\nsecond line")
     with pytest.raises(UserError, match="RENDER_API_KEY") as refused:
@@ -528,28 +521,11 @@ ray_test = pytest.mark.xdist_group("ray")
 
 def below(pid: int) -> dict[int, str]:
     """Processes that `pid` started, and those that they did: pid -> command line."""
-    parents, commands = {}, {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdecimal():
-            try:
-                stat, command = (folder / "stat").read_text(), (folder / "cmdline").read_bytes()
-            except OSError:
-                continue
-            parents[int(folder.name)] = int(stat.rpartition(")")[2].split()[1])
-            commands[int(folder.name)] = command.replace(b"\0", b" ").decode(errors="replace").strip()
-    found, layer = {}, {pid}
-    while layer:
-        layer = {child for child, parent in parents.items() if parent in layer}
-        found |= {child: commands[child] for child in layer}
+    found = {}
+    for process in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.Error):  # it has ended meanwhile
+            found[process.pid] = " ".join(process.cmdline()).strip()
     return found
-
-
-def running(pid: int) -> str:
-    """Command line of a process, "" if there is none."""
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-    except OSError:
-        return ""
 
 
 @pytest.fixture(scope="module")
@@ -569,11 +545,11 @@ def served(tmp_path_factory):
             assert process.poll() is None and time.monotonic() < until, log.read_text()[-3000:]
             time.sleep(0.2)
         yield f"http://127.0.0.1:{port}/v1", process
-        children = {pid: command for pid, command in below(process.pid).items() if command}
-        assert [command for command in children.values() if command.startswith("ray::ServeReplica")]
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert any(command.startswith("ray::ServeReplica") for command in below(process.pid).values())
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0, log.read_text()[-3000:]
-        assert not {pid: command for pid, command in children.items() if running(pid) == command}
+        assert not psutil.wait_procs(children, timeout=5)[1]
     finally:
         process.kill()
         process.wait()
@@ -642,21 +618,12 @@ def test_our_server_says_that_it_is_well_without_a_key_and_nothing_else(served):
 
 @ray_test
 def test_our_server_listens_on_this_machine_alone_but_for_ports_of_replicas_that_ask_for_its_token(served):
-    owners = {}
-    for pid, command in {served[1].pid: "", **below(served[1].pid)}.items():
-        for link in Path(f"/proc/{pid}/fd").glob("*"):
-            try:
-                owners[os.readlink(link)] = command
-            except OSError:
-                continue
     here, beyond = [], []
-    for table, loopback in (("tcp", ("0100007F",)), ("tcp6", ("0" * 24 + "01000000", "0" * 16 + "FFFF00000100007F"))):
-        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            words = line.split()
-            address, port = words[1].split(":")
-            if words[3] == "0A" and f"socket:[{words[9]}]" in owners:
-                found = (int(port, 16), owners[f"socket:[{words[9]}]"])
-                (here if address in loopback else beyond).append(found)
+    for pid, command in {served[1].pid: "", **below(served[1].pid)}.items():
+        for one in psutil.Process(pid).net_connections("tcp"):
+            if one.status == psutil.CONN_LISTEN:
+                is_loopback = one.laddr.ip in ("127.0.0.1", "::1", "::ffff:127.0.0.1")
+                (here if is_loopback else beyond).append((one.laddr.port, command))
     assert here and len(beyond) <= 2 and all(owner.startswith("ray::ServeReplica") for _, owner in beyond), beyond
     for port, _ in beyond:
         with grpc.insecure_channel(f"127.0.0.1:{port}") as channel, pytest.raises(grpc.RpcError) as refused:
@@ -776,9 +743,7 @@ def test_our_server_does_not_start_with_what_cannot_work(capsys):
 
     for flags, named in [
         (["--host", "0.0.0.0"], "RENDER_API_KEY"),
-        (["--replicas", "0"], "--replicas"),
         (["--render_batch_size", "auto"], "--render_batch_size"),
-        (["--port", "99999"], "--port"),
         (["--sdmodel_name", "http://127.0.0.1:8001/v1"], "--sdmodel_name"),
         (["--render_stepz", "1"], "--render_steps"),
     ]:
