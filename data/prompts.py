@@ -104,7 +104,7 @@ def _parse(line: str, path: Path, number: int) -> Prompt:
         raise UserError(f"{where}: prompt holds half a surrogate pair ({ascii(text)[:60]}); write it as UTF-8")
     try:
         return _from_row(text.strip(), row)
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (UserError, KeyError, IndexError, TypeError, ValueError) as error:
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__} {error}"
         raise UserError(f"{where}: {reason}; the row's format is in data/README.md") from error
 
