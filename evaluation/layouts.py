@@ -2,10 +2,9 @@
 
 geneval             NNNNN/samples/*.png                            in the order of the names
 compbench           samples/{prompt}_{number:06d}.png              by the prompt, in the order of the numbers
-unigenbench         {id}_{n}.png
 wise, geneval2      {id}.png
 dpg                 {id}.png, a grid of 2 x 2, cut into four
-any                 ID_SAMPLE.png, as this project writes them
+unigenbench, any    {id}_{n}.png, as this project writes them
 """
 
 from __future__ import annotations
@@ -14,11 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from errors import UserError
 from evaluation.benchmark import Item
-from evaluation.pipeline import open_picture
 from evaluation.systems import Drawn
 
 
@@ -43,7 +41,6 @@ def _single(folder: Path, item: Item) -> list[Path]:
 LAYOUTS: dict[str, Callable[[Path, Item], list[Path]]] = {
     "geneval": _geneval,
     "compbench": _compbench,
-    "unigenbench": _numbered,
     "wise": _single,
     "geneval2": _single,
     "dpg": _single,
@@ -66,7 +63,7 @@ class There:
 
     def _pictures(self, item: Item, count: int) -> list[Image.Image]:
         paths = LAYOUTS.get(self.benchmark, _numbered)(self.folder, item) or _numbered(self.folder, item)
-        pictures = [open_picture(path) for path in paths]
+        pictures = [_open(path) for path in paths]
         if self.benchmark == "dpg" and len(pictures) == 1:
             pictures = quarters(pictures[0])
         if len(pictures) < count:
@@ -81,3 +78,12 @@ def quarters(grid: Image.Image) -> list[Image.Image]:
     """A 2 x 2 grid as four pictures, row by row."""
     width, height = grid.width // 2, grid.height // 2
     return [grid.crop((x, y, x + width, y + height)) for y in (0, height) for x in (0, width)]
+
+
+def _open(path: Path) -> Image.Image:
+    """A picture from disk as RGB, upright."""
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except OSError as error:
+        raise UserError(f"{path} is no picture ({error}): draw it again, or leave it out") from error

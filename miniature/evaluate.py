@@ -112,7 +112,7 @@ def defaults(given: Sequence[str]) -> list[str]:
     names = [*RENDERER, *REWARDS, "max_completion_length"]
     flags = {f"--{'max_new_tokens' if n == 'max_completion_length' else n}": config[n] for n in names}
     absent = {flag: value for flag, value in flags.items() if flag not in given}
-    return [word for flag, value in {**absent, "--policy_dtype": "float32"}.items() for word in (flag, str(value))]
+    return [word for flag, value in {**absent, "--dtype": "float32"}.items() for word in (flag, str(value))]
 
 
 def prompts(out: Path) -> Path:

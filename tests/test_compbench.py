@@ -1,9 +1,7 @@
 """Claims about T2I-CompBench: rules on hand-made boxes and answers, files, tiny random models of the real classes."""
 
 import json
-import logging
 import sys
-import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -28,7 +26,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.owlv2.image_processing_pil_owlv2 import Owlv2ImageProcessorPil
 
 from errors import UserError
-from evaluation import blip_vqa, boxes, clip_score, depth
+from evaluation import depth
+from evaluation.benchmarks import BENCHMARKS, BenchmarkOptions
 from evaluation.blip_vqa import BlipVQA, cleaned
 from evaluation.boxes import LabelledBox, Owlv2, frame_size
 from evaluation.clip_score import ClipScore
@@ -41,6 +40,8 @@ from evaluation.compbench import (
     count_score,
     counts_of,
     distinct,
+    judged,
+    judges_of,
     load_items,
     position_2d,
     position_3d,
@@ -48,20 +49,14 @@ from evaluation.compbench import (
     relation_of,
     score_2d,
     score_3d,
-    three_in_one,
 )
 from evaluation.depth import Depth, eight_bits
 from evaluation.parses import Parse, around_the_place, by_grammar, freeze, parser
+from rewards import RewardOptions
 from rewards.gdino import iou
 
-SINGULARS = {
-    "fish": "fish",
-    "dogs": "dog",
-    "mice": "mouse",
-    "people": "person",
-    "boys": "boy",
-    "teddy bears": "teddy bear",
-}
+SINGULARS = {"fish": "fish", "dogs": "dog", "mice": "mouse", "people": "person", "boys": "boy",
+             "teddy bears": "teddy bear"}  # fmt: skip
 GRAMMAR = parser("grammar")
 
 
@@ -98,9 +93,7 @@ def test_an_attribute_score_is_the_product_of_rounded_answers():
         ("The Red Car?", "the red car?"),
         ('a "big" (old) dog!?', "a big old dog?"),
         ("10:30 #1 *star* a;b ~c.?", "1030 1 star ab c?"),
-        ("a dog ?  ", "a dog ?"),
-        ("it's, a dog?", "it's, a dog?"),
-        ("a  b?", "a  b?"),
+        ("it's,  a dog ?  ", "it's,  a dog ?"),
         (" ".join(["word"] * 60) + "?", " ".join(["word"] * 50)),
     ],
 )
@@ -155,10 +148,10 @@ def test_near_is_150_pixels_along_x_or_y_and_falls_with_the_larger_difference():
     assert near(-400, 200) == pytest.approx([0.375] * 3)
 
 
-def test_on_top_of_never_holds_with_the_official_bugs_and_is_on_the_top_of_without():
+def test_on_top_of_is_on_the_top_of():
     pair = at(200, 100), at(200, 200)
-    assert position_2d("on top of", *pair, official_bugs=True) == 0
-    assert position_2d("on top of", *pair) == position_2d("on the top of", *pair, official_bugs=True) == 1
+    assert position_2d("on top of", *pair) == position_2d("on the top of", *pair) == 1
+    assert position_2d("on top of", *pair[::-1]) == 0
 
 
 def test_a_relation_that_no_rule_knows_holds_nowhere():
@@ -195,20 +188,12 @@ def test_the_first_detection_of_exactly_that_name_is_taken_and_the_first_of_equa
     assert score_2d(["cat", "dog"], "on the left of", [at(100, 100, "wildcat"), dog]) == 0
 
 
-def test_two_things_of_one_name_are_one_box_with_the_official_bugs_and_two_without():
-    one, two = at(100, 100, "person", 0.8), at(300, 100, "person", 0.6)
+def test_two_things_of_one_name_are_its_two_best_boxes_in_the_order_that_suits():
+    one, two, three = at(100, 100, "person", 0.8), at(300, 100, "person", 0.6), at(500, 100, "person", 0.5)
     objects = ["person", "person"]
-    assert score_2d(objects, "near", [one], official_bugs=True) == pytest.approx(0.25 * 1.6 + 0.5)
     assert score_2d(objects, "near", [one]) == 0
     for relation in ("on the left of", "on the right of"):
-        assert score_2d(objects, relation, [one, two], official_bugs=True) == 0
-        assert score_2d(objects, relation, [one, two]) == pytest.approx(0.25 * 1.4 + 0.5)
-
-
-def test_a_box_without_area_is_a_place_like_any_other():
-    dot = seen("cat", 100, 100, 100, 100)
-    assert position_2d("on the left of", dot, at(300, 100)) == 1
-    assert position_2d("on the left of", dot, dot) == 0
+        assert score_2d(objects, relation, [one, two, three]) == pytest.approx(0.25 * 1.4 + 0.5)
 
 
 # ----- places in depth
@@ -228,39 +213,27 @@ def test_the_nearer_thing_is_in_front_and_the_overlap_counts():
     third = seen("cat", 0, 0, 40, 90), seen("dog", 20, 0, 60, 90)  # 20 of 60 columns
     most = seen("cat", 0, 0, 60, 90), seen("dog", 15, 0, 60, 90)  # 45 of 60
     apart = seen("cat", 0, 0, 40, 90), seen("dog", 40, 0, 60, 90)
-    near_left = wall(200, 100)
-    for bugs in (False, True):
-        near = near_left.T if bugs else near_left
-        assert position_3d("in front of", *third, near, bugs) == pytest.approx(2 / 3)
-        assert position_3d("in front of", *most, near, bugs) == 1
-        assert position_3d("in front of", *apart, near, bugs) == 0
-        for relation in ("behind", "hidden"):
-            assert position_3d(relation, *third, near, bugs) == 0
-            assert position_3d(relation, *third[::-1], near, bugs) == pytest.approx(2 / 3)
-        assert position_3d("in front of", *third[::-1], near, bugs) == 0
+    near = wall(200, 100)
+    assert position_3d("in front of", *third, near) == pytest.approx(2 / 3)
+    assert position_3d("in front of", LEFT, RIGHT, near) == position_3d("in front of", *most, near) == 1
+    assert position_3d("in front of", *apart, near) == 0
+    assert position_3d("in front of", *third[::-1], near) == 0
+    for relation in ("behind", "hidden"):
+        assert position_3d(relation, *third, near) == 0
+        assert position_3d(relation, *third[::-1], near) == pytest.approx(2 / 3)
+
+
+def test_the_depth_map_is_read_by_rows_then_columns():
+    high, low = seen("cat", 0, 0, 90, 40), seen("dog", 0, 20, 90, 60)  # 20 of 60 rows
+    assert position_3d("in front of", high, low, wall(200, 100).T) == pytest.approx(2 / 3)
+    beyond = seen("cat", 0, 0, 90, 40), seen("dog", 60, 0, 90, 40)
+    assert position_3d("in front of", *beyond, wall(200, 100, height=50)) == pytest.approx((1 / 3) / 0.5)
 
 
 def test_equally_near_things_stand_in_no_relation():
     flat = wall(7, 7)
     assert [position_3d(relation, LEFT, RIGHT, flat) for relation in RELATIONS_3D] == [0, 0, 0]
     assert position_3d("inside", LEFT, RIGHT, wall(200, 100)) == 0
-
-
-def test_an_overlap_of_exactly_half_is_full_without_the_official_bugs_and_nothing_with_them():
-    assert iou(LEFT.box, RIGHT.box) == 0.5
-    assert position_3d("in front of", LEFT, RIGHT, wall(200, 100)) == 1
-    assert position_3d("in front of", LEFT, RIGHT, wall(200, 100).T, official_bugs=True) == 0
-
-
-def test_the_official_bug_reads_the_depth_map_transposed():
-    high, low = seen("cat", 0, 0, 90, 40), seen("dog", 0, 20, 90, 60)  # 20 of 60 rows
-    near_above = wall(200, 100).T
-    assert position_3d("in front of", high, low, near_above) == pytest.approx(2 / 3)
-    assert position_3d("in front of", high, low, near_above, official_bugs=True) == 0
-    wide = wall(200, 100, height=50)  # transposed, the second box lies below a map of 50 rows
-    beyond = seen("cat", 0, 0, 90, 40), seen("dog", 60, 0, 90, 40)
-    assert position_3d("in front of", *beyond, wide) == pytest.approx((1 / 3) / 0.5)
-    assert position_3d("in front of", *beyond, wide, official_bugs=True) == 0
 
 
 def test_a_box_without_a_whole_pixel_has_no_depth():
@@ -274,15 +247,10 @@ def test_a_place_in_depth_has_no_floor_and_takes_labels_that_hold_the_name():
     assert score_3d(["cat", "dog"], "behind", third, near_left) == pytest.approx(0.15)
     assert score_3d(["cat", "cow"], "behind", third, near_left) == pytest.approx(0.1)
     assert score_3d(["pig", "cow"], "behind", third, near_left) == 0
-
-
-def test_the_official_bug_takes_the_last_box_before_the_other_thing_is_met():
-    cats = [seen("cat", 0, 0, 40, 90, 0.8), seen("cat", 70, 0, 90, 90, 0.6)]
-    found = [*cats, seen("dog", 20, 0, 60, 90, 0.4), seen("cat", 0, 0, 99, 99, 0.2)]
-    near_left = wall(200, 100)
-    assert score_3d(["cat", "dog"], "in front of", found, near_left) == pytest.approx(0.3 + 0.5 * 2 / 3)
-    assert score_3d(["cat", "dog"], "in front of", found, near_left.T, official_bugs=True) == pytest.approx(0.25)
-    assert score_3d(["cat", "cow"], "in front of", found, near_left.T, official_bugs=True) == pytest.approx(0.2)
+    another = seen("cat", 70, 0, 90, 90, 0.3)
+    assert score_3d(["cat", "dog"], "in front of", [third[0], another, third[1]], near_left) == pytest.approx(
+        0.15 + 0.5 * 2 / 3
+    ), "the best box of a thing"
 
 
 # ----- numbers
@@ -342,14 +310,6 @@ def test_a_box_that_covers_an_earlier_one_of_its_label_by_more_than_nine_tenths_
     assert distinct([big, nine_tenths]) == [big, nine_tenths], "0.9 is not above 0.9"
     assert distinct([big, less, seen("cat", 0, 0, 99, 99)]) == [big, less, seen("cat", 0, 0, 99, 99)]
     assert distinct([big, seen("dog", 9, 0, 108, 99)]) == [big], "0.91 of each"
-
-
-# ----- all at once
-
-
-def test_three_in_one_is_the_mean_of_what_the_prompt_is_judged_by():
-    assert three_in_one([0.8, 0.5]) == pytest.approx(0.65)
-    assert three_in_one([0.8, 0.5, 0.2]) == pytest.approx(0.5)
 
 
 # ----- parses
@@ -437,41 +397,34 @@ def test_a_frozen_file_is_not_mixed_from_two_versions(monkeypatch, tmp_path):
     frozen.write_text(json.dumps({"source": "by hand", "prompts": {}}))
     (tmp_path / "p.txt").write_text(SENTENCE)
     fake_spacy(monkeypatch, {SENTENCE: (TAGS, [])})
-    with pytest.raises(UserError, match="written by 'by hand'.*give another file"):
+    with pytest.raises(UserError, match="by hand"):
         freeze(tmp_path / "p.txt", frozen)
 
 
-def test_missing_spacy_or_model_says_what_to_do(monkeypatch):
+def test_missing_spacy_or_model_is_a_users_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "spacy", None)
-    with pytest.raises(UserError, match="^spaCy is not installed.*frozen file of parses$"):
+    with pytest.raises(UserError, match="--parses spacy"):
         parser("spacy")
     fake_spacy(monkeypatch, {})
-    with pytest.raises(UserError, match="python -m spacy download en_core_web_sm"):
+    with pytest.raises(UserError, match="en_core_web_sm"):
         parser("spacy")
 
 
 @pytest.mark.parametrize(
-    "content, said",
+    "content",
     [
-        ("{", "no file of parses can be read"),
-        ("[]", "not an object with 'source' and 'prompts'"),
-        ('{"prompts": {"a dog": ["a dog"]}}', "'a dog' is \\['a dog'\\], not an object"),
-        ('{"prompts": {"a dog": {"chunks": ["a dog"]}}}', "'a dog' has nouns None, not a list"),
-        ('{"prompts": {"a dog": {"chunks": [1], "nouns": []}}}', "'a dog' has chunks \\[1\\]"),
-        (
-            '{"prompts": {"x": {"chunks": [], "nouns": [], "pair": ["a"]}}}',
-            "'x' has pair \\['a'\\], not two things or none",
-        ),
-        ('{"prompts": {"x": {"chunks": [], "nouns": [], "clip_text": 3}}}', "'x' has clip_text 3"),
+        "{",
+        "[]",
+        '{"source": "x", "prompts": {"a dog": ["a dog"]}}',
+        '{"source": "x", "prompts": {"a dog": {"chunks": ["a dog"]}}}',
+        '{"source": "x", "prompts": {"a dog": {"chunks": "a dog", "nouns": ["dog"]}}}',
+        '{"source": "x", "prompts": {"x": {"chunks": [], "nouns": [], "pair": ["a"]}}}',
     ],
 )
-def test_a_broken_file_of_parses_is_named_in_one_line(tmp_path, content, said):
+def test_a_broken_file_of_parses_is_named(tmp_path, content):
     (tmp_path / "parses.json").write_text(content)
-    with pytest.raises(UserError, match=said) as raised:
+    with pytest.raises(UserError, match="parses.json"):
         parser(tmp_path / "parses.json")
-    assert "\n" not in str(raised.value)
-    with pytest.raises(UserError, match="none.json: no file of parses"):
-        parser(tmp_path / "none.json")
 
 
 # ----- files
@@ -523,10 +476,8 @@ def test_a_folder_gives_every_category_with_ids_by_line(folder):
     assert json.loads(json.dumps([dict(item.meta) for item in items]))
     metas = {item.id: item.meta for item in items}
     assert metas["color_00001"]["questions"] == ["a red car?", "a blue dog?"]
-    assert (metas["spatial_00001"]["relation"], metas["spatial_00001"]["objects"]) == (
-        "on the left of",
-        ["person", "dog"],
-    )
+    assert metas["spatial_00001"]["relation"] == "on the left of"
+    assert metas["spatial_00001"]["objects"] == ["person", "dog"]
     assert metas["3d_spatial_00002"]["objects"] == ["person", "person"]
     assert metas["numeracy_00001"]["counts"] == [("dog", 2), ("car", 1)]
     assert metas["non_spatial_00001"]["clip_text"] == "A man is reading."
@@ -540,69 +491,43 @@ def test_a_complex_prompt_is_judged_by_the_list_that_names_it_else_by_all_three(
 
 
 def test_rows_with_substitutes_carry_the_detectors_name():
-    assert ROWS["spatial"] == "CompBench-2D (OWLv2)"
-    assert ROWS["3d_spatial"] == "CompBench-3D (OWLv2, DPT)"
-    assert ROWS["numeracy"] == "CompBench-numeracy (OWLv2)"
-
-
-def test_bad_lines_are_all_named_with_their_numbers(folder):
-    (folder / "color_val.txt").write_bytes(b"a red car and a blue dog\r\nthree cars\n\xff\xfe\na\x00b\nsome cars\n")
-    with pytest.raises(UserError) as raised:
-        load_items(folder / "color_val.txt", GRAMMAR)
-    said = str(raised.value)
-    for number, what in [
-        (2, "'three cars' is not in grammar"),
-        (3, "not UTF-8"),
-        (4, "control character"),
-        (5, "'some"),
-    ]:
-        assert f"color_val.txt, line {number}: " in said and what in said
-    assert "line 1:" not in said and "\n" not in said and "evaluation.parses import freeze" in said
-
-
-def test_a_complex_prompt_needs_pair_and_clip_text_of_its_source(folder):
-    content = json.loads((folder / "parses.json").read_text())
-    del content["prompts"]["A tall boy waved"]["clip_text"]
-    (folder / "parses.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match="complex_val.txt, line 3: .*'pair' and 'clip_text'"):
-        load_items(folder / "complex_val.txt", parser(folder / "parses.json"))
+    assert all("OWLv2" in ROWS[category] for category in ("spatial", "3d_spatial", "numeracy", "complex"))
 
 
 @pytest.mark.parametrize(
-    "change, path, said",
+    "change, path, named",
     [
-        (lambda f: (f / "complex_val_action.txt").unlink(), "complex_val.txt", "complex_val_action.txt: missing"),
-        (lambda f: (f / "new_objects.txt").unlink(), "numeracy_val.txt", "new_objects.txt: cannot be read"),
-        (
-            lambda f: (f / "new_objects.txt").write_text("dog\n"),
-            "numeracy_val.txt",
-            "line 1: 'dog' is not 'singular - ",
-        ),
-        (lambda f: (f / "shape_val.txt").write_text(" \n"), "shape_val.txt", "shape_val.txt: no prompts in it"),
-        (lambda f: None, "nothing_val.txt", "its name tells no category"),
-        (lambda f: (f / "empty").mkdir(), "empty", "has none of color_val.txt, "),
+        (lambda f: (f / "complex_val_action.txt").unlink(), "complex_val.txt", "complex_val_action.txt"),
+        (lambda f: (f / "new_objects.txt").unlink(), "numeracy_val.txt", "new_objects.txt"),
+        (lambda f: (f / "new_objects.txt").write_text("dog\n"), "numeracy_val.txt", "'dog'"),
+        (lambda f: (f / "shape_val.txt").write_text(" \n"), "shape_val.txt", "shape_val.txt"),
+        (lambda f: (f / "shape_val.txt").write_text("a dog\n\nno parse\n"), "shape_val.txt", "line 3 'no parse'"),
+        (lambda f: (f / "complex_val.txt").write_text("a red car and a blue dog"), "complex_val.txt", "'pair'"),
+        (lambda f: None, "nothing_val.txt", "nothing_val.txt"),
+        (lambda f: (f / "empty").mkdir(), "empty", "color_val.txt"),
     ],
 )
-def test_a_missing_or_unfit_file_is_named(folder, change, path, said):
+def test_a_missing_or_unfit_file_is_named(folder, change, path, named):
     change(folder)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=named):
         load_items(folder / path, parser(folder / "parses.json"))
 
 
 def test_one_category_may_be_asked_for_by_any_file_name_and_others_are_refused(folder):
     (folder / "mine.txt").write_text("a red car and a blue dog\n")
     assert [item.category for item in load_items(folder / "mine.txt", GRAMMAR, ["texture"])] == ["texture"]
-    with pytest.raises(UserError, match="its name tells color, wanted is one of shape"):
+    with pytest.raises(UserError, match="color_val.txt"):
         load_items(folder / "color_val.txt", GRAMMAR, ["shape"])
+    with pytest.raises(UserError, match="colour"):
+        judges_of(["colour"])
 
 
-def test_a_repeated_line_and_a_missing_category_are_logged(folder, caplog):
-    (folder / "color_val.txt").write_text("a red car and a blue dog\n" * 2)
+def test_a_repeated_line_is_kept_and_a_missing_category_is_logged(folder, caplog):
+    (folder / "color_val.txt").write_text("a red car and a blue dog\r\n" * 2)
     (folder / "shape_val.txt").unlink()
-    with caplog.at_level(logging.WARNING):
-        items = load_items(folder, GRAMMAR, ["color", "shape"])
+    items = load_items(folder, GRAMMAR, ["color", "shape"])
     assert [item.id for item in items] == ["color_00001", "color_00002"]
-    assert "1 lines repeat an earlier one" in caplog.text and "has no shape" in caplog.text
+    assert "shape" in caplog.text
 
 
 # ----- models
@@ -732,20 +657,12 @@ def test_blip_is_one_plain_forward_per_question(weights):
 def test_a_blip_batch_is_one_by_one_and_looks_at_each_picture_once(weights, monkeypatch):
     rows = [(picture(i), ["a red car?", "a dog ?", "the man is reading a photo of a cat?"]) for i in range(4)]
     one, many = (BlipVQA(weights["blip_path"], device="cpu", batch_size=size) for size in (1, 32))
-    for blip in (one, many):
-        blip.ask(rows[:1])
-    looked, look = [], many.model.vision_model.forward
-    start = time.perf_counter()
     single = [one.ask([(image, [question])])[0][0] for image, questions in rows for question in questions]
-    middle = time.perf_counter()
-    together = sum(many.ask(rows), [])
-    end = time.perf_counter()
-    assert together == pytest.approx(single, abs=1e-5)
-    assert end - middle < middle - start, "the batch is faster"
+    looked, look = [], many.model.vision_model.forward
     monkeypatch.setattr(
         many.model.vision_model, "forward", lambda **x: looked.append(len(x["pixel_values"])) or look(**x)
     )
-    many.ask(rows)
+    assert sum(many.ask(rows), []) == pytest.approx(single, abs=1e-5)
     assert looked == [4]
 
 
@@ -759,41 +676,12 @@ def test_a_question_is_cut_to_35_tokens_and_begins_with_enc(weights):
 
 def test_other_position_tables_are_interpolated_and_the_settings_say_so(tmp_path):
     blip = BlipVQA(write_blip(tmp_path, image_size=384), device="cpu")
-    assert blip.positions == "4x4 interpolated to 5x5"
+    assert blip.settings["positions"] == "4x4 interpolated to 5x5"
     assert 0 < blip.ask([(picture(0), ["a dog?"])])[0][0] < 1
 
 
 def test_blips_layer_norms_are_the_originals(weights):
     assert BlipVQA(weights["blip_path"], device="cpu").model.vision_model.post_layernorm.eps == 1e-6
-
-
-def edit(folder: Path, change) -> None:
-    content = json.loads((folder / "config.json").read_text())
-    change(content)
-    (folder / "config.json").write_text(json.dumps(content))
-
-
-def test_ids_that_are_not_blips_are_refused(tmp_path):
-    write_blip(tmp_path)
-    edit(tmp_path, lambda config: config["text_config"].update(bos_token_id=3))
-    with pytest.raises(UserError, match="bos_token_id 3 in a vocabulary of .* last two ids"):
-        BlipVQA(tmp_path, device="cpu")
-
-
-def test_the_published_vocabulary_is_known_by_its_numbers(tmp_path):
-    check = blip_vqa._check_ids
-    check(tmp_path, 30524, 30522, 2748, 2053)
-    with pytest.raises(UserError, match=r"\(30522, 2053, 2748\).*bert-base-uncased"):
-        check(tmp_path, 30524, 30522, 2053, 2748)
-
-
-def test_a_text_model_of_eight_heads_is_not_the_trained_one(tmp_path):
-    write_tokenizer(tmp_path, ["[PAD]", "[UNK]", "[CLS]"], "[SEP]", ["yes", "no"])
-    vision = {**SIZE, "image_size": 480, "patch_size": 96}
-    text = {"num_hidden_layers": 1, "num_attention_heads": 8, "intermediate_size": 8, "vocab_size": 30}
-    BlipForQuestionAnswering(BlipConfig(text_config=text, vision_config=vision)).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="8 heads, it was trained with 12: set text_config.num_attention_heads to 12"):
-        BlipVQA(tmp_path, device="cpu")
 
 
 # ----- OWLv2
@@ -852,8 +740,6 @@ def test_owl_is_the_librarys_forward_and_post_processing_with_suppression(weight
 def test_an_owl_batch_is_one_by_one(weights):
     rows = [(picture(i, 64, 64 + 8 * i), SOUGHT[1] if i % 2 else SOUGHT[3]) for i in range(8)]
     one, many = (Owlv2(weights["detector_path"], device="cpu", batch_size=size, threshold=0.3) for size in (1, 8))
-    for owl in (one, many):
-        owl.detect(rows[:2])
     single, together = [one.detect([row])[0] for row in rows], many.detect(rows)
     for own, other in zip(single, together, strict=True):
         assert [box.label for box in own] == [box.label for box in other]
@@ -905,9 +791,7 @@ def test_weights_that_dpt_never_uses_may_be_missing_and_others_may_not(weights, 
     assert Depth(tmp_path, device="cpu")
     used.pop("head.head.0.weight")
     save_file(used, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(
-        UserError, match="lacks .* weights of a DPT.*head.head.0.weight.*hf download Intel/dpt-hybrid-midas"
-    ):
+    with pytest.raises(UserError, match="head.head.0.weight"):
         Depth(tmp_path, device="cpu")
 
 
@@ -935,12 +819,15 @@ def test_clip_score_is_the_raw_cosine_of_features(weights):
 # ----- the benchmark
 
 
-@pytest.fixture
-def bench(folder, weights) -> CompBench:
-    return CompBench(folder / "parses.json", detection_threshold=0.3, batch_size=8, **weights)
+def built(weights: dict[str, Path], **options) -> CompBench:
+    """As `--benchmark compbench` builds it."""
+    options = BenchmarkOptions(**{name: str(path) for name, path in weights.items()}, **options)
+    return BENCHMARKS["compbench"](options, RewardOptions(), "cpu")
 
 
-def test_every_category_is_judged_by_its_models_and_a_batch_is_one_by_one(folder, bench):
+def test_every_category_is_judged_by_its_models_and_a_batch_is_one_by_one(folder, weights):
+    bench = built(weights, parses=str(folder / "parses.json"))
+    bench.judges["detector"].threshold = 0.3
     items = bench.load(folder)
     images = [picture(i, 64 + 8 * (i % 3), 64) for i in range(len(items))]
     verdicts = bench.judge(items, images)
@@ -950,82 +837,59 @@ def test_every_category_is_judged_by_its_models_and_a_batch_is_one_by_one(folder
     for item, image, verdict in zip(items, images, verdicts, strict=True):
         (score,) = verdict.parts[item.category]
         if item.id == "numeracy_00002":
-            assert score is None and "counts nothing" in verdict.detail["reason"]
+            assert score is None and "counts nothing" in verdict.detail["numeracy"]["reason"]
             continue
         (alone,) = bench.judge([item], [image])[0].parts[item.category]
         assert score == pytest.approx(alone, abs=2e-4), item.id  # answers are rounded to 4 decimals
     by_id = dict(zip((item.id for item in items), verdicts, strict=True))
-    question, p = by_id["color_00001"].detail["answers"][0]
-    assert question == "a red car?" and p == pytest.approx(bench.blip.ask([(images[0], [question])])[0][0], abs=1e-5)
-    parts = by_id["complex_00003"].detail
-    assert parts["spatial"]["score"] == 0 and set(parts) == {"attribute", "spatial", "action"}
-    three = (parts["attribute"]["score"] + parts["action"]["score"]) / 3
-    assert by_id["complex_00003"].parts[ROWS["complex"]] == [pytest.approx(three)]
+    question, p = by_id["color_00001"].detail["attribute"]["answers"][0]
+    (expected,) = bench.judges["blip"].ask([(images[0], [question])])[0]
+    assert question == "a red car?" and p == pytest.approx(expected, abs=1e-5)
 
 
-def test_both_numbers_stand_in_a_spatial_verdict_and_the_option_chooses(folder, weights):
-    found = [at(200, 100, "cat"), at(200, 300, "dog")]
-    meta = {"kind": "spatial", "objects": ["cat", "dog"], "relation": "on top of"}
-    for bugs, expected in [(False, 0.9), (True, 0.0)]:
-        bench = CompBench(None, categories=["spatial"], official_bugs=bugs, detector_path=weights["detector_path"])
-        judged = bench._judged(meta, None, found, None, None)
-        assert judged.score == pytest.approx(expected)
-        assert judged.detail["score_bugs_mended"] == pytest.approx(0.9) and judged.detail["score_bugs_kept"] == 0
-        assert bench.settings["official_bugs"] == bugs and bench.title.endswith("kept" if bugs else "mended")
+PLACE = {"objects": ["cat", "dog"], "relation": "on top of"}
+FOUND = [at(200, 100, "cat"), at(200, 300, "dog")]  # 0.9 by the rule of places
+FLAT, NAN = np.zeros((9, 9), np.uint8), float("nan")
 
 
-def test_what_cannot_be_judged_is_none_with_its_reason(folder, bench):
-    def judged(meta: dict, answers=None, found=None, nearness=None, cosine=None):
-        return bench._judged(meta, answers, found, nearness, cosine)
-
-    place = {"objects": ["cat", "dog"], "relation": "near"}
-    flat = np.zeros((9, 9), np.uint8)
-    for one, reason in [
-        (judged({"kind": "color", "questions": []}), "no noun chunk"),
-        (judged({"kind": "color", "questions": ["a?"]}, answers=[float("nan")]), "BLIP's answer is not finite"),
-        (judged({"kind": "spatial", **place}), "detector's output is not finite"),
-        (judged({"kind": "spatial", "objects": [], "relation": "near"}, found=[]), "names no thing"),
-        (judged({"kind": "3d_spatial", **place}, found=[]), "depth model's output is not finite"),
-        (judged({"kind": "3d_spatial", **place}, nearness=flat), "detector's output is not finite"),
-        (judged({"kind": "numeracy", "counts": [("dog", 1)]}), "detector's output is not finite"),
-        (judged({"kind": "non_spatial"}, cosine=float("nan")), "CLIP's cosine is not finite"),
-    ]:
-        assert one.score is None and reason in one.detail["reason"]
-    whole = judged({"kind": "complex", "questions": ["a?"], **place}, answers=[0.5])
-    assert whole.score is None and "not finite" in whole.detail["spatial"]["reason"]
+def score_of(kind: str, meta: dict, **seen_) -> float | None:
+    (score,) = judged({"kind": kind, **meta}, **seen_).parts[ROWS[kind]]
+    return score
 
 
-def test_a_prompt_without_chunks_scores_one_with_the_official_bugs_only(weights):
-    bench = CompBench("grammar", categories=["color"], official_bugs=True, blip_path=weights["blip_path"])
-    assert bench._judged({"kind": "color", "questions": []}, None, None, None, None).score == 1
-
-
-def test_only_the_models_of_the_categories_are_loaded_and_named(weights):
-    bench = CompBench(None, categories=["non_spatial"], clip_path=weights["clip_path"])
-    assert bench.settings["weights"] == {"clip": str(weights["clip_path"])}
-    assert bench.blip is bench.detector is bench.depth is None and bench.categories == ("non_spatial",)
-
-
-def test_the_overall_is_the_plain_mean_of_the_categories_there(weights):
-    bench = CompBench(None, categories=["non_spatial"], clip_path=weights["clip_path"])
-    assert bench.overall({"color": 0.8, "shape": 0.5, "non_spatial": 0.3}, {"color": 3000}) == pytest.approx(1.6 / 3)
-    assert "itself has no overall" in bench.settings["overall"]
+def test_a_complex_prompt_scores_the_mean_of_what_it_is_judged_by():
+    asked, text = {"questions": ["a?"]}, {"clip_text": "a cat"}
+    assert score_of("complex", asked | PLACE, answers=[0.5], found=FOUND) == pytest.approx((0.5 + 0.9) / 2)
+    assert score_of("complex", asked | text, answers=[0.5], cosine=0.3) == pytest.approx((0.5 + 0.3) / 2)
+    three = asked | PLACE | text
+    assert score_of("complex", three, answers=[0.5], found=FOUND, cosine=0.3) == pytest.approx(1.7 / 3)
+    no_pair = three | {"objects": []}
+    assert score_of("complex", no_pair, answers=[0.5], cosine=0.3) == pytest.approx((0.5 + 0 + 0.3) / 3)
+    assert score_of("complex", three, answers=[0.5], found=None, cosine=0.3) is None
 
 
 @pytest.mark.parametrize(
-    "module, judge", [(blip_vqa, BlipVQA), (boxes, Owlv2), (depth, Depth), (clip_score, ClipScore)]
-)  # fmt: skip
-def test_a_missing_checkpoint_names_the_command_size_and_licence(module, judge, tmp_path):
-    published = module.PUBLISHED
-    with pytest.raises(UserError) as raised:
-        judge(device="cpu")
-    for part in (published.repo, published.size, published.licence, f"hf download {published.repo}"):
-        assert part in str(raised.value)
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match=f"{tmp_path.name}"):
-        judge(tmp_path, device="cpu")
+    "kind, meta, seen_",
+    [
+        ("color", {"questions": []}, {}),
+        ("color", {"questions": ["a?"]}, {"answers": [NAN]}),
+        ("spatial", PLACE, {}),
+        ("spatial", {**PLACE, "objects": []}, {"found": []}),
+        ("3d_spatial", PLACE, {"found": []}),
+        ("3d_spatial", PLACE, {"nearness": FLAT}),
+        ("numeracy", {"counts": [("dog", 1)]}, {}),
+        ("numeracy", {"counts": []}, {"found": []}),
+        ("non_spatial", {"clip_text": "a cat"}, {"cosine": NAN}),
+    ],
+)
+def test_what_cannot_be_judged_is_none_with_a_reason(kind, meta, seen_):
+    verdict = judged({"kind": kind, **meta}, **seen_)
+    assert verdict.parts == {ROWS[kind]: [None]}
+    assert [part["reason"] for part in verdict.detail.values() if part["score"] is None]
 
 
-def test_an_unknown_category_is_refused():
-    with pytest.raises(ValueError, match="colour"):
-        CompBench("grammar", categories=["colour"])
+def test_only_the_models_of_the_categories_are_loaded_and_named(weights):
+    bench = built({"clip_path": weights["clip_path"]}, categories=["non_spatial"])
+    assert bench.settings["judges"] == {"clip": {"weights": str(weights["clip_path"])}}
+    assert bench.categories == ("non_spatial",)
+    assert bench.overall({"color": 0.8, "shape": 0.5, "non_spatial": 0.3}, {"color": 3000}) == pytest.approx(1.6 / 3)
