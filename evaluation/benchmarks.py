@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from clients.chat import VLMClient
 from evaluation.benchmark import Benchmark
@@ -55,18 +56,16 @@ def _compbench(options: BenchmarkOptions, reward: RewardOptions, device: str) ->
     from evaluation.parses import parser
 
     categories = options.categories or list(ROWS)
-    needed = judges_of(categories)
-    known = {
-        "blip": (blip_vqa.BlipVQA, options.blip_path or blip_vqa.PUBLISHED.repo),
-        "clip": (clip_score.ClipScore, options.clip_path or clip_score.PUBLISHED.repo),
-        "detector": (boxes.Owlv2, options.detector_path or boxes.PUBLISHED.repo),
-        "depth": (depth.Depth, options.depth_path or depth.PUBLISHED.repo),
-    }
-    judges = {
-        name: kind(path, device=device, batch_size=options.judge_batch_size)
-        for name, (kind, path) in known.items()
-        if name in needed
-    }
+    needed, computing = judges_of(categories), {"device": device, "batch_size": options.judge_batch_size}
+    judges: dict[str, Any] = {}
+    if "blip" in needed:
+        judges["blip"] = blip_vqa.BlipVQA(options.blip_path or blip_vqa.PUBLISHED.repo, **computing)
+    if "clip" in needed:
+        judges["clip"] = clip_score.ClipScore(options.clip_path or clip_score.PUBLISHED.repo, **computing)
+    if "detector" in needed:
+        judges["detector"] = boxes.Owlv2(options.detector_path or boxes.PUBLISHED.repo, device=device)
+    if "depth" in needed:
+        judges["depth"] = depth.Depth(options.depth_path or depth.PUBLISHED.repo, **computing)
     return CompBench(parser(options.parses) if options.parses else None, categories, judges)
 
 
