@@ -24,7 +24,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,7 @@ from models.policy import DTYPES
 from prompting import well_formed
 from rendering import RenderOptions
 from rewards import REWARDS, RewardContext, RewardOptions, build
-from run.folder import PACKAGES, atomic_write, complete_lines, git_commit
+from run.files import atomic_write, complete_lines, git_commit, installed_versions
 from run.options import may_differ, option, parse, run_main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -266,7 +265,7 @@ def _report(run: Evaluation, names: Sequence[str], benchmark: Benchmark, found: 
         "title": benchmark.title,
         "settings": run.settings,
         "commit": git_commit(ROOT),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": installed_versions(),
         "leak": None if found is None else asdict(found),
         **asdict(table),
         "cost": costs,

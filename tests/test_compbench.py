@@ -641,16 +641,17 @@ def test_blip_is_one_plain_forward_per_question(weights):
     assert np.ptp(np.concatenate(answers)) > 0.01, "questions and pictures are told apart"
 
 
-def test_a_blip_batch_is_one_by_one_and_looks_at_each_picture_once(weights, monkeypatch):
+def test_a_blip_batch_is_one_by_one_and_looks_at_each_picture_once(weights):
     rows = [(picture(i), ["a red car?", "a dog ?", "the man is reading a photo of a cat?"]) for i in range(4)]
     one, many = (BlipVQA(weights["blip_path"], device="cpu", batch_size=size) for size in (1, 32))
     single = [one.ask([(image, [question])])[0][0] for image, questions in rows for question in questions]
-    looked, look = [], many.model.vision_model.forward
-    monkeypatch.setattr(
-        many.model.vision_model, "forward", lambda **x: looked.append(len(x["pixel_values"])) or look(**x)
-    )
+    passes = []
+    for part, given in (("vision_model", "pixel_values"), ("text_encoder", "input_ids")):
+        getattr(many.model, part).register_forward_pre_hook(
+            lambda _, args, named, part=part, given=given: passes.append((part, len(named[given]))), with_kwargs=True
+        )
     assert sum(many.ask(rows), []) == pytest.approx(single, abs=1e-5)
-    assert looked == [4]
+    assert passes == [("vision_model", 4), *[("text_encoder", 4)] * 3], "questions of one length at a time"
 
 
 def test_a_question_is_cut_to_35_tokens_and_begins_with_enc(weights):
