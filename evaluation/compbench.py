@@ -229,7 +229,7 @@ def _copies(one: Sequence[float], other: Sequence[float]) -> bool:
 # ----- one picture
 
 
-def judged(
+def verdict(
     meta: Mapping[str, Any],
     answers: Sequence[float] | None = None,
     found: Sequence[LabelledBox] | None = None,
@@ -464,7 +464,7 @@ class CompBench(Benchmark):
             _in_place(described, lambda some: self.judges["clip"].cosines(some)),
             strict=True,
         )
-        return [judged(item.meta, *one) for item, one in zip(items, seen, strict=True)]
+        return [verdict(item.meta, *one) for item, one in zip(items, seen, strict=True)]
 
     def overall(self, means: Mapping[str, float], points: Mapping[str, int]) -> float:
         """The unweighted mean of the categories that are there; the benchmark itself has no such number."""

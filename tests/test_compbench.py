@@ -40,7 +40,6 @@ from evaluation.compbench import (
     count_score,
     counts_of,
     distinct,
-    judged,
     judges_of,
     load_items,
     position_2d,
@@ -49,6 +48,7 @@ from evaluation.compbench import (
     relation_of,
     score_2d,
     score_3d,
+    verdict,
 )
 from evaluation.depth import Depth, eight_bits
 from evaluation.parses import Parse, around_the_place, by_grammar, freeze, parser
@@ -809,13 +809,13 @@ def test_every_category_is_judged_by_its_models_and_a_batch_is_one_by_one(folder
     items = bench.load(folder)
     images = [picture(i, 64 + 8 * (i % 3), 64) for i in range(len(items))]
     verdicts = bench.judge(items, images)
-    assert [list(verdict.parts) for verdict in verdicts] == [[item.category] for item in items]
-    assert json.loads(json.dumps([verdict.detail for verdict in verdicts]))
+    assert [list(one.parts) for one in verdicts] == [[item.category] for item in items]
+    assert json.loads(json.dumps([one.detail for one in verdicts]))
     assert set(bench.categories) == {item.category for item in items}
-    for item, image, verdict in zip(items, images, verdicts, strict=True):
-        (score,) = verdict.parts[item.category]
+    for item, image, one in zip(items, images, verdicts, strict=True):
+        (score,) = one.parts[item.category]
         if item.id == "numeracy_00002":
-            assert score is None and "counts nothing" in verdict.detail["numeracy"]["reason"]
+            assert score is None and "counts nothing" in one.detail["numeracy"]["reason"]
             continue
         (alone,) = bench.judge([item], [image])[0].parts[item.category]
         assert score == pytest.approx(alone, abs=2e-4), item.id  # answers are rounded to 4 decimals
@@ -831,7 +831,7 @@ FLAT, NAN = np.zeros((9, 9), np.uint8), float("nan")
 
 
 def score_of(kind: str, meta: dict, **seen_) -> float | None:
-    (score,) = judged({"kind": kind, **meta}, **seen_).parts[ROWS[kind]]
+    (score,) = verdict({"kind": kind, **meta}, **seen_).parts[ROWS[kind]]
     return score
 
 
@@ -861,9 +861,9 @@ def test_a_complex_prompt_scores_the_mean_of_what_it_is_judged_by():
     ],
 )
 def test_what_cannot_be_judged_is_none_with_a_reason(kind, meta, seen_):
-    verdict = judged({"kind": kind, **meta}, **seen_)
-    assert verdict.parts == {ROWS[kind]: [None]}
-    assert [part["reason"] for part in verdict.detail.values() if part["score"] is None]
+    found = verdict({"kind": kind, **meta}, **seen_)
+    assert found.parts == {ROWS[kind]: [None]}
+    assert [part["reason"] for part in found.detail.values() if part["score"] is None]
 
 
 def test_only_the_models_of_the_categories_are_loaded_and_named(weights):
