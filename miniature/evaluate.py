@@ -22,7 +22,7 @@ import yaml
 from PIL import Image
 
 from evaluation.benchmark import Benchmark, Item, Verdict
-from evaluation.benchmarks import BENCHMARKS, BenchmarkOptions, Constructor
+from evaluation.benchmarks import BENCHMARKS, BenchmarkOptions
 from evaluation.geneval import Detection, GenEval
 from evaluation.run import main
 from interfaces import Prompt
@@ -89,7 +89,7 @@ def geneval_row(prompt: Prompt) -> dict[str, Any]:
     return {"tag": prompt.task, "include": include, "prompt": prompt.text}
 
 
-def _judged_by(kind: type[GenEval], title: str) -> Constructor:
+def _judged_by(kind: type[GenEval], title: str) -> Any:
     def build(options: BenchmarkOptions, reward: RewardOptions, device: str) -> Benchmark:
         settings = {"judge": "the oracle of miniature/world.py"}
         return kind(detections, colours, title=title, settings=settings, class_names=tuple(world.SHAPES))
