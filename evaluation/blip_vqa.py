@@ -73,8 +73,7 @@ class BlipVQA:
         self.yes, self.no = (known_token(self.tokenizer, word, self.folder, "BLIP") for word in ("yes", "no"))
         vision = model.config.vision_config
         stored, asked = vision.image_size // vision.patch_size, SIDE // vision.patch_size
-        interpolated = f" interpolated to {asked}x{asked}" if stored != asked else ""
-        self.settings = {"weights": str(self.folder), "positions": f"{stored}x{stored}{interpolated}"}
+        self.positions = f"{stored}x{stored}" + (f" interpolated to {asked}x{asked}" if stored != asked else "")
 
     @torch.inference_mode()
     def ask(self, rows: Sequence[tuple[Image.Image, Sequence[str]]]) -> list[list[float]]:

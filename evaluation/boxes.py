@@ -87,12 +87,6 @@ class Owlv2:
         model, self.tokenizer, self.processor = _load(self.folder)
         self.model = freeze(model, self.device, self.folder)
         self.longest = model.config.text_config.max_position_embeddings
-        self.settings = {
-            "weights": str(self.folder),
-            "query": QUERY,
-            "threshold": f"score > {threshold}, not calibrated to UniDet",
-            "suppression": NMS_IOU,
-        }
 
     @torch.inference_mode()
     def detect(self, rows: Sequence[tuple[Image.Image, Sequence[str]]]) -> list[list[LabelledBox] | None]:

@@ -45,7 +45,6 @@ class ClipScore:
         self.folder = folder_of(path, PUBLISHED, NEEDS)
         model, self.tokenizer, self.processor = _load(self.folder)
         self.model = freeze(model, self.device, self.folder)
-        self.settings = {"weights": str(self.folder)}
         self.longest = model.config.text_config.max_position_embeddings
 
     @torch.inference_mode()

@@ -30,7 +30,7 @@ from PIL import Image
 
 from errors import UserError
 from evaluation.benchmark import Benchmark, Item, Verdict
-from evaluation.boxes import LabelledBox, Owlv2
+from evaluation.boxes import NMS_IOU, QUERY, LabelledBox, Owlv2
 from evaluation.depth import Depth
 from evaluation.judged import read_text
 from evaluation.parses import HOW_TO_FREEZE, Parse, Source
@@ -440,11 +440,16 @@ class CompBench(Benchmark):
         self.parses, self.wanted, self.judges = parses, tuple(categories), judges
         self.categories = tuple(ROWS[category] for category in ROWS if category in categories)
         self.settings = {
-            "judges": {name: judge.settings for name, judge in judges.items()},
+            "weights": {name: str(judge.folder) for name, judge in judges.items()},
             "precision": "float32",
             "parses": parses.name if parses else "none",
             "overall": "unweighted mean of the categories present; T2I-CompBench itself has no overall",
         }
+        if "blip" in judges:
+            self.settings["blip_positions"] = judges["blip"].positions
+        if "detector" in judges:
+            threshold = f"score > {judges['detector'].threshold}, not calibrated to UniDet"
+            self.settings["detector"] = f"{Owlv2.name}, {QUERY!r}, {threshold}, suppression at {NMS_IOU}"
 
     def load(self, path: Path) -> list[Item]:
         """See `load_items`."""

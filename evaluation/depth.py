@@ -50,7 +50,6 @@ class Depth:
         self.device, self.batch_size = torch.device(device), batch_size
         self.folder = folder_of(path, PUBLISHED, ("config.json",))
         self.model = freeze(_load(self.folder), self.device, self.folder)
-        self.settings = {"weights": str(self.folder)}
         if self.model.config.is_hybrid:
             self.model.dpt.embeddings.image_size = (SIDE, SIDE)  # it checks its input against this and nothing more
 

@@ -664,7 +664,7 @@ def test_a_question_is_cut_to_35_tokens_and_begins_with_enc(weights):
 
 def test_other_position_tables_are_interpolated_and_the_settings_say_so(tmp_path):
     blip = BlipVQA(write_blip(tmp_path, image_size=384), device="cpu")
-    assert blip.settings["positions"] == "4x4 interpolated to 5x5"
+    assert blip.positions == "4x4 interpolated to 5x5"
     assert 0 < blip.ask([(picture(0), ["a dog?"])])[0][0] < 1
 
 
@@ -868,6 +868,6 @@ def test_what_cannot_be_judged_is_none_with_a_reason(kind, meta, seen_):
 
 def test_only_the_models_of_the_categories_are_loaded_and_named(weights):
     bench = built({"clip_path": weights["clip_path"]}, categories=["non_spatial"])
-    assert bench.settings["judges"] == {"clip": {"weights": str(weights["clip_path"])}}
+    assert bench.settings["weights"] == {"clip": str(weights["clip_path"])}
     assert bench.categories == ("non_spatial",)
     assert bench.overall({"color": 0.8, "shape": 0.5, "non_spatial": 0.3}, {"color": 3000}) == pytest.approx(1.6 / 3)
