@@ -20,31 +20,18 @@ from evaluation.benchmark import Item
 from evaluation.systems import Drawn
 
 
-def _geneval(folder: Path, item: Item) -> list[Path]:
-    return sorted((folder / item.id / "samples").glob("*.png"))
-
-
-def _compbench(folder: Path, item: Item) -> list[Path]:
-    """Names are compared, never built: a prompt with a slash is in no name."""
-    names = (folder / "samples").glob("*.png")
-    return sorted((p for p in names if p.stem.rpartition("_")[0] == item.prompt.text), key=lambda p: p.stem[-6:])
-
-
-def _numbered(folder: Path, item: Item) -> list[Path]:
-    return sorted(folder.glob(f"{item.id}_*.png"), key=lambda path: int(path.stem.rpartition("_")[2]))
-
-
-def _single(folder: Path, item: Item) -> list[Path]:
-    return [path for path in (folder / f"{item.id}.png",) if path.is_file()]
-
-
-LAYOUTS: dict[str, Callable[[Path, Item], list[Path]]] = {
-    "geneval": _geneval,
-    "compbench": _compbench,
-    "wise": _single,
-    "geneval2": _single,
-    "dpg": _single,
-}
+def paths_of(folder: Path, benchmark: str, item: Item) -> list[Path]:
+    """The pictures of a prompt, in the order of their samples."""
+    if benchmark == "geneval":
+        paths = sorted((folder / item.id / "samples").glob("*.png"))
+    elif benchmark == "compbench":  # names are compared, never built: a prompt with a slash is in no name
+        named = [
+            path for path in (folder / "samples").glob("*.png") if path.stem.rpartition("_")[0] == item.prompt.text
+        ]
+        paths = sorted(named, key=lambda path: path.stem[-6:])
+    else:
+        paths = [path for path in (folder / f"{item.id}.png",) if path.is_file()]
+    return paths or sorted(folder.glob(f"{item.id}_*.png"), key=lambda path: int(path.stem.rpartition("_")[2]))
 
 
 @dataclass(frozen=True)
@@ -62,8 +49,7 @@ class There:
         ]
 
     def _pictures(self, item: Item, count: int) -> list[Image.Image]:
-        paths = LAYOUTS.get(self.benchmark, _numbered)(self.folder, item) or _numbered(self.folder, item)
-        pictures = [_open(path) for path in paths]
+        pictures = [_open(path) for path in paths_of(self.folder, self.benchmark, item)]
         if self.benchmark == "dpg" and len(pictures) == 1:
             pictures = quarters(pictures[0])
         if len(pictures) < count:

@@ -310,12 +310,14 @@ def test_a_picture_that_could_not_be_drawn_is_a_failure_that_is_listed(tmp_path)
 
 def test_each_benchmarks_own_folder_is_read_and_too_few_pictures_are_named(tmp_path):
     item = Item("00003", Prompt("a cat / a dog"), "x")
-    for name in ("00003/samples/0000.png", "00003/samples/0001.png", "00003_0.png", "00003_10.png", "00003_2.png"):
+    names = ["00003/samples/0000.png", "00003/samples/0001.png", "00003_0.png", "00003_10.png", "00003_2.png"]
+    for name in (*names, "samples/a dog_000000.png", "samples/a dog_000001.png"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (4, 4), (len(name), 0, 0)).save(path)
     assert len(There(tmp_path, "geneval")([item], range(2), no_seed)) == 2
     assert len(There(tmp_path, "unigenbench")([item], range(3), no_seed)) == 3
+    assert len(There(tmp_path, "compbench")([Item("x", Prompt("a dog"), "x")], range(2), no_seed)) == 2
     with pytest.raises(UserError, match="00003"):
         There(tmp_path, "geneval")([item], range(4), no_seed)
     grid = Image.new("RGB", (4, 4))
