@@ -38,9 +38,8 @@ from trl.trainer.utils import RepeatSampler
 from data.prompts import load_prompts
 from errors import UserError
 from interfaces import Prompt, Renderer, Reward
-from models.frozen import describe
+from models.frozen import describe, without_zero3_init
 from models.policy import load_tokenizer, prepare_policy, record_base_model
-from models.whole import without_zero3_init
 from prompting import messages
 from rendering import AUTO, RenderOptions
 from rendering.levers import choose_batch_size

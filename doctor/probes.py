@@ -18,8 +18,8 @@ from doctor.models import names_of
 from doctor.report import OK, PROBLEM, WARNING, Check
 from errors import UserError
 from interfaces import Prompt, Renderer, Reward, Sample
+from models.frozen import without_zero3_init
 from models.policy import load_policy, load_tokenizer
-from models.whole import without_zero3_init
 from prompting import completion, messages, parse
 from rendering import AUTO
 from rendering.levers import smallest_good_batch

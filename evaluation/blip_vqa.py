@@ -19,16 +19,15 @@ import re
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from torchvision.transforms import Compose, InterpolationMode, Normalize, Resize, ToTensor
 from transformers import AutoTokenizer, BlipConfig, BlipForQuestionAnswering
 
-from errors import UserError, one_line
-from models.frozen import batches, check_loaded, folder_of, freeze, known_token
+from errors import UserError
+from models.frozen import batches, known_token, load, read
+from models.hub import resolve
 from models.weights import locked
 from prompting import well_formed
 
@@ -67,9 +66,9 @@ class BlipVQA:
 
     def __init__(self, path: str | Path = PUBLISHED.repo, *, device: str | torch.device, batch_size: int = 32):
         self.device, self.batch_size = torch.device(device), batch_size
-        self.folder = folder_of(path, PUBLISHED, NEEDS)
-        model, self.tokenizer = _load(self.folder)
-        self.model = freeze(model, self.device, self.folder)
+        self.folder = resolve(path, NEEDS, pickles=True)
+        self.model = model = _load(self.folder, self.device)
+        self.tokenizer = read(AutoTokenizer, self.folder)
         self.dec = model.config.text_config.bos_token_id
         self.enc = self.dec + 1
         self.yes, self.no = (known_token(self.tokenizer, word, self.folder, "BLIP") for word in ("yes", "no"))
@@ -133,30 +132,17 @@ class BlipVQA:
         return torch.sigmoid(logits_QV[:, self.yes] - logits_QV[:, self.no]).tolist()
 
 
-def _load(folder: Path):
-    """(model, tokenizer) of a folder, set as the original; every weight must be there."""
-    try:
-        config = BlipConfig.from_pretrained(folder, local_files_only=True)
-        config.vision_config.layer_norm_eps = 1e-6
-        model, report = BlipForQuestionAnswering.from_pretrained(
-            folder,
-            config=config,
-            local_files_only=True,
-            dtype=torch.float32,
-            weights_only=True,
-            output_loading_info=True,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, EOFError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
-        raise UserError(f"cannot read {folder} as a BLIP-VQA checkpoint ({one_line(error)})") from error
-    check_loaded(report["missing_keys"], folder, "BlipForQuestionAnswering", PUBLISHED)
+def _load(folder: Path, device: torch.device) -> BlipForQuestionAnswering:
+    """The model of a folder, set as the original."""
+    config = read(BlipConfig, folder)
+    config.vision_config.layer_norm_eps = 1e-6
     text = config.text_config
     if text.hidden_size == 768 and text.num_attention_heads != 12:
         raise UserError(
             f"{folder}/config.json gives BLIP's text model {text.num_attention_heads} heads, it was trained with 12: "
             "set text_config.num_attention_heads to 12 (the hub's current revision has it)"
         )
-    return model, tokenizer
+    return load(BlipForQuestionAnswering, folder, device, config=config)
 
 
 def _check_ids(folder: Path, vocabulary: int, dec: int, yes: int, no: int) -> None:

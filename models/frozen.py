@@ -1,24 +1,23 @@
-"""What the frozen reward models share: where a checkpoint lies on this disk, that it is whole, each picture once.
+"""What frozen models share: the one way to load them, and to encode each picture once.
 
 A frozen model is held by a plain object, deliberately not an `nn.Module`: nothing can prepare, shard or train it.
-Nothing is ever fetched here: gigabytes by eight processes are a person's call, and the error names the command.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import deepspeed
 
-from errors import UserError
+from errors import UserError, one_line
 from interfaces import Reward, Sample
-from models.weights import Checkpoint, read_weights, verify
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -84,50 +83,44 @@ def arithmetic(dtype: str, batch_size: int) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def folder_of(path: str | Path, published: Checkpoint, needs: Sequence[str]) -> Path:
-    """The folder at `path` (or of `published.repo` in the hub's local cache) with all files `needs`.
+def read(kind: Any, folder: Path, **options: Any) -> Any:
+    """`kind.from_pretrained(folder)` without network, for a model, its configuration, tokenizer or image processor.
 
     Raises:
-        UserError: no such folder, or a file is missing (with size, licence and the command that fetches it), or is
-            not the one that the lock names.
+        UserError: the folder does not hold it, or a file is damaged.
     """
-    if Path(path).is_dir():
-        folder = Path(path)
-    elif str(path) == published.repo:
-        try:
-            folder = Path(snapshot_download(published.repo, revision=published.revision, local_files_only=True))
-        except LocalEntryNotFoundError as error:
-            raise UserError(
-                f"{published.repo} ({published.size}, {published.licence}) is not in the Hugging Face cache: "
-                f"run `{published.command}`"
-            ) from error
-    else:
-        raise UserError(f"no folder at {str(path)!r}: give a checkpoint folder, or {published.repo!r}")
-    missing = [name for name in needs if not (folder / name).is_file()]
-    if missing:
-        hint = "name the folder that holds them" if Path(path).is_dir() else f"run `{published.command}`"
-        raise UserError(f"{folder} has no {', '.join(missing)}: {hint}")
-    check_files(folder)
-    return folder
+    try:
+        return kind.from_pretrained(folder, local_files_only=True, **options)
+    except Exception as error:  # transformers lets through whatever its readers raise on damaged files
+        raise UserError(f"cannot read {folder} as {kind.__name__} ({one_line(error)}): fetch it again") from error
 
 
-def check_files(folder: Path) -> None:
-    """`verify`, with what is wrong as a UserError."""
-    verify(folder)
+def load(
+    kind: Any,
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    *,
+    unused: tuple[str, ...] = (),
+    **options: Any,
+) -> PreTrainedModel:
+    """The model of class `kind` in a folder of `hub.resolve`, frozen. A pickle is read with `weights_only=True`.
 
+    Args:
+        unused: beginnings of the names of weights that may be missing, because what we compute does not use them.
+        options: of `from_pretrained`.
 
-def tensors_of(path: Path, under: str | None = None) -> dict[str, torch.Tensor]:
-    """`read_weights`, with what is wrong as a UserError."""
-    return read_weights(path, under)
-
-
-def check_loaded(missing: Iterable[str], folder: Path, kind: str, published: Checkpoint) -> None:
-    """Raise UserError if any weight of a `kind` is `missing` from `folder`: transformers would make it up."""
-    if names := sorted(missing):
+    Raises:
+        UserError: as `read` and `freeze`; or a weight is missing, which transformers would make up.
+    """
+    options = {"dtype": dtype, "weights_only": True, "output_loading_info": True, **options}
+    model, report = read(kind, folder, **options)
+    if missing := sorted(name for name in report["missing_keys"] if not name.startswith(unused)):
         raise UserError(
-            f"{folder} lacks {len(names)} weights of a {kind} ({', '.join(names[:5])}): fetch it again, run "
-            f"`{published.command}`, or name another folder"
+            f"{folder} lacks {len(missing)} weights of a {type(model).__name__} ({', '.join(missing[:5])}): fetch it "
+            "again, or name another folder"
         )
+    return freeze(model, device, folder)
 
 
 def freeze(model: torch.nn.Module, device: torch.device, source: str | Path) -> torch.nn.Module:
@@ -140,6 +133,26 @@ def freeze(model: torch.nn.Module, device: torch.device, source: str | Path) -> 
         if parameter.numel() == 0 or parameter.is_meta:
             raise UserError(f"{name} of {source} is empty: load rewards outside DeepSpeed's `zero.Init`")
     return model.to(device).eval().requires_grad_(False)
+
+
+@contextmanager
+def without_zero3_init() -> Iterator[None]:
+    """Load whole weights although a trainer is configured already.
+
+    While ZeRO-3 is registered transformers builds text encoders as empty shards; with FSDP's RAM-efficient loading
+    every rank but the first gets placeholders. Both switches are process-global, so both are put back afterwards.
+    """
+    reference = deepspeed._hf_deepspeed_config_weak_ref  # there is no public getter of the object, only of its dict
+    zero = reference() if reference is not None else None
+    fsdp = os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING", None)
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if zero is not None:
+            deepspeed.set_hf_deepspeed_config(zero)
+        if fsdp is not None:
+            os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = fsdp
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

@@ -9,9 +9,17 @@ and its box counts for that noun above 0.3. One query may serve several nouns. T
 
 Scores lie in [0, 1]. Attributes are not looked at, nor is the relation of a "complex" prompt. Source: T2I-R1, arXiv
 2505.00703; detector GroundingDINO, arXiv 2303.05499, as `IDEA-Research/grounding-dino-tiny`; the position term is the
-2-D rule of T2I-CompBench, arXiv 2307.06350. `Formula` names each habit of T2I-R1's released code: the formula
-"faithful" is the published one without them, "released" has all. Left out: relations in depth, the single-image loop,
-and downloading weights. Not checked: that this checkpoint scores like the authors' own file (swint_ogc).
+2-D rule of T2I-CompBench, arXiv 2307.06350. Left out: relations in depth and the single-image loop. Not checked: that
+this checkpoint scores like the authors' own file (swint_ogc).
+
+With `released` scores are those of T2I-R1's released code, whose formula differs from the published one:
+
+    - position weighs 0.5, not 0.6; "above" and "on top of" never hold; two objects of one name score 0
+    - distances stay shares of the picture and "near" is 150 of them, so always reached
+    - only the first and the last word of a noun are looked at, and are all of it that its boxes are called by, so a
+      noun of three or more words is never found
+    - suppression takes centre, width and height for corners, so it suppresses few boxes
+    - a wrong number of boxes scores 0.2 if there is any
 """
 
 from __future__ import annotations
@@ -24,22 +32,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoTokenizer,
     GroundingDinoForObjectDetection,
     GroundingDinoImageProcessorPil,
     PreTrainedTokenizerBase,
-)
+)  # fmt: skip
 from transformers.models.grounding_dino.modeling_grounding_dino import SPECIAL_TOKENS
 
 from data.grammar import RELATIONS
-from errors import UserError, one_line
+from errors import UserError
 from interfaces import Prompt, Reward, Sample
-from models.frozen import arithmetic, autocast, batches, check_loaded, check_pictures, folder_of, freeze
+from models.frozen import arithmetic, autocast, batches, check_pictures, load, read
+from models.hub import resolve
 from models.weights import locked
 from prompting import well_formed
 
@@ -47,9 +55,7 @@ log = logging.getLogger(__name__)
 
 PUBLISHED = locked("IDEA-Research/grounding-dino-tiny")
 WEIGHTS = "model.safetensors"
-BOX_HEAD = (
-    "bbox_embed.0.layers.0.weight"  # tied: transformers leaves it random, unsaid, if only its other name is there
-)
+BOX_HEAD = "bbox_embed.0.layers.0.weight"  # tied: transformers makes it up in silence if only its other name is there
 NO_NOUNS = 1.0  # score of a prompt without objects: the same for its whole group, so it moves nothing
 NMS_IOU = 0.5
 MOST_OVERLAP = 0.1  # IoU of two objects from which their position term falls
@@ -90,45 +96,6 @@ class Detection:
     box: Box
 
 
-@dataclass(frozen=True)
-class Formula:
-    """What the scores are made of. The defaults are the published formula; a `bug_` is one of the released code.
-
-    Attributes:
-        spatial_weights: of existence (both objects found) and of the position term.
-        bug_near_normalised: distances stay shares of the picture and "near" is 150 of them, so always reached; on a
-            picture that is not square, the larger of two distances may then be another one.
-        bug_above_unhandled: "above" and "on top of" hold for no picture.
-        bug_swallow_errors: a relation between two objects of one name scores 0.
-        bug_label_slice: only the first and the last word of a noun are looked at, and are all of it that its boxes are
-            called by: a noun of three and more words is never found.
-        bug_nms_cxcywh: centre, width and height are taken for corners when overlapping boxes are suppressed, so most
-            are not.
-        count_partial_credit: score of a wrong number of boxes that is not zero.
-    """
-
-    spatial_weights: tuple[float, float] = (0.4, 0.6)
-    bug_near_normalised: bool = False
-    bug_above_unhandled: bool = False
-    bug_swallow_errors: bool = False
-    bug_label_slice: bool = False
-    bug_nms_cxcywh: bool = False
-    count_partial_credit: float = 0.0
-
-
-FAITHFUL = Formula()
-RELEASED = Formula(
-    spatial_weights=(0.4, 0.5),
-    bug_near_normalised=True,
-    bug_above_unhandled=True,
-    bug_swallow_errors=True,
-    bug_label_slice=True,
-    bug_nms_cxcywh=True,
-    count_partial_credit=0.2,
-)
-FORMULAS = {"faithful": FAITHFUL, "released": RELEASED}
-
-
 # ----- boxes
 
 
@@ -148,28 +115,23 @@ def iou(one: Box, other: Box) -> float:
     return width * height / (sum(areas) - width * height)
 
 
-def nms(detections: Sequence[Detection], threshold: float = NMS_IOU, formula: Formula = FAITHFUL) -> list[Detection]:
-    """The detections, best first, that overlap no better one by more than `threshold`; ties keep their order."""
+def nms(detections: Sequence[Detection], released: bool = False) -> list[Detection]:
+    """The detections, best first, that overlap no better one by more than NMS_IOU; ties keep their order."""
     kept: list[Detection] = []
     for one in sorted(detections, key=lambda detection: -detection.score):
-        if all(iou(_box(one, formula), _box(better, formula)) <= threshold for better in kept):
+        box, better = one.box, [other.box for other in kept]
+        if not released:
+            box, better = corners(box), [corners(other) for other in better]
+        if all(iou(box, other) <= NMS_IOU for other in better):
             kept.append(one)
     return kept
-
-
-def _box(detection: Detection, formula: Formula) -> Box:
-    return detection.box if formula.bug_nms_cxcywh else corners(detection.box)
 
 
 # ----- formulas
 
 
 def picture_score(
-    prompt: Prompt,
-    detections: Sequence[Detection],
-    size: tuple[int, int],
-    formula: Formula = FAITHFUL,
-    nms_iou: float = NMS_IOU,
+    prompt: Prompt, detections: Sequence[Detection], size: tuple[int, int], released: bool = False
 ) -> float:
     """Score in [0, 1] of one picture of `size` (width, height) in pixels, by the prompt's task.
 
@@ -182,60 +144,55 @@ def picture_score(
     if not prompt.nouns:
         return NO_NOUNS
     if prompt.task == "position" and prompt.spatial:
-        return spatial_score(prompt, detections, size, formula, nms_iou)
+        return spatial_score(prompt, detections, size, released)
     if prompt.task == "counting" and prompt.counts:
-        return count_score(prompt, detections, formula, nms_iou)
-    return object_score(prompt, detections, formula)
+        return count_score(prompt, detections, released)
+    return object_score(prompt, detections, released)
 
 
-def object_score(prompt: Prompt, detections: Sequence[Detection], formula: Formula = FAITHFUL) -> float:
+def object_score(prompt: Prompt, detections: Sequence[Detection], released: bool = False) -> float:
     """Share of the nouns with at least one box."""
-    if not prompt.nouns:
-        return NO_NOUNS
-    return sum(bool(_boxes_of(noun, prompt, detections, formula)) for noun in prompt.nouns) / len(prompt.nouns)
+    return sum(bool(_boxes_of(noun, prompt, detections, released)) for noun in prompt.nouns) / len(prompt.nouns)
 
 
 def spatial_score(
-    prompt: Prompt,
-    detections: Sequence[Detection],
-    size: tuple[int, int],
-    formula: Formula = FAITHFUL,
-    nms_iou: float = NMS_IOU,
+    prompt: Prompt, detections: Sequence[Detection], size: tuple[int, int], released: bool = False
 ) -> float:
     """Weighted existence and position of the best box of each object.
 
     "A dog left of a dog" asks for two boxes of one name: the two best after suppression, in the order that suits.
     """
     first, relation, second = prompt.spatial
-    if first == second and formula.bug_swallow_errors:
-        return 0.0
-    if first == second:
-        found = nms(_boxes_of(first, prompt, detections, formula), nms_iou, formula)[:2]
-        pairs = list(permutations(found, 2))
-    else:
-        found = [one for name in (first, second) for one in _boxes_of(name, prompt, detections, formula)[:1]]
+    if first != second:
+        found = [one for name in (first, second) for one in _boxes_of(name, prompt, detections, released)[:1]]
         pairs = [found] if len(found) == 2 else []
-    position = max((position_term(relation, one.box, two.box, size, formula) for one, two in pairs), default=0.0)
-    for_existence, for_position = formula.spatial_weights
-    return for_existence * len(found) / 2 + for_position * position
+    elif released:
+        return 0.0
+    else:
+        found = nms(_boxes_of(first, prompt, detections))[:2]
+        pairs = list(permutations(found, 2))
+    position = max((position_term(relation, one.box, two.box, size, released) for one, two in pairs), default=0.0)
+    return 0.4 * len(found) / 2 + (0.5 if released else 0.6) * position
 
 
-def position_term(relation: str, first: Box, second: Box, size: tuple[int, int], formula: Formula = FAITHFUL) -> float:
+def position_term(relation: str, first: Box, second: Box, size: tuple[int, int], released: bool = False) -> float:
     """How far "first [is] relation second" holds, in [0, 1], for boxes (centre x, centre y, width, height).
 
     A direction holds if the centres differ more along its axis than across; overlapping objects (IoU from 0.1) then
     get 0.1 / IoU. Near are centres that differ by less than 150/480 of the picture's shorter side along x or along y
     (as published: two objects in one row are near however far apart); others get that distance over the larger one.
     """
-    direction = _direction(relation)
-    if formula.bug_above_unhandled and RELATIONS[relation] in _UNHANDLED:
+    if relation not in RELATIONS:
+        raise ValueError(f"locality is {relation!r}, known are {', '.join(RELATIONS)}")
+    relation = RELATIONS[relation]
+    if released and relation in _UNHANDLED:
         return 0.0
-    width, height = (1, 1) if formula.bug_near_normalised else size
-    near = NEAR_PIXELS if formula.bug_near_normalised else NEAR_PIXELS / FRAME * min(size)
+    width, height = (1, 1) if released else size
+    near = NEAR_PIXELS if released else NEAR_PIXELS / FRAME * min(size)
     x, y = (second[0] - first[0]) * width, (second[1] - first[1]) * height
-    if direction is None:
+    if _DIRECTIONS[relation] is None:
         return 1.0 if min(abs(x), abs(y)) < near else near / max(abs(x), abs(y))
-    axis, sign = direction
+    axis, sign = _DIRECTIONS[relation]
     along, across = (x, y) if axis == "x" else (y, x)
     if sign * along <= abs(across):
         return 0.0
@@ -243,38 +200,29 @@ def position_term(relation: str, first: Box, second: Box, size: tuple[int, int],
     return 1.0 if overlap < MOST_OVERLAP else MOST_OVERLAP / overlap
 
 
-def count_score(
-    prompt: Prompt, detections: Sequence[Detection], formula: Formula = FAITHFUL, nms_iou: float = NMS_IOU
-) -> float:
-    """Mean over the counted objects of 1 for the number asked for, `count_partial_credit` for another, 0 for none."""
+def count_score(prompt: Prompt, detections: Sequence[Detection], released: bool = False) -> float:
+    """Mean over the counted objects of 1 for the number asked for, else 0."""
     scores = []
     for name, number in prompt.counts:
-        found = len(nms(_boxes_of(name, prompt, detections, formula), nms_iou, formula))
-        scores.append(1.0 if found == number else formula.count_partial_credit * (found > 0))
+        found = len(nms(_boxes_of(name, prompt, detections, released), released))
+        scores.append(1.0 if found == number else 0.2 * (released and found > 0))
     return sum(scores) / len(scores)
 
 
-def _direction(relation: str) -> tuple[str, int] | None:
-    if relation not in RELATIONS:
-        raise ValueError(f"locality is {relation!r}, known are {', '.join(RELATIONS)}")
-    return _DIRECTIONS[RELATIONS[relation]]
-
-
-def _boxes_of(name: str, prompt: Prompt, detections: Sequence[Detection], formula: Formula) -> list[Detection]:
+def _boxes_of(name: str, prompt: Prompt, detections: Sequence[Detection], released: bool = False) -> list[Detection]:
     """The detections of the object `name`, best first; ties keep their order."""
     if name not in prompt.nouns:
         raise ValueError(
             f"{name!r} of prompt {prompt.text!r} is not among its nouns {list(prompt.nouns)}: add it there"
         )
-    labels = [_label(noun, formula) for noun in prompt.nouns]
+    labels = [_first_and_last(noun) if released else noun for noun in prompt.nouns]
     found = [detection for detection in detections if labels[detection.noun_index] == name]
     return sorted(found, key=lambda detection: -detection.score)
 
 
-def _label(noun: str, formula: Formula) -> str:
-    """What the boxes of a noun are called by."""
+def _first_and_last(noun: str) -> str:
     words = noun.split()
-    return f"{words[0]} {words[-1]}" if formula.bug_label_slice and len(words) > 1 else noun
+    return f"{words[0]} {words[-1]}" if len(words) > 1 else noun
 
 
 # ----- caption
@@ -284,12 +232,12 @@ def caption_of(nouns: Sequence[str]) -> str:
     return " . ".join(nouns) + "."
 
 
-def spans(nouns: Sequence[str], formula: Formula = FAITHFUL) -> list[list[tuple[int, int]]]:
+def spans(nouns: Sequence[str], released: bool = False) -> list[list[tuple[int, int]]]:
     """The (start, end) characters of each noun in `caption_of(nouns)`: all of it, or its first and last word."""
     found, start = [], 0
     for noun in nouns:
         end, words = start + len(noun), noun.split()
-        if formula.bug_label_slice and len(words) > 1:
+        if released and len(words) > 1:
             found.append([(start, start + len(words[0])), (end - len(words[-1]), end)])
         else:
             found.append([(start, end)])
@@ -316,14 +264,13 @@ class GroundingDino(Reward):
         device: where the model runs.
         dtype: "float32", or "float16"/"bfloat16": autocast over float32 weights.
         batch_size: pictures per forward pass; 900 queries on 800 pixels need about 1 GB each in float32.
-        formula: "faithful", "released", or a `Formula`.
-        prompts: the data. One warning tells how many of them name no object: they can't be judged and score 1.0.
+        released: score as the released code does, see the module.
+        prompts: the data. One warning says how many of them name no object: they can't be judged and score 1.0.
         box_threshold: a query serves a noun if its score is above this.
-        nms_iou: boxes of one object that overlap by more than this are one.
 
     Raises:
         UserError: no checkpoint at `path`, one that is not whole, or a prompt with an unknown locality.
-        ValueError: an unknown `dtype` or `formula`, or a `batch_size` below 1.
+        ValueError: an unknown `dtype`, or a `batch_size` below 1.
     """
 
     name = "gdino"
@@ -336,19 +283,22 @@ class GroundingDino(Reward):
         device: str | torch.device,
         dtype: str = "float32",
         batch_size: int = 32,
-        formula: str | Formula = "faithful",
+        released: bool = False,
         prompts: Sequence[Prompt] = (),
         box_threshold: float = 0.3,
-        nms_iou: float = NMS_IOU,
     ):
         self.device, self.dtype, self.batch_size = torch.device(device), arithmetic(dtype, batch_size), batch_size
-        self.formula = _formula(formula)
-        self.box_threshold, self.nms_iou = box_threshold, nms_iou
+        self.released, self.box_threshold = released, box_threshold
         _check_prompts(prompts)
-        folder = folder_of(path, PUBLISHED, ("config.json", WEIGHTS, "tokenizer_config.json"))
-        model, self.tokenizer, self.image_processor = _load(folder)
-        self.model = freeze(model, self.device, folder)
-        self.max_tokens = min(model.config.max_text_len, model.config.text_config.max_position_embeddings)
+        folder = resolve(path, ("config.json", WEIGHTS, "tokenizer_config.json"))
+        self.model = load(GroundingDinoForObjectDetection, folder, self.device)
+        self.tokenizer, self.image_processor = (
+            read(AutoTokenizer, folder),
+            read(GroundingDinoImageProcessorPil, folder),
+        )
+        _check(self.tokenizer, folder)
+        config = self.model.config
+        self.max_tokens = min(config.max_text_len, config.text_config.max_position_embeddings)
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
         """One score in [0, 1] per sample, None where the model's outputs are not finite.
@@ -375,7 +325,7 @@ class GroundingDino(Reward):
             detections = found[id(image), prompt.nouns] if prompt.nouns else []
             if detections is None:
                 return None
-            scores.append(picture_score(prompt, detections, image.size, self.formula, self.nms_iou))
+            scores.append(picture_score(prompt, detections, image.size, self.released))
         return sum(scores) / len(scores)
 
     @torch.inference_mode()
@@ -404,7 +354,7 @@ class GroundingDino(Reward):
             verbose=False,
         )
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-        tokens = [_tokens_of(noun_spans, offsets) for noun_spans in spans(nouns, self.formula)]
+        tokens = [_tokens_of(noun_spans, offsets) for noun_spans in spans(nouns, self.released)]
         if len(ids) <= self.max_tokens:
             return Caption(ids, tokens)
         last = self.max_tokens - 1  # where the closing token now stands
@@ -465,14 +415,6 @@ def _tokens_of(noun_spans: Sequence[tuple[int, int]], offsets: Sequence[tuple[in
     ]
 
 
-def _formula(formula: str | Formula) -> Formula:
-    if isinstance(formula, Formula):
-        return formula
-    if formula not in FORMULAS:
-        raise ValueError(f"formula {formula!r} is none of {', '.join(FORMULAS)}")
-    return FORMULAS[formula]
-
-
 def _check_prompts(prompts: Sequence[Prompt]) -> None:
     for prompt in prompts:
         if prompt.task == "position" and prompt.spatial and prompt.spatial[1] not in RELATIONS:
@@ -485,22 +427,11 @@ def _check_prompts(prompts: Sequence[Prompt]) -> None:
         log.warning("gdino cannot judge %d of %d prompts: they name no object and score 1.0", mute, len(prompts))
 
 
-def _load(
-    folder: Path,
-) -> tuple[GroundingDinoForObjectDetection, PreTrainedTokenizerBase, GroundingDinoImageProcessorPil]:
-    """(model, tokenizer, image processor) of a checkpoint folder, whole and fit for each other."""
-    try:
-        model, info = GroundingDinoForObjectDetection.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        image_processor = GroundingDinoImageProcessorPil.from_pretrained(folder, local_files_only=True)
-        with safe_open(folder / WEIGHTS, "pt") as file:
-            names = set(file.keys())
-    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        raise UserError(f"cannot read {folder} as a GroundingDINO checkpoint ({one_line(error)})") from error
-    missing = sorted(info["missing_keys"]) or [name for name in (BOX_HEAD,) if name not in names]
-    check_loaded(missing, folder, "GroundingDINO", PUBLISHED)
+def _check(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Raise UserError unless the box head is in the file, and the tokenizer is the one that the model knows."""
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        if BOX_HEAD not in file.keys():
+            raise UserError(f"{folder} lacks {BOX_HEAD}: fetch it again, or name another folder")
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer of {folder} has no offsets: save its fast form there (tokenizer.json)")
     ids = [tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.convert_tokens_to_ids(".")]
@@ -509,4 +440,3 @@ def _load(
             f"the tokenizer of {folder} has [CLS], [SEP] and '.' at {ids}, GroundingDINO at {SPECIAL_TOKENS[:3]}: put "
             "the tokenizer there that the model was trained with"
         )
-    return model, tokenizer, image_processor
