@@ -52,7 +52,7 @@ def resolve(
         )
         hint = f"run `{locked(path).command}`"
     else:
-        raise UserError(f"{path!r}: no such folder, and not a hub name (owner/name)")
+        raise UserError(f"no such folder: {path}. Give a folder with {needs[0]}, or a hub name (owner/name)")
     if missing := [name for name in needs if not (folder / name).is_file()]:
         raise UserError(f"{folder} has no {', '.join(missing)}: {hint}")
     check_folder(folder, pickles)
@@ -77,7 +77,7 @@ def _of_the_hub(repo: str, marker: str, revision: str | None, download: Download
     known = locked(repo)
     about = f" ({known.size}, {known.licence})" if known.size else ""
     raise UserError(
-        f"{repo!r}{about}: no such folder, not in the Hugging Face cache, and {problem}: run `{known.command}`"
+        f"{repo}{about}: no such folder, not in the Hugging Face cache, and {problem}: run `{known.command}`"
     )
 
 
