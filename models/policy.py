@@ -1,7 +1,7 @@
 """Load the policy (the language model that rewrites) and its tokenizer.
 
-`path` is a folder in Hugging Face format, a PEFT adapter folder (adapter_config.json), or a hub name, see `models.hub`. A
-model that is on this disk is never looked up on the network.
+`path` is a folder in Hugging Face format, a PEFT adapter folder (adapter_config.json), or a hub name (see `models.hub`).
+A model that is on this disk is never looked up on the network.
 """
 
 from __future__ import annotations
