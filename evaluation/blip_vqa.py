@@ -26,8 +26,8 @@ from torchvision.transforms import Compose, InterpolationMode, Normalize, Resize
 from transformers import AutoTokenizer, BlipConfig, BlipForQuestionAnswering
 
 from errors import UserError
-from models.frozen import batches, known_token, load, read
-from models.hub import resolve
+from models.frozen import batches, known_token, load
+from models.hub import read, resolve
 from models.weights import locked
 from prompting import well_formed
 

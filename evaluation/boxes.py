@@ -22,8 +22,8 @@ from transformers import AutoTokenizer, Owlv2ForObjectDetection
 from transformers.models.owlv2.image_processing_pil_owlv2 import Owlv2ImageProcessorPil
 
 from errors import UserError
-from models.frozen import batches, load, read
-from models.hub import resolve
+from models.frozen import batches, load
+from models.hub import read, resolve
 from models.weights import locked
 from prompting import well_formed
 

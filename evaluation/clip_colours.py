@@ -24,8 +24,8 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from errors import UserError
 from evaluation.geneval import CLIP, COLORS, Detection, Question
-from models.frozen import arithmetic, autocast, batches, load, read
-from models.hub import resolve
+from models.frozen import arithmetic, autocast, batches, load
+from models.hub import read, resolve
 from models.weights import locked
 
 PUBLISHED = locked(CLIP)

@@ -16,8 +16,8 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from models.frozen import batches, load, read
-from models.hub import resolve
+from models.frozen import batches, load
+from models.hub import read, resolve
 from models.weights import locked
 from prompting import well_formed
 

@@ -39,7 +39,7 @@ from evaluation.judged import RowErrors, ask, json_lines, one_word, required_tex
 from interfaces import Prompt
 from models import frozen
 from models.frozen import arithmetic, batches
-from models.hub import resolve
+from models.hub import read, resolve
 from models.weights import locked
 
 log = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ class LocalVLM(VLM):
         self.device, self.batch_size, self.reasons = torch.device(device), batch_size, []
         weights_in = arithmetic(dtype, batch_size)
         self.network = frozen.load(AutoModelForImageTextToText, folder, self.device, weights_in)
-        self.processor = frozen.read(AutoProcessor, folder)
+        self.processor = read(AutoProcessor, folder)
         self.tokens = {answer: self._tokens(answer, folder) for answer in ANSWERS}
         self.model = Path(path).name
         self.settings = {

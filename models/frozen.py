@@ -9,90 +9,27 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import deepspeed
 
-from errors import UserError, one_line
-from interfaces import Reward, Sample
+from errors import UserError
+from interfaces import Sample
+from models.hub import read
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@runtime_checkable
-class ModelReward(Protocol):
-    """A reward with weights: `model` is the frozen network, `device` where it computes."""
-
-    name: str
-    model: torch.nn.Module
-    device: torch.device
-
-
-class _Offloaded(Reward):
-    """A model reward whose weights are on its device only while it scores."""
-
-    def __init__(self, inner: Reward):
-        self.inner, self.model, self.device = inner, inner.model, inner.device
-        self.name, self.range = inner.name, inner.range
-        self.needs_images, self.needs_baseline_images = inner.needs_images, inner.needs_baseline_images
-        self.model.to("cpu")
-
-    def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
-        self.model.to(self.device)
-        try:
-            return self.inner(samples)
-        finally:
-            self.model.to("cpu")
-            self.metrics = self.inner.metrics
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-
-
-def offloaded(reward: Reward) -> Reward:
-    """`reward` with its weights in main memory between calls; a reward without weights as it is.
-
-    Moving 1 GB over PCIe Gen5 takes about 0.03 s each way (derived), so it pays where a step is minutes of drawing.
-    """
-    return _Offloaded(reward) if isinstance(reward, ModelReward) else reward
-
-
-def describe(reward: Reward) -> str:
-    """One line: parameters and memory of the reward's model, "no weights" if it has none."""
-    if not isinstance(reward, ModelReward):
-        return f"{reward.name}: no weights"
-    tensors = [*reward.model.parameters(), *reward.model.buffers()]
-    mib = sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**20
-    dtype = str(next(reward.model.parameters()).dtype).removeprefix("torch.")
-    millions = sum(parameter.numel() for parameter in reward.model.parameters()) / 1e6
-    return f"{reward.name}: {millions:,.1f} M parameters, {mib:,.0f} MiB in {dtype} on {reward.device}"
-
-
 def arithmetic(dtype: str, batch_size: int) -> torch.dtype:
-    """The torch dtype of that name.
-
-    Raises:
-        ValueError: an unknown `dtype`, or a `batch_size` below 1.
-    """
+    """The torch dtype of that name; ValueError if it is unknown, or if `batch_size` is below 1."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, must be at least 1")
     return DTYPES[dtype]
-
-
-def read(kind: Any, folder: Path, **options: Any) -> Any:
-    """`kind.from_pretrained(folder)` without network, for a model, its configuration, tokenizer or image processor.
-
-    Raises:
-        UserError: the folder does not hold it, or a file is damaged.
-    """
-    try:
-        return kind.from_pretrained(folder, local_files_only=True, **options)
-    except Exception as error:  # transformers lets through whatever its readers raise on damaged files
-        raise UserError(f"cannot read {folder} as {kind.__name__} ({one_line(error)}): fetch it again") from error
 
 
 def load(
@@ -104,14 +41,14 @@ def load(
     unused: tuple[str, ...] = (),
     **options: Any,
 ) -> PreTrainedModel:
-    """The model of class `kind` in a folder of `hub.resolve`, frozen. A pickle is read with `weights_only=True`.
+    """The model of class `kind` in a folder of `hub.resolve`, frozen. Of a pickle only tensors are read.
 
     Args:
-        unused: beginnings of the names of weights that may be missing, because what we compute does not use them.
+        unused: how the names of weights begin that may be missing, because what we compute does not use them.
         options: of `from_pretrained`.
 
     Raises:
-        UserError: as `read` and `freeze`; or a weight is missing, which transformers would make up.
+        UserError: as `read` and `freeze`; or a weight is missing, in whose place transformers puts random numbers.
     """
     options = {"dtype": dtype, "weights_only": True, "output_loading_info": True, **options}
     model, report = read(kind, folder, **options)
@@ -124,11 +61,7 @@ def load(
 
 
 def freeze(model: torch.nn.Module, device: torch.device, source: str | Path) -> torch.nn.Module:
-    """`model` on `device`, in eval mode, without gradients.
-
-    Raises:
-        UserError: a weight is empty or has no storage, as inside DeepSpeed's `zero.Init`.
-    """
+    """`model` on `device`, in eval mode, without gradients; UserError if `zero.Init` left a weight empty."""
     for name, parameter in model.named_parameters():
         if parameter.numel() == 0 or parameter.is_meta:
             raise UserError(f"{name} of {source} is empty: load rewards outside DeepSpeed's `zero.Init`")
@@ -137,10 +70,10 @@ def freeze(model: torch.nn.Module, device: torch.device, source: str | Path) -> 
 
 @contextmanager
 def without_zero3_init() -> Iterator[None]:
-    """Load whole weights although a trainer is configured already.
+    """Load frozen models with all their weights although a trainer is configured already.
 
-    While ZeRO-3 is registered transformers builds text encoders as empty shards; with FSDP's RAM-efficient loading
-    every rank but the first gets placeholders. Both switches are process-global, so both are put back afterwards.
+    While ZeRO-3 is registered, transformers builds a model as empty shards; with FSDP's RAM-efficient loading every
+    rank but the first gets placeholders. Both switches belong to the process, so both are put back afterwards.
     """
     reference = deepspeed._hf_deepspeed_config_weak_ref  # there is no public getter of the object, only of its dict
     zero = reference() if reference is not None else None
@@ -161,11 +94,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 def known_token(tokenizer: PreTrainedTokenizerBase, word: str, folder: Path, model: str) -> int:
-    """The one token id of `word`, which `model` answers with or is marked up by.
-
-    Raises:
-        UserError: the tokenizer does not know it as one token.
-    """
+    """The id of `word`, which `model` answers with or is marked up by; UserError if that is not one known token."""
     ids = tokenizer.encode(word, add_special_tokens=False)
     if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
         raise UserError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import httpx
 from huggingface_hub import HfApi, try_to_load_from_cache
@@ -79,6 +80,14 @@ def _of_the_hub(repo: str, marker: str, revision: str | None, download: Download
     raise UserError(
         f"{repo}{about}: no such folder, not in the Hugging Face cache, and {problem}: run `{known.command}`"
     )
+
+
+def read(kind: Any, folder: Path, **options: Any) -> Any:
+    """`kind.from_pretrained(folder)` without network; UserError if that fails: no such files, or a damaged one."""
+    try:
+        return kind.from_pretrained(folder, local_files_only=True, **options)
+    except Exception as error:  # transformers lets through whatever its readers raise on damaged files
+        raise UserError(f"cannot read {folder} as {kind.__name__} ({one_line(error)}): fetch it again") from error
 
 
 def is_adapter(path: str) -> bool:

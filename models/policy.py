@@ -1,7 +1,7 @@
 """Load the policy (the language model that rewrites) and its tokenizer.
 
-`path` is a folder in Hugging Face format, a PEFT adapter folder (adapter_config.json), or a hub name (see `models.hub`).
-A model that is on this disk is never looked up on the network.
+`path` is a folder of a model in Hugging Face format, the folder of a PEFT adapter, or a hub name (see `models.hub`). A
+model that is on this disk is never looked up on the network.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from errors import UserError, one_line
-from models.hub import READ, base_of, is_adapter, resolve
+from models.hub import READ, base_of, is_adapter, read, resolve
 from models.weights import locked
 
 DTYPES = ("auto", "bfloat16", "float32")
@@ -42,12 +42,7 @@ def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
     if is_adapter(path) and not Path(path, "tokenizer_config.json").is_file():
         source, revision = base_of(path, revision)
     folder = _folder(source, revision)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, padding_side="left", trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise _cannot_load("tokenizer", source, error) from error
+    tokenizer = read(AutoTokenizer, folder, padding_side="left", trust_remote_code=trust_remote_code)
     if tokenizer.chat_template is None:
         raise UserError(f"the tokenizer of {source!r} has no chat template; name an instruct model")
     if tokenizer.pad_token is None:
@@ -66,15 +61,11 @@ def load_policy(path: str, dtype: str = "auto", device: str | None = "auto") -> 
         UserError: nothing at `path`, unreadable weights, an unknown dtype, or a GPU named where there is none.
     """
     device = pick_device(device) if device else None
-    options = {"dtype": pick_dtype(dtype, device), "use_safetensors": True, "local_files_only": True}
+    options = {"dtype": pick_dtype(dtype, device), "use_safetensors": True}
     if is_adapter(path):
         policy = _adapted(path, None, options)
     else:
-        folder = _folder(path)
-        try:
-            policy = AutoModelForCausalLM.from_pretrained(folder, **options)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise _cannot_load("policy", path, error) from error
+        policy = read(AutoModelForCausalLM, _folder(path), **options)
     return (policy if device is None else policy.to(device)).eval()
 
 
@@ -107,11 +98,11 @@ def record_base_model(model: PreTrainedModel, path: str, revision: str) -> None:
 
 def _adapted(path: str, revision: str | None, options: dict[str, Any], **more: bool) -> PeftModel:
     """The adapter at `path` around its base model."""
-    base, adapter = _folder(*base_of(path, revision)), _folder(path)
+    base = read(AutoModelForCausalLM, _folder(*base_of(path, revision)), **options)
     try:
-        return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, **options), adapter, **more)
+        return PeftModel.from_pretrained(base, str(_folder(path)), **more)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise _cannot_load("policy", path, error) from error
+        raise UserError(f"cannot read {path} as an adapter ({one_line(error)}): name another folder") from error
 
 
 def pick_device(device: str) -> str:
@@ -141,8 +132,3 @@ def _folder(path: str, revision: str | None = None) -> Path:
 
 def _download(repo: str, revision: str | None) -> str:
     return snapshot_download(repo, revision=revision, allow_patterns=locked(repo).include or READ)
-
-
-def _cannot_load(what: str, path: str, error: Exception) -> UserError:
-    hint = "name another folder" if Path(path).is_dir() else f"run `{locked(path).command}`"
-    return UserError(f"cannot load the {what} of {path!r} ({one_line(error)}): {hint}")

@@ -126,15 +126,13 @@ def check(path: Path, size: int | None, sha256: str | None, source: str) -> None
     Raises:
         UserError: another size or hash, with both and what to do.
     """
-    found = path.stat().st_size
-    if size is not None and found != size:
-        raise _mismatch(path, f"{found} bytes", f"{size}", source)
-    if sha256 is not None and (digest := _digest(path, sha256)) != sha256:
-        raise _mismatch(path, f"SHA-256 {digest}", sha256, source)
-
-
-def _mismatch(path: Path, found: str, expected: str, source: str) -> UserError:
-    return UserError(
+    if size is not None and path.stat().st_size != size:
+        found, expected = f"{path.stat().st_size} bytes", size
+    elif sha256 is not None and (digest := _digest(path, sha256)) != sha256:
+        found, expected = f"SHA-256 {digest}", sha256
+    else:
+        return
+    raise UserError(
         f"{path} has {found}, {source} says {expected}: it is damaged or not the file that is meant, and was neither "
         f"loaded nor deleted; delete {path.resolve()} and fetch it again (python scripts/fetch.py)"
     )
@@ -164,12 +162,11 @@ def _digest(path: Path, expected: str) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, an empty one if there is none."""
+    """The object in a JSON file, an empty one if there is none or it is damaged."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 # Reading ----------------------------------------------------------------------------------------------------------
@@ -197,11 +194,10 @@ def read_weights(path: Path, under: str | None = None) -> dict[str, torch.Tensor
     except Exception as error:  # the readers have raised eleven kinds of error on damaged files
         raise UserError(f"{path} is no checkpoint of plain tensors, fetch it again ({one_line(error)})") from error
     if under is not None:
-        if not isinstance(held, dict) or under not in held:
-            raise UserError(f"{path} has no `{under}`: its weights must lie under that key")
-        held = held[under]
+        held = held.get(under) if isinstance(held, dict) else None
     if not isinstance(held, dict) or not all(isinstance(value, torch.Tensor) for value in held.values()):
-        raise UserError(f"{path} holds something else than tensors by name: fetch it again")
+        where = f" under the key {under!r}" if under else ""
+        raise UserError(f"{path} does not hold tensors by name{where}, and nothing else: fetch it again")
     return held
 
 

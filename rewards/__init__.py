@@ -272,6 +272,6 @@ def build(names: Sequence[str], options: RewardOptions, context: RewardContext) 
         raise UserError("; and ".join(missing))
     if not options.reward_offload:
         return rewards
-    from models.frozen import offloaded
+    from rewards.offload import offloaded
 
     return [offloaded(reward) for reward in rewards]

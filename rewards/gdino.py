@@ -16,8 +16,7 @@ With `released` scores are those of T2I-R1's released code, whose formula differ
 
     - position weighs 0.5, not 0.6; "above" and "on top of" never hold; two objects of one name score 0
     - distances stay shares of the picture and "near" is 150 of them, so always reached
-    - only the first and the last word of a noun are looked at, and are all of it that its boxes are called by, so a
-      noun of three or more words is never found
+    - only the first and the last word of a noun are looked at, so that one of three or more words is never found
     - suppression takes centre, width and height for corners, so it suppresses few boxes
     - a wrong number of boxes scores 0.2 if there is any
 """
@@ -40,14 +39,14 @@ from transformers import (
     GroundingDinoForObjectDetection,
     GroundingDinoImageProcessorPil,
     PreTrainedTokenizerBase,
-)  # fmt: skip
+)
 from transformers.models.grounding_dino.modeling_grounding_dino import SPECIAL_TOKENS
 
 from data.grammar import RELATIONS
 from errors import UserError
 from interfaces import Prompt, Reward, Sample
-from models.frozen import arithmetic, autocast, batches, check_pictures, load, read
-from models.hub import resolve
+from models.frozen import arithmetic, autocast, batches, check_pictures, load
+from models.hub import read, resolve
 from models.weights import locked
 from prompting import well_formed
 
@@ -63,40 +62,25 @@ NEAR_PIXELS, FRAME = 150, 480  # "near", in T2I-CompBench's pictures of 480 pixe
 
 # locality -> axis and sign of centre 2 - centre 1, y growing downward; None is nearness
 _DIRECTIONS = {
-    "left of": ("x", 1),
-    "on the left of": ("x", 1),
-    "right of": ("x", -1),
-    "on the right of": ("x", -1),
-    "above": ("y", 1),
-    "on top of": ("y", 1),
-    "on the top of": ("y", 1),
-    "below": ("y", -1),
-    "on the bottom of": ("y", -1),
-    "next to": None,
-    "near": None,
-    "on side of": None,
+    **dict.fromkeys(("left of", "on the left of"), ("x", 1)),
+    **dict.fromkeys(("right of", "on the right of"), ("x", -1)),
+    **dict.fromkeys(("above", "on top of", "on the top of"), ("y", 1)),
+    **dict.fromkeys(("below", "on the bottom of"), ("y", -1)),
+    **dict.fromkeys(("next to", "near", "on side of")),
 }
 _UNHANDLED = ("above", "on top of")  # by the released code
 
 Box = tuple[float, float, float, float]
+Size = tuple[int, int]  # width, height in pixels
 
 
 @dataclass(frozen=True)
 class Detection:
-    """A box that scored above the threshold for one noun.
+    """A box that scored above the threshold for one noun."""
 
-    Attributes:
-        noun_index: of the noun in `Prompt.nouns`.
-        score: mean sigmoid over the noun's tokens.
-        box: centre x, centre y, width, height, as shares of the picture's width and height.
-    """
-
-    noun_index: int
-    score: float
-    box: Box
-
-
-# ----- boxes
+    noun_index: int  # in `Prompt.nouns`
+    score: float  # mean sigmoid over the noun's tokens
+    box: Box  # centre x, centre y, width, height, as shares of the picture's width and height
 
 
 def corners(box: Box) -> Box:
@@ -127,13 +111,8 @@ def nms(detections: Sequence[Detection], released: bool = False) -> list[Detecti
     return kept
 
 
-# ----- formulas
-
-
-def picture_score(
-    prompt: Prompt, detections: Sequence[Detection], size: tuple[int, int], released: bool = False
-) -> float:
-    """Score in [0, 1] of one picture of `size` (width, height) in pixels, by the prompt's task.
+def picture_score(prompt: Prompt, detections: Sequence[Detection], size: Size, released: bool = False) -> float:
+    """Score in [0, 1] of one picture of `size`, by the prompt's task.
 
     A prompt without nouns scores `NO_NOUNS`; one of task "position" or "counting" without the fields for it is judged
     by its nouns.
@@ -155,9 +134,7 @@ def object_score(prompt: Prompt, detections: Sequence[Detection], released: bool
     return sum(bool(_boxes_of(noun, prompt, detections, released)) for noun in prompt.nouns) / len(prompt.nouns)
 
 
-def spatial_score(
-    prompt: Prompt, detections: Sequence[Detection], size: tuple[int, int], released: bool = False
-) -> float:
+def spatial_score(prompt: Prompt, detections: Sequence[Detection], size: Size, released: bool = False) -> float:
     """Weighted existence and position of the best box of each object.
 
     "A dog left of a dog" asks for two boxes of one name: the two best after suppression, in the order that suits.
@@ -175,7 +152,7 @@ def spatial_score(
     return 0.4 * len(found) / 2 + (0.5 if released else 0.6) * position
 
 
-def position_term(relation: str, first: Box, second: Box, size: tuple[int, int], released: bool = False) -> float:
+def position_term(relation: str, first: Box, second: Box, size: Size, released: bool = False) -> float:
     """How far "first [is] relation second" holds, in [0, 1], for boxes (centre x, centre y, width, height).
 
     A direction holds if the centres differ more along its axis than across; overlapping objects (IoU from 0.1) then
@@ -212,9 +189,7 @@ def count_score(prompt: Prompt, detections: Sequence[Detection], released: bool 
 def _boxes_of(name: str, prompt: Prompt, detections: Sequence[Detection], released: bool = False) -> list[Detection]:
     """The detections of the object `name`, best first; ties keep their order."""
     if name not in prompt.nouns:
-        raise ValueError(
-            f"{name!r} of prompt {prompt.text!r} is not among its nouns {list(prompt.nouns)}: add it there"
-        )
+        raise ValueError(f"{name!r} of prompt {prompt.text!r} is not among its nouns {prompt.nouns}: add it there")
     labels = [_first_and_last(noun) if released else noun for noun in prompt.nouns]
     found = [detection for detection in detections if labels[detection.noun_index] == name]
     return sorted(found, key=lambda detection: -detection.score)
@@ -223,9 +198,6 @@ def _boxes_of(name: str, prompt: Prompt, detections: Sequence[Detection], releas
 def _first_and_last(noun: str) -> str:
     words = noun.split()
     return f"{words[0]} {words[-1]}" if len(words) > 1 else noun
-
-
-# ----- caption
 
 
 def caption_of(nouns: Sequence[str]) -> str:
@@ -237,10 +209,8 @@ def spans(nouns: Sequence[str], released: bool = False) -> list[list[tuple[int, 
     found, start = [], 0
     for noun in nouns:
         end, words = start + len(noun), noun.split()
-        if released and len(words) > 1:
-            found.append([(start, start + len(words[0])), (end - len(words[-1]), end)])
-        else:
-            found.append([(start, end)])
+        two = released and len(words) > 1
+        found.append([(start, start + len(words[0])), (end - len(words[-1]), end)] if two else [(start, end)])
         start = end + len(" . ")
     return found
 
@@ -250,9 +220,6 @@ class Caption(NamedTuple):
 
     ids: list[int]
     tokens: list[list[int]]
-
-
-# ----- model
 
 
 class GroundingDino(Reward):
@@ -292,10 +259,8 @@ class GroundingDino(Reward):
         _check_prompts(prompts)
         folder = resolve(path, ("config.json", WEIGHTS, "tokenizer_config.json"))
         self.model = load(GroundingDinoForObjectDetection, folder, self.device)
-        self.tokenizer, self.image_processor = (
-            read(AutoTokenizer, folder),
-            read(GroundingDinoImageProcessorPil, folder),
-        )
+        self.tokenizer = read(AutoTokenizer, folder)
+        self.image_processor = read(GroundingDinoImageProcessorPil, folder)
         _check(self.tokenizer, folder)
         config = self.model.config
         self.max_tokens = min(config.max_text_len, config.text_config.max_position_embeddings)
@@ -304,10 +269,6 @@ class GroundingDino(Reward):
         """One score in [0, 1] per sample, None where the model's outputs are not finite.
 
         Each distinct picture (the same PIL object) is looked at once per distinct nouns, in batches.
-
-        Raises:
-            ValueError: a sample without pictures, or with one that failed; the caller leaves such samples out. Or a
-                prompt whose objects are not among its nouns, or with an unknown locality.
         """
         check_pictures(samples, self.name)
         rows = {
@@ -320,12 +281,13 @@ class GroundingDino(Reward):
         return [self._score(sample, found) for sample in samples]
 
     def _score(self, sample: Sample, found: dict) -> float | None:
-        prompt, scores = sample.prompt, []
-        for image in sample.images:
-            detections = found[id(image), prompt.nouns] if prompt.nouns else []
-            if detections is None:
-                return None
-            scores.append(picture_score(prompt, detections, image.size, self.released))
+        prompt, images = sample.prompt, sample.images
+        seen = [found[id(image), prompt.nouns] if prompt.nouns else [] for image in images]
+        if None in seen:
+            return None
+        scores = [
+            picture_score(prompt, one, image.size, self.released) for one, image in zip(seen, images, strict=True)
+        ]
         return sum(scores) / len(scores)
 
     @torch.inference_mode()
@@ -334,7 +296,7 @@ class GroundingDino(Reward):
 
         Only pictures of one size share a batch: padded ones would depend on their neighbours through the backbone.
         """
-        captions = {nouns: self.read(nouns) for nouns in dict.fromkeys(nouns for _, nouns in rows)}
+        captions = {nouns: self.tokenize(nouns) for nouns in dict.fromkeys(nouns for _, nouns in rows)}
         found: dict[int, list[Detection] | None] = {}
         order = sorted(range(len(rows)), key=lambda row: rows[row][0].size)
         for _, same_size in groupby(order, key=lambda row: rows[row][0].size):
@@ -343,32 +305,23 @@ class GroundingDino(Reward):
                 found.update(zip(some, detections, strict=True))
         return [found[row] for row in range(len(rows))]
 
-    def read(self, nouns: Sequence[str]) -> Caption:
+    def tokenize(self, nouns: Sequence[str]) -> Caption:
         """The caption of `nouns` in tokens; a noun that does not fit into the model's text length has none."""
         nouns = [well_formed(noun) for noun in nouns]
         encoded = self.tokenizer(
-            caption_of(nouns),
-            return_offsets_mapping=True,
-            split_special_tokens=True,
-            truncation=False,
-            verbose=False,
+            caption_of(nouns), return_offsets_mapping=True, split_special_tokens=True, truncation=False, verbose=False
         )
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-        tokens = [_tokens_of(noun_spans, offsets) for noun_spans in spans(nouns, self.released)]
+        tokens = [  # a token that the tokenizer adds has no characters
+            [token for token, (start, end) in enumerate(offsets) if any(max(start, a) < min(end, b) for a, b in parts)]
+            for parts in spans(nouns, self.released)
+        ]
         if len(ids) <= self.max_tokens:
             return Caption(ids, tokens)
         last = self.max_tokens - 1  # where the closing token now stands
-        cut = [any(token >= last for token in noun_tokens) for noun_tokens in tokens]
-        if any(cut):
-            log.warning(
-                "gdino reads %d of %d tokens of %.60r: %d of its %d nouns are cut and count as not found",
-                self.max_tokens,
-                len(ids),
-                caption_of(nouns),
-                sum(cut),
-                len(nouns),
-            )
-        fitting = [[] if gone else noun_tokens for gone, noun_tokens in zip(cut, tokens, strict=True)]
+        fitting = [of_noun if max(of_noun, default=0) < last else [] for of_noun in tokens]
+        if fitting != tokens:
+            log.warning("gdino: nouns beyond %d tokens of %.60r count as not found", last, caption_of(nouns))
         return Caption([*ids[:last], self.tokenizer.sep_token_id], fitting)
 
     def _forward(self, images: Sequence[Image.Image], captions: Sequence[Caption]) -> list[list[Detection] | None]:
@@ -383,47 +336,31 @@ class GroundingDino(Reward):
                 attention_mask=mask.to(self.device),
             )
         probabilities, boxes = outputs.logits.float().sigmoid().cpu(), outputs.pred_boxes.float().cpu()
-        return [
-            self._detections(probabilities[row], boxes[row], caption.tokens) for row, caption in enumerate(captions)
-        ]
+        rows = zip(probabilities, boxes, captions, strict=True)
+        return [self._detections(scores, of_queries, caption.tokens) for scores, of_queries, caption in rows]
 
     def _detections(
         self, probabilities: torch.Tensor, boxes: torch.Tensor, tokens: Sequence[Sequence[int]]
     ) -> list[Detection] | None:
         """The detections of one picture from (queries, text) probabilities and (queries, 4) boxes."""
         found = []
-        for index, noun_tokens in enumerate(tokens):
-            if not noun_tokens:
-                continue
-            scores = probabilities[:, noun_tokens].mean(dim=1)
-            if not (scores.isfinite().all() and boxes.isfinite().all()):
-                return None
-            kept = scores > self.box_threshold
-            found += [
-                Detection(index, score, tuple(box))
-                for score, box in zip(scores[kept].tolist(), boxes[kept].tolist(), strict=True)
-            ]
+        for index, of_noun in enumerate(tokens):
+            if of_noun:
+                scores = probabilities[:, of_noun].mean(dim=1)
+                if not (scores.isfinite().all() and boxes.isfinite().all()):
+                    return None
+                kept = scores > self.box_threshold
+                rows = zip(scores[kept].tolist(), boxes[kept].tolist(), strict=True)
+                found += [Detection(index, score, tuple(box)) for score, box in rows]
         return found
-
-
-def _tokens_of(noun_spans: Sequence[tuple[int, int]], offsets: Sequence[tuple[int, int]]) -> list[int]:
-    """Positions of the tokens with a character inside one of the spans; a token added by the tokenizer has none."""
-    return [
-        token
-        for token, (start, end) in enumerate(offsets)
-        if any(max(start, first) < min(end, last) for first, last in noun_spans)
-    ]
 
 
 def _check_prompts(prompts: Sequence[Prompt]) -> None:
     for prompt in prompts:
         if prompt.task == "position" and prompt.spatial and prompt.spatial[1] not in RELATIONS:
-            raise UserError(
-                f"reward 'gdino' knows no locality {prompt.spatial[1]!r} (prompt {prompt.text!r}): correct it to "
-                f"one of {', '.join(_DIRECTIONS)}"
-            )
-    mute = sum(not prompt.nouns for prompt in prompts)
-    if mute:
+            known = ", ".join(_DIRECTIONS)
+            raise UserError(f"gdino knows no locality {prompt.spatial[1]!r} (prompt {prompt.text!r}), only {known}")
+    if mute := sum(not prompt.nouns for prompt in prompts):
         log.warning("gdino cannot judge %d of %d prompts: they name no object and score 1.0", mute, len(prompts))
 
 
@@ -432,8 +369,6 @@ def _check(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     with safe_open(folder / WEIGHTS, "pt") as file:
         if BOX_HEAD not in file.keys():
             raise UserError(f"{folder} lacks {BOX_HEAD}: fetch it again, or name another folder")
-    if not tokenizer.is_fast:
-        raise UserError(f"the tokenizer of {folder} has no offsets: save its fast form there (tokenizer.json)")
     ids = [tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.convert_tokens_to_ids(".")]
     if ids != SPECIAL_TOKENS[:3]:
         raise UserError(

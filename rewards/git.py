@@ -28,17 +28,8 @@ from transformers import AutoImageProcessor, AutoTokenizer, DynamicCache, GitFor
 
 from errors import UserError
 from interfaces import Prompt, Reward, Sample
-from models.frozen import (
-    arithmetic,
-    autocast,
-    batches,
-    check_pictures,
-    distinct_pictures,
-    known_token,
-    load,
-    read,
-)  # fmt: skip
-from models.hub import resolve
+from models.frozen import arithmetic, autocast, batches, check_pictures, distinct_pictures, known_token, load
+from models.hub import read, resolve
 from models.weights import locked
 from prompting import well_formed
 
@@ -96,9 +87,6 @@ class GIT(Reward):
         """One score in [0, 1] per sample, None where it is not finite.
 
         Each distinct picture (the same PIL object) is encoded once, and asked each distinct question once.
-
-        Raises:
-            ValueError: a sample without pictures, or with one that failed; the caller leaves such samples out.
         """
         check_pictures(samples, self.name)
         asked = {}  # id of a picture -> its questions, each once

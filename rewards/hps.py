@@ -77,9 +77,6 @@ class HPS(Reward):
         """One score in [-1, 1] per sample, None where it is not finite.
 
         Each distinct prompt and each distinct picture (the same PIL object) is encoded once, in batches.
-
-        Raises:
-            ValueError: a sample without pictures, or with one that failed; the caller leaves such samples out.
         """
         check_pictures(samples, self.name)
         scores = mean_cosines(samples, self.encode_texts, self.encode_images)

@@ -35,8 +35,8 @@ from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisio
 
 from errors import UserError, one_line
 from interfaces import Reward, Sample
-from models.frozen import arithmetic, autocast, batches, check_pictures, distinct_pictures, freeze, read
-from models.hub import resolve
+from models.frozen import arithmetic, autocast, batches, check_pictures, distinct_pictures, freeze
+from models.hub import read, resolve
 from models.weights import locked, read_weights
 from prompting import well_formed
 
@@ -155,9 +155,6 @@ class ImageReward(Reward):
 
         Each distinct picture (the same PIL object) goes through the ViT once, and each distinct pair of a picture and
         a prompt through the BERT once, in batches.
-
-        Raises:
-            ValueError: a sample without pictures, or with one that failed; the caller leaves such samples out.
         """
         check_pictures(samples, self.name)
         texts = {id(image): {} for image in distinct_pictures(samples)}  # id of a picture -> its prompts, each once

@@ -29,8 +29,8 @@ from transformers import AutoTokenizer, LlavaOnevisionForConditionalGeneration, 
 
 from errors import UserError, one_line
 from interfaces import Reward, Sample
-from models.frozen import arithmetic, batches, check_pictures, distinct_pictures, known_token, load, read
-from models.hub import resolve
+from models.frozen import arithmetic, batches, check_pictures, distinct_pictures, known_token, load
+from models.hub import read, resolve
 from models.weights import locked
 from prompting import MAX_PROMPT_CHARS, well_formed
 
@@ -99,9 +99,6 @@ class ORM(Reward):
         """One score in [0, 1] per sample, None where it is not finite.
 
         Each distinct picture (the same PIL object) is encoded once, and judged once for each distinct prompt.
-
-        Raises:
-            ValueError: a sample without pictures, or with one that failed; the caller leaves such samples out.
         """
         check_pictures(samples, self.name)
         pictures = self._look(distinct_pictures(samples))

@@ -22,8 +22,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from errors import UserError
 from interfaces import Reward, Sample
-from models.frozen import arithmetic, autocast, batches, check_pictures, load, mean_cosines, read
-from models.hub import resolve
+from models.frozen import arithmetic, autocast, batches, check_pictures, load, mean_cosines
+from models.hub import read, resolve
 from models.weights import locked
 from prompting import well_formed
 
@@ -73,9 +73,6 @@ class PickScore(Reward):
         """One score in `range` per sample, None where it is not finite.
 
         Each distinct prompt and each distinct picture (the same PIL object) is encoded once, in batches.
-
-        Raises:
-            ValueError: a sample without pictures, or with one that failed; the caller leaves such samples out.
         """
         check_pictures(samples, self.name)
         scores = [self.scale * cosine for cosine in mean_cosines(samples, self.encode_texts, self.encode_images)]

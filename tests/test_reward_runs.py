@@ -21,8 +21,8 @@ from errors import UserError
 from interfaces import Prompt, Reward, Sample
 from miniature.fit import WEIGHTS
 from miniature.judge_server import JudgeServer
-from models.frozen import describe, offloaded
 from rewards import REWARDS, RewardContext, RewardOptions, build, check
+from rewards.offload import describe, offloaded
 from rewards.orm import ORM
 from tests.processes import ENVIRONMENT, ZERO_2, launch
 
