@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import re
 import time
 import warnings
 from collections import Counter
@@ -23,14 +22,14 @@ import httpx
 import numpy as np
 import torch
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline
-from huggingface_hub import HfApi, try_to_load_from_cache
 from PIL import Image
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from errors import UserError
 from interfaces import OnImage
+from models.frozen import without_zero3_init
+from models.hub import resolve
 from models.weights import check_folder, locked
-from models.whole import without_zero3_init
 from rendering import notify_rows
 from rendering.levers import TRIAL_MEMORY_SHARE, Levers, apply, on_device, text_encoders
 from run.signals import leaving
@@ -431,7 +430,7 @@ def _longest_tokenizer(pipe: DiffusionPipeline) -> PreTrainedTokenizerBase:
 def _load(path: str, dtype: torch.dtype) -> DiffusionPipeline:
     try:
         folder = _folder(path)
-        for part in (folder, *(part for part in folder.iterdir() if part.is_dir())):
+        for part in (part for part in folder.iterdir() if part.is_dir()):
             check_folder(part)
         with without_zero3_init():
             pipe = AutoPipelineForText2Image.from_pretrained(
@@ -451,23 +450,12 @@ def _load(path: str, dtype: torch.dtype) -> DiffusionPipeline:
 
 
 def _folder(path: str) -> Path:
-    """Where the pipeline lies on this disk; what is missing of it is downloaded if the Hub can be reached.
+    """Where the pipeline lies on this disk; what is missing of it is downloaded if the hub can be reached."""
 
-    One request tells whether it can, instead of the loader's five retries per file (23 s).
-    """
-    if Path(path).is_dir():
-        return Path(path)
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path):
-        raise UserError(f"no such folder: {path}. Give a folder with a model_index.json or a Hub name org/name")
-    revision = locked(path).revision
-    try:
-        HfApi().model_info(path, revision=revision, timeout=10)
-    except (OSError, httpx.HTTPError) as error:
-        cached = try_to_load_from_cache(path, "model_index.json", revision=revision)
-        if isinstance(cached, str):
-            return Path(cached).parent
-        raise UserError(_missing(path, f"is not here, and the Hub gave: {_first_line(error)}")) from error
-    return Path(DiffusionPipeline.download(path, revision=revision, use_safetensors=True))
+    def download(repo: str, revision: str | None) -> str:
+        return DiffusionPipeline.download(repo, revision=revision, use_safetensors=True)
+
+    return resolve(path, ("model_index.json",), download=download)
 
 
 def _missing(path: str, problem: str) -> str:

@@ -35,7 +35,7 @@ from huggingface_hub.utils import WeakFileLock, build_hf_headers, filter_repo_ob
 
 from errors import UserError
 from models import weights
-from models.policy import READ, base_of, is_adapter
+from models.hub import READ, base_of, is_adapter
 from models.weights import Checkpoint
 from r1_prompter import Options, parse_options
 from rewards import CHECKPOINTS, check

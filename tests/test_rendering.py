@@ -635,7 +635,7 @@ def test_flux_without_a_hub_says_size_licence_and_command_after_one_request(sett
 def test_an_unknown_repository_gets_the_command_without_a_size(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="Fetch it with: hf download someone/some-model$"):
+    with pytest.raises(UserError, match="`hf download someone/some-model`"):
         renderer("someone/some-model")
 
 
