@@ -24,14 +24,17 @@ import asyncio
 import fcntl
 import hashlib
 import json
+import random
+import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from openai.types.chat import ChatCompletion
 from tqdm import tqdm
 
 from clients.chat import ChatClient
@@ -41,19 +44,33 @@ from data.prompts import load_prompts
 from errors import Stopped, UserError, one_line
 from interfaces import Prompt
 from models.policy import pick_device
-from prompting import SYSTEM_PROMPT, completion
+from prompting import SYSTEM_PROMPT, completion, messages
+from prompting import parse as parse_answer
 from rendering import RenderOptions
 from rewards import REWARDS, RewardContext, RewardOptions, build, check
 from run.folder import atomic_write, complete_lines, differences
 from run.options import may_differ, option, parse, run_main
 from scoring.judge import Scorer
-from scripts.teacher import FOR_A_TEACHER, Draft, Teacher, chat_teacher, miniature_teacher
 
-INTENT = "intent lost"
+# Added to what the policy itself is told.
+FOR_A_TEACHER = (
+    " Your answer is an example from which a small model will learn. Think in two to six short lines. In the final "
+    "prompt name every thing of the request with its own words, its number, its attributes beside it and its place in "
+    "the picture; where the request says how things stand to each other, say so again. "
+    "Begin with <think> and end with </answer>."
+)
+REFUSED, TRUNCATED, MALFORMED = "refused", "truncated", "malformed"
+INTENT, FOREIGN = "intent lost", "not of the miniature world"
+_REFUSAL = re.compile(
+    r"\W*(?:(?:i['’]?m |i am )?(?:(?:very|so|really|truly) )?sorry|i apologi[sz]e|my apologies|unfortunately,? i"
+    r"|as an ai|i (?:cannot|can['’]t|(?:can|could|will|do|am) not|(?:could|do)n['’]t|won['’]t)"
+    r"|(?:i['’]m|i am) (?:not|unable))\b",
+    re.IGNORECASE,
+)
 ATTEMPTS = 6  # at one call of the teacher's API
-CHUNK = 32  # prompts that are asked and then scored together
-PATIENCE = 3  # chunks in a row without any score before scoring stops
-COUNTS = ("attempts", "max_new_tokens", "best_of", "images_per_rewrite")  # options that are 1 or more
+PATIENCE = 20  # prompts in a row without any score before the run stops
+
+Teacher = Callable[[Prompt, int], Awaitable[dict]]  # prompt, sampling seed -> an answer as `read` returns it
 
 
 @dataclass
@@ -90,19 +107,79 @@ class Options:
 # --- asking ---------------------------------------------------------------------------------------
 
 
-def sampling_seed(seed: int, prompt: Prompt, slot: int, attempt: int) -> int:
-    """Of one attempt at one answer, in [0, 2**31): no two attempts at a prompt share theirs but by chance."""
-    return int(hashlib.sha256(f"{seed}/{prompt.id}/{slot}/{attempt}".encode()).hexdigest()[:8], 16) >> 1
+@asynccontextmanager
+async def chat_teacher(client: ChatClient, **sampling: float) -> AsyncIterator[Teacher]:
+    """The teacher behind a chat API. A call may raise CallFailed, and ends the run where the API is of no use."""
+    async with client.connect() as complete:
+
+        async def draft(prompt: Prompt, seed: int) -> dict:
+            system, user = messages(prompt.text)
+            asked = [{**system, "content": system["content"] + FOR_A_TEACHER}, user]
+            try:
+                return read(await complete(asked, seed=seed, **sampling))
+            except CallFailed as error:
+                if error.code == "content_filter":
+                    return {"drop": REFUSED, "tokens": None}
+                if error.status in (401, 403, 404):
+                    raise client.unusable(error) from error
+                if client.circuit.is_open:
+                    raise Stopped(
+                        f"{client.url} does not answer ({error}): run the same command again later"
+                    ) from error
+                raise
+
+        yield draft
 
 
-def open_teacher(options: Options) -> Callable[[], AbstractAsyncContextManager[Teacher]]:
-    """What opens the teacher that the options name, as often as needed.
+def read(reply: ChatCompletion) -> dict:
+    """The answer in a chat completion, or why it is of no use ("drop").
 
-    Raises:
-        UserError: a URL that cannot work.
+    Returns:
+        {"drop": "", "reasoning", "rewrite", "tokens"} or {"drop", "text", "tokens"}; tokens are (read, written) as the
+        API counts them, None if it does not say.
     """
+    choice, usage = reply.choices[0], reply.usage
+    counts = (usage.prompt_tokens, usage.completion_tokens) if usage else (None,)
+    tokens, text = None if None in counts else counts, choice.message.content or ""
+    # A model that always thinks may put a think block of its own before the one that it was asked for.
+    answer = parse_answer(text) or parse_answer(text.partition("</think>")[2])
+    said = answer.rewrite if answer else text
+    if choice.message.refusal or choice.finish_reason == "content_filter" or _REFUSAL.match(said):
+        return {"drop": REFUSED, "text": (choice.message.refusal or text)[:200], "tokens": tokens}
+    if choice.finish_reason == "length" or not answer:
+        why = TRUNCATED if choice.finish_reason == "length" else MALFORMED
+        return {"drop": why, "text": text[:200], "tokens": tokens}
+    return {"drop": "", **vars(answer), "tokens": tokens}
+
+
+@asynccontextmanager
+async def miniature_teacher(skill: float) -> AsyncIterator[Teacher]:
+    """The miniature's own writer, right in content `skill` of the time; an answer is a function of prompt and seed."""
+    from miniature import world
+
+    looks = {f"{color} {shape}" for color in world.COLORS for shape in world.SHAPES}
+
+    def can_be_drawn(prompt: Prompt) -> bool:
+        number = sum(number for _, number in prompt.counts) or len(prompt.nouns)
+        known = {*prompt.nouns} <= {*world.SHAPES} and {*prompt.attr_nouns} <= looks
+        return (
+            0 < number <= world.MAX_THINGS and known and (not prompt.spatial or prompt.spatial[1] in world.RELATIONS)
+        )
+
+    async def draft(prompt: Prompt, seed: int) -> dict:
+        await asyncio.sleep(0)  # so that Ctrl-C is heard
+        if not can_be_drawn(prompt):
+            return {"drop": FOREIGN, "tokens": None}
+        reasoning, rewrite = world.lesson(prompt, random.Random(seed), skill)
+        return {"drop": "", "reasoning": reasoning, "rewrite": rewrite, "tokens": None}
+
+    yield draft
+
+
+def open_teacher(options: Options) -> AbstractAsyncContextManager[Teacher]:
+    """The teacher that the options name; a URL that cannot work is a UserError at once."""
     if options.teacher == "miniature":
-        return lambda: miniature_teacher(options.skill)
+        return miniature_teacher(options.skill)
     client = ChatClient(
         "teacher",
         options.teacher_url,
@@ -111,51 +188,29 @@ def open_teacher(options: Options) -> Callable[[], AbstractAsyncContextManager[T
         call_timeout=options.teacher_timeout,
         attempts=ATTEMPTS,
     )
-    return lambda: chat_teacher(client, temperature=options.temperature, max_tokens=options.max_new_tokens)
+    return chat_teacher(client, temperature=options.temperature, max_tokens=options.max_new_tokens)
 
 
-async def ask_all(
-    options: Options,
-    teacher: AbstractAsyncContextManager[Teacher],
-    prompts: Sequence[Prompt],
-    on_answers: Callable[[Prompt, list[dict]], None],
-) -> Counter[str]:
-    """Ask for all answers to each prompt, and call `on_answers` with them; returns how often each failure came.
+def sampling_seed(seed: int, prompt: Prompt, slot: int, attempt: int) -> int:
+    """Of one attempt at one answer, in [0, 2**31): no two attempts at a prompt share theirs but by chance."""
+    return int(hashlib.sha256(f"{seed}/{prompt.id}/{slot}/{attempt}".encode()).hexdigest()[:8], 16) >> 1
 
-    An answer is {"slot", "attempt", "drop", "tokens", ...}; a prompt that the API failed has none.
-    """
-    failures: Counter[str] = Counter()
 
-    async def ask(draft: Teacher, prompt: Prompt, slot: int) -> list[dict]:
-        """Ask until an answer can be kept or all attempts are spent."""
-        answers = []
-        for attempt in range(options.attempts):
-            answer = _read(options, prompt, await draft(prompt, sampling_seed(options.seed, prompt, slot, attempt)))
+async def ask(options: Options, teacher: Teacher, prompt: Prompt) -> list[dict]:
+    """All answers to a prompt: for each of `--best_of` slots, attempts until one can be kept or all are spent."""
+
+    async def fill(slot: int) -> list[dict]:
+        answers: list[dict] = []
+        while len(answers) < options.attempts and (not answers or answers[-1]["drop"]):
+            attempt = len(answers)
+            answer = await teacher(prompt, sampling_seed(options.seed, prompt, slot, attempt))
+            if not answer["drop"] and (gone := lost(prompt, answer["rewrite"])):
+                answer |= {"drop": INTENT if options.intent else "", "lost": gone}
             answers.append({"slot": slot, "attempt": attempt, **answer})
-            if not answer["drop"]:
-                break
         return answers
 
-    async def work(draft: Teacher, prompt: Prompt) -> None:
-        try:
-            slots = await asyncio.gather(*(ask(draft, prompt, slot) for slot in range(options.best_of)))
-            on_answers(prompt, [answer for answers in slots for answer in answers])
-        except CallFailed as error:
-            failures[str(error)] += 1
-        bar.update()
-
-    with tqdm(total=len(prompts), desc="asking", unit="prompt") as bar:
-        async with teacher as draft:
-            await asyncio.gather(*(work(draft, prompt) for prompt in prompts))
-    return failures
-
-
-def _read(options: Options, prompt: Prompt, draft: Draft) -> dict:
-    if draft.answer is None:
-        return {"drop": draft.drop, "text": draft.text, "tokens": draft.tokens}
-    gone = lost(prompt, draft.answer.rewrite)
-    answer = {"drop": INTENT if gone and options.intent else "", "tokens": draft.tokens, **vars(draft.answer)}
-    return {**answer, "lost": gone} if gone else answer
+    slots = await asyncio.gather(*map(fill, range(options.best_of)))
+    return [answer for answers in slots for answer in answers]
 
 
 # --- scoring --------------------------------------------------------------------------------------
@@ -181,12 +236,10 @@ def load_scorer(options: Options, render: RenderOptions, reward: RewardOptions, 
     )
 
 
-def score(scorer: Scorer, asked: Sequence[tuple[Prompt, list[dict]]]) -> list[list[dict[str, float | None]]]:
-    """For each prompt the scores of each answer that was kept, by reward."""
-    kept = [(prompt, answer) for prompt, answers in asked for answer in answers if not answer["drop"]]
-    texts = [completion(answer["reasoning"], answer["rewrite"]) for _, answer in kept]
-    scored = iter(scorer.score(texts, [prompt.id for prompt, _ in kept], step=0) if kept else [])
-    return [[next(scored).parts for answer in answers if not answer["drop"]] for _, answers in asked]
+def score(scorer: Scorer, prompt: Prompt, answers: Sequence[dict]) -> list[dict[str, float | None]]:
+    """The scores of each answer to a prompt that was kept, by reward."""
+    texts = [completion(answer["reasoning"], answer["rewrite"]) for answer in answers if not answer["drop"]]
+    return [scored.parts for scored in scorer.score(texts, [prompt.id] * len(texts), step=0)] if texts else []
 
 
 def total_of(weights: Sequence[float], parts: dict[str, float | None]) -> float | None:
@@ -199,14 +252,14 @@ def total_of(weights: Sequence[float], parts: dict[str, float | None]) -> float 
 # --- what comes of it -----------------------------------------------------------------------------
 
 
-def row_of(options: Options, prompt: Prompt, answers: list[dict], parts: list[dict]) -> dict | None:
+def row_of(options: Options, prompt: Prompt, answers: list[dict], parts: Sequence[dict]) -> dict | None:
     """The row of a prompt: its example, or why it has none ("why"). None where no answer got a score.
 
     Args:
         options: of the run.
         prompt: the user's.
         answers: all that the teacher gave.
-        parts: scores of the answers that were kept, [] without rewards.
+        parts: scores of the answers that were kept; none without rewards.
     """
     kept = [answer for answer in answers if not answer["drop"]]
     tokens = [answer["tokens"] for answer in answers if answer["tokens"]]
@@ -258,9 +311,10 @@ class Output:
             self.rows = {row["id"]: row for row in map(json.loads, lines)}
             if self.rows and (changed := differences(json.loads(self._record.read()), settings)):
                 raise UserError(f"--out {out} was begun with other settings ({changed}): use those, or name another")
-            self._record.truncate(0)
-            self._record.write(json.dumps(settings))
-            self._record.flush()
+            if not self.rows:
+                self._record.truncate(0)
+                self._record.write(json.dumps(settings))
+                self._record.flush()
         except BlockingIOError as error:
             raise UserError(f"--out {out} is in use by another run: wait for it, or name another") from error
         except OSError as error:
@@ -311,6 +365,47 @@ def _listed(counts: Counter[str]) -> str:
 # --- the command ----------------------------------------------------------------------------------
 
 
+async def make(
+    options: Options,
+    teacher: AbstractAsyncContextManager[Teacher],
+    scorer: Scorer | None,
+    prompts: Sequence[Prompt],
+    output: Output,
+) -> Counter[str]:
+    """Add the row of each prompt to `output`; returns how often each failure of the API left a prompt undone.
+
+    A prompt is scored in another thread while others are asked; at most `--teacher_concurrency` are under way.
+
+    Raises:
+        Stopped: PATIENCE prompts in a row had answers and no score.
+    """
+    failures: Counter[str] = Counter()
+    room, scoring, unscored = asyncio.Semaphore(options.teacher_concurrency), asyncio.Lock(), 0
+
+    async def work(draft: Teacher, prompt: Prompt) -> None:
+        nonlocal unscored
+        async with room:
+            try:
+                answers = await ask(options, draft, prompt)
+            except CallFailed as error:
+                failures[str(error)] += 1
+                return
+            async with scoring:
+                parts = await asyncio.to_thread(score, scorer, prompt, answers) if scorer else []
+        row = row_of(options, prompt, answers, parts)
+        unscored = unscored + 1 if row is None else 0
+        if row is not None:
+            output.add(row)
+        elif unscored == PATIENCE:
+            raise Stopped("no score at all: pictures fail or a reward returns nothing, see the log above")
+        bar.update()
+
+    with tqdm(total=len(prompts), unit="prompt", disable=not prompts) as bar:
+        async with teacher as draft:
+            await asyncio.gather(*(work(draft, prompt) for prompt in prompts))
+    return failures
+
+
 def run(options: Options, render: RenderOptions, reward: RewardOptions) -> int:
     """The exit code; see the head of this file."""
     check(options.rewards, reward)
@@ -318,12 +413,8 @@ def run(options: Options, render: RenderOptions, reward: RewardOptions) -> int:
     teacher = open_teacher(options)
     output = Output(Path(options.out), _settings(options, render, reward, prompts))
     todo = [prompt for prompt in prompts if prompt.id not in output.rows]
-    if options.rewards and todo:
-        failures = _ask_and_score(options, teacher, load_scorer(options, render, reward, prompts), todo, output)
-    else:
-        failures = asyncio.run(
-            ask_all(options, teacher(), todo, lambda prompt, all: output.add(row_of(options, prompt, all, [])))
-        )
+    scorer = load_scorer(options, render, reward, prompts) if options.rewards and todo else None
+    failures = asyncio.run(make(options, teacher, scorer, todo, output))
     output.sort(prompts)
     print(report(options, len(prompts), list(output.rows.values())))
     for failure, count in failures.most_common(3):
@@ -333,38 +424,6 @@ def run(options: Options, render: RenderOptions, reward: RewardOptions) -> int:
     if all("why" in row for row in output.rows.values()):
         raise Stopped(f"no example was kept, {output.dropped} says why")
     return 0
-
-
-def _ask_and_score(
-    options: Options,
-    teacher: Callable[[], AbstractAsyncContextManager[Teacher]],
-    scorer: Scorer,
-    prompts: Sequence[Prompt],
-    output: Output,
-) -> Counter[str]:
-    """Fill `output` chunk by chunk; returns how often each failure of the API came.
-
-    Raises:
-        Stopped: PATIENCE chunks in a row without a single score.
-    """
-    failures: Counter[str] = Counter()
-    without = 0
-    for start in range(0, len(prompts), CHUNK):
-        asked: list[tuple[Prompt, list[dict]]] = []
-        chunk = prompts[start : start + CHUNK]
-        failures += asyncio.run(ask_all(options, teacher(), chunk, lambda *one, asked=asked: asked.append(one)))
-        parts = score(scorer, asked)
-        rows = [row_of(options, *one, each) for one, each in zip(asked, parts, strict=True)]
-        for row in filter(None, rows):
-            output.add(row)
-        without = without + 1 if any(parts) and not any(map(_has_score, rows)) else 0
-        if without == PATIENCE:
-            raise Stopped("no score at all: pictures fail or a reward returns nothing, see the log; repair the cause")
-    return failures
-
-
-def _has_score(row: dict | None) -> bool:
-    return row is not None and "score" in row
 
 
 def _settings(options: Options, render: RenderOptions, reward: RewardOptions, prompts: Sequence[Prompt]) -> dict:
@@ -392,9 +451,6 @@ def parse_options(argv: Sequence[str]) -> tuple[Options, RenderOptions, RewardOp
         raise UserError(
             f"--reward_weights {options.reward_weights} for --rewards {options.rewards}: give one for each"
         )
-    for name in COUNTS:
-        if (given := vars(options)[name]) < 1:
-            raise UserError(f"--{name} is {given}: give 1 or more")
     options.reward_weights = options.reward_weights or [1.0] * len(options.rewards)
     return options, render, reward
 
