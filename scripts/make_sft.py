@@ -48,7 +48,7 @@ from prompting import SYSTEM_PROMPT, completion, messages
 from prompting import parse as parse_answer
 from rendering import RenderOptions
 from rewards import REWARDS, RewardContext, RewardOptions, build, check
-from run.folder import atomic_write, complete_lines, differences
+from run.files import append_line, atomic_write, complete_lines, differences
 from run.options import may_differ, option, parse, run_main
 from scoring.judge import Scorer
 
@@ -325,8 +325,7 @@ class Output:
     def add(self, row: dict) -> None:
         """Append a row; raises Stopped where there is no room for it."""
         try:
-            with open(self.dropped if "why" in row else self.out, "ab") as file:
-                file.write(json.dumps(row).encode() + b"\n")
+            append_line(self.dropped if "why" in row else self.out, json.dumps(row) + "\n")
         except OSError as error:
             raise Stopped(f"{self.out} cannot be written ({one_line(error)}): make room and run again") from error
         self.rows[row["id"]] = row
