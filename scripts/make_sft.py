@@ -29,7 +29,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -322,10 +322,14 @@ class Output:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"--out {out} has rows that this program did not write: name another") from error
 
+    def close(self) -> None:
+        """Let other processes have the files."""
+        self._record.close()
+
     def add(self, row: dict) -> None:
         """Append a row; raises Stopped where there is no room for it."""
         try:
-            append_line(self.dropped if "why" in row else self.out, json.dumps(row) + "\n")
+            append_line(self.dropped if "why" in row else self.out, json.dumps(row))
         except OSError as error:
             raise Stopped(f"{self.out} cannot be written ({one_line(error)}): make room and run again") from error
         self.rows[row["id"]] = row
@@ -410,11 +414,11 @@ def run(options: Options, render: RenderOptions, reward: RewardOptions) -> int:
     check(options.rewards, reward)
     prompts = load_prompts(options.data)[: options.limit]
     teacher = open_teacher(options)
-    output = Output(Path(options.out), _settings(options, render, reward, prompts))
-    todo = [prompt for prompt in prompts if prompt.id not in output.rows]
-    scorer = load_scorer(options, render, reward, prompts) if options.rewards and todo else None
-    failures = asyncio.run(make(options, teacher, scorer, todo, output))
-    output.sort(prompts)
+    with closing(Output(Path(options.out), _settings(options, render, reward, prompts))) as output:
+        todo = [prompt for prompt in prompts if prompt.id not in output.rows]
+        scorer = load_scorer(options, render, reward, prompts) if options.rewards and todo else None
+        failures = asyncio.run(make(options, teacher, scorer, todo, output))
+        output.sort(prompts)
     print(report(options, len(prompts), list(output.rows.values())))
     for failure, count in failures.most_common(3):
         print(f"API failure, {count} times: {failure}", file=sys.stderr)
