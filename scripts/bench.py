@@ -39,7 +39,8 @@ from miniature import build as miniature
 from prompting import messages, parse
 from rewards import RewardContext, RewardOptions, build
 from run.seeds import render_seed
-from scoring.judge import Scorer
+from scoring.drawing import Drawer
+from scoring.rollouts import Scorer
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUPS = (4, 8, 16, 32)
@@ -102,7 +103,7 @@ def bench_cpu(groups: int, group: int, *, compare: bool = True) -> dict:
     paths = {f"{name}_path": str(ROOT / options[f"{name}_path"]) for name in LOCAL}
     rewards = build(options["rewards"], RewardOptions(**paths), RewardContext(renderer=renderer, prompts=prompts))
     by_id = {prompt.id: prompt for prompt in prompts}
-    scorer = Scorer(renderer, rewards, by_id, num_generations=group, enter=phases.enter)
+    scorer = Scorer(Drawer(renderer, group=group), rewards, by_id, enter=phases.enter)
 
     completions, generating = _sample(ROOT / options["gpt_path"], asked, options["max_completion_length"])
     ids = [prompt.id for prompt in asked]

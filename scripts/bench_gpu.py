@@ -28,7 +28,8 @@ from interfaces import Prompt
 from prompting import completion
 from rendering import RenderOptions
 from rendering.local import LocalRenderer
-from scoring.judge import Scorer
+from scoring.drawing import Drawer
+from scoring.rollouts import Scorer
 from scripts.bench import ROOT, plain_loop
 from scripts.bench_models import REWARDS, Flops, NoRoom, Scale, count_flops, flux, free, policy, reward
 
@@ -252,7 +253,7 @@ def _scoring(
     asked = [prompt for prompt in prompts for _ in range(scale.group)]
     written = [completion("What is asked for, plainly.", _rewrite(p.text, i)) for i, p in enumerate(asked)]
     peaks = Peaks(device)
-    scorer = Scorer(renderer, rewards, {p.id: p for p in prompts}, num_generations=scale.group, enter=peaks.enter)
+    scorer = Scorer(Drawer(renderer, group=scale.group), rewards, {p.id: p for p in prompts}, enter=peaks.enter)
     scorer.score(written[: scale.group], [p.id for p in asked[: scale.group]], 1)  # warms up, off the clock
     scorer.score(written, [p.id for p in asked], 2)
     peaks.enter("end", 2)

@@ -50,7 +50,8 @@ from rendering import RenderOptions
 from rewards import REWARDS, RewardContext, RewardOptions, build, check
 from run.files import append_line, atomic_write, complete_lines, differences
 from run.options import may_differ, option, parse, run_main
-from scoring.judge import Scorer
+from scoring.drawing import Drawer
+from scoring.rollouts import Scorer
 
 # Added to what the policy itself is told.
 FOR_A_TEACHER = (
@@ -224,16 +225,10 @@ def load_scorer(options: Options, render: RenderOptions, reward: RewardOptions, 
     except ValueError as error:  # a setting that this pipeline does not take
         raise UserError(f"renderer: {error}") from error
     context = RewardContext(reward.reward_device or device, renderer, prompts, options.seed)
-    # Groups differ in size here, and all answers can be read, so the size of a group does not matter. Pictures of one
-    # prompt start from the same noise all the same, which depends on seed, prompt and image index alone.
-    return Scorer(
-        renderer,
-        build(options.rewards, reward, context),
-        {prompt.id: prompt for prompt in prompts},
-        num_generations=1,
-        images_per_rewrite=options.images_per_rewrite,
-        run_seed=options.seed,
-    )
+    # Groups of 1, because all answers can be read. Pictures of one prompt start from the same noise all the same, which
+    # depends on seed, prompt and image index alone.
+    drawer = Drawer(renderer, group=1, images_per_rewrite=options.images_per_rewrite, run_seed=options.seed)
+    return Scorer(drawer, build(options.rewards, reward, context), {prompt.id: prompt for prompt in prompts})
 
 
 def score(scorer: Scorer, prompt: Prompt, answers: Sequence[dict]) -> list[dict[str, float | None]]:
