@@ -54,6 +54,7 @@ MAX_SLOT_CHARS = 16_000  # of what goes into a slot other than the prompt's
 LOSSLESS_PIXELS = 512 * 512  # up to here a picture is sent as PNG, above as JPEG
 TRIP, PAUSE = 8, 30.0  # failures in a row that open the circuit, at least; seconds until a probe
 LONGEST_WAIT = 60.0  # seconds of a Retry-After
+NO_VERDICT = ("failed", "unparsable")  # what may come of a question
 
 # "[INST]" and the like: bracketed capitals. Angle brackets, of any kind, need no pattern.
 _BRACKETED = re.compile(r"\[(/?[A-Z_]{2,})\]")
@@ -101,8 +102,13 @@ class ChatClient:
 
             async def complete(messages: Sequence[Mapping[str, Any]], **options: Any) -> ChatCompletion:
                 async def request() -> ChatCompletion:
-                    create = api.chat.completions.create(model=self.model, messages=messages, **options)
-                    return _checked(await _answer(create))
+                    reply = await _answer(api.chat.completions.create(model=self.model, messages=messages, **options))
+                    try:  # the SDK does not check what it was sent
+                        if isinstance(reply.choices[0].message, ChatCompletionMessage):
+                            return reply
+                    except (AttributeError, IndexError, TypeError):
+                        pass
+                    raise CallFailed(f"an answer that is no chat completion: {str(reply)[:80]!r}")
 
                 async with turns:
                     return await repeat(request, self.circuit, self.attempts, self.call_timeout)
@@ -115,27 +121,29 @@ class ChatClient:
         Raises:
             UserError: nobody answers, access is denied, it is no such API, or it lacks `model`.
         """
+
+        async def names() -> list[str]:
+            async with self._api() as api:
+                models = await repeat(lambda: _answer(api.models.list()), Circuit(TRIP, PAUSE), 1, CHECK_TIMEOUT)
+                return [model.id for model in models.data]
+
         try:
-            names = asyncio.run(self._model_names())
+            known = asyncio.run(names())
+        except (AttributeError, TypeError):  # the SDK does not check what it was sent
+            known = "no models"
         except CallFailed as error:
             raise self.unusable(error) from error
-        if self.model not in names:
-            raise UserError(f"{self.url} serves {names}, not {self.model!r}: correct --{self.whose}_model")
+        if self.model not in known:
+            raise UserError(
+                f"{self.url} serves {known}, not {self.model!r}: correct --{self.whose}_model, or --{self.whose}_url, "
+                "which must end in its /v1"
+            )
 
     def unusable(self, error: CallFailed) -> UserError:
         """What the user can do about an API that denies access or is not there."""
         key, start = f"set environment {self.whose.upper()}_API_KEY", f"start it, or correct --{self.whose}_url"
         hints = {401: key, 403: key, 404: f"does --{self.whose}_url end in /v1, and is {self.model!r} a model there?"}
         return UserError(f"{self.whose} at {self.url} cannot be asked ({error}): {hints.get(error.status, start)}")
-
-    async def _model_names(self) -> list[str]:
-        try:
-            async with self._api() as api, asyncio.timeout(CHECK_TIMEOUT):
-                return [model.id for model in (await _answer(api.models.list())).data]
-        except TimeoutError as error:
-            raise CallFailed(f"no answer within {CHECK_TIMEOUT:g} s") from error
-        except (AttributeError, TypeError) as error:  # the SDK does not check what it was sent
-            raise CallFailed("it is no OpenAI-compatible API", status=404) from error
 
     def _api(self) -> AsyncOpenAI:
         """The SDK without its own retries, redirects, and what the environment says about api.openai.com."""
@@ -164,16 +172,6 @@ async def _answer(request: Awaitable[Any]) -> Any:
         raise CallFailed(one_line(error), status=error.status_code, code=error.code or "", retry_after=wait) from error
     except ValueError as error:
         raise CallFailed(f"an answer that is no JSON ({one_line(error)})") from error
-
-
-def _checked(reply: Any) -> ChatCompletion:
-    """A reply of the SDK, which does not check what it was sent; raises CallFailed."""
-    try:
-        if isinstance(reply.choices[0].message, ChatCompletionMessage):
-            return reply
-    except (AttributeError, IndexError, TypeError):
-        pass
-    raise CallFailed(f"an answer that is no chat completion: {str(reply)[:80]!r}")
 
 
 # ----- what a judge is asked
@@ -328,8 +326,8 @@ class VLMClient(ChatClient):
     def _report(self, outcomes: Collection[_Outcome]) -> None:
         counts = Counter(outcome.kind for outcome in outcomes)
         asked = len(outcomes) - counts["cached"]
-        self.metrics = {kind: float(counts[kind]) for kind in ("cached", "failed", "unparsable")} | {"asked": asked}
-        for kind in ("failed", "unparsable"):
+        self.metrics = {"asked": float(asked), **{kind: float(counts[kind]) for kind in ("cached", *NO_VERDICT)}}
+        for kind in NO_VERDICT:
             if counts[kind]:
                 reason = next(outcome.reason for outcome in outcomes if outcome.kind == kind)
                 logger.warning("%d of %d judge calls %s, one: %s", counts[kind], asked, kind, reason)

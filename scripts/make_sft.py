@@ -225,7 +225,7 @@ def load_scorer(options: Options, render: RenderOptions, reward: RewardOptions, 
     except ValueError as error:  # a setting that this pipeline does not take
         raise UserError(f"renderer: {error}") from error
     context = RewardContext(reward.reward_device or device, renderer, prompts, options.seed)
-    # Groups of 1, because all answers can be read. Pictures of one prompt start from the same noise all the same, which
+    # Groups of 1, because all answers can be read. Pictures of one prompt start from the same noise all the same: it
     # depends on seed, prompt and image index alone.
     drawer = Drawer(renderer, group=1, images_per_rewrite=options.images_per_rewrite, run_seed=options.seed)
     return Scorer(drawer, build(options.rewards, reward, context), {prompt.id: prompt for prompt in prompts})
