@@ -1,4 +1,4 @@
-"""The two ways in which a program of this project ends early, and the one line in which an error is told."""
+"""The ways in which a program of this project ends early, and the one line in which an error is told."""
 
 
 class UserError(Exception):
@@ -7,6 +7,10 @@ class UserError(Exception):
 
 class Stopped(Exception):
     """A run cannot go on (disk, numbers, a dead judge); once that is mended, `--resume` continues it. Exit code 1."""
+
+
+class ScoringError(Stopped):
+    """Too many samples have no score, or the renderer or a reward broke its contract; what was learnt can be saved."""
 
 
 def one_line(error: BaseException, most: int = 200) -> str:

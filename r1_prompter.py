@@ -46,13 +46,12 @@ from rendering import AUTO, RenderOptions
 from rendering.levers import choose_batch_size
 from report.plots import progressing
 from rewards import REWARDS, RewardContext, RewardOptions, build, check
-from run.checkpoints import file_hash
-from run.epochs import EpochOrder
-from run.folder import RunFolder
+from run.files import file_hash
+from run.folder import Resume, RunFolder
 from run.heartbeat import Heartbeat
 from run.options import may_differ, option, parse, resume_option, run_main, set_renamed
-from run.progress import RunLog, run_to_end, start_run, warn_if_bf16_loses_updates
-from run.trainer import RunTrainer
+from run.progress import start_run
+from run.trainer import EpochOrder, RunTrainer, warn_if_bf16_loses_updates
 from scoring.cache import PictureCache
 from scoring.diagnostics import diagnose, mean_of_processes
 from scoring.judge import Scorer
@@ -340,10 +339,10 @@ def train(options: Options) -> None:
     folder = RunFolder(
         script.outdir, all_options(options), may_differ=may_differ(*vars(options).values()), resume=script.resume
     )
-    folder.check(numbers["optimizer_steps"])
+    resume = folder.plan(numbers["optimizer_steps"])
     tokenizer, renderer, rewards, held_out = load_frozen(options, list(prompts.values()))
-    numbers["render_batch_size"] = choose_run_batch_size(renderer, options.render.render_batch_size, folder)
-    start_run(folder, numbers, _announce(options, numbers, folder, [*rewards, *held_out]))
+    numbers["render_batch_size"] = choose_run_batch_size(renderer, options.render.render_batch_size, resume)
+    resume = start_run(folder, numbers, _announce(options, numbers, folder, [*rewards, *held_out]))
     heartbeat = Heartbeat(folder.path, training.process_index, script.phase_budget)
     scorer = make_scorer(options, prompts, renderer, rewards, held_out, heartbeat.enter)
     trainer = RewriteTrainer(
@@ -354,24 +353,25 @@ def train(options: Options) -> None:
         processing_class=tokenizer,
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
-        callbacks=[RunLog(folder, progress_metrics)],
         scorer=scorer,
         folder=folder,
+        resume=resume,
         heartbeat=heartbeat,
+        shown=progress_metrics,
         cycle=numbers["optimizer_steps_per_generation"],
         script=script,
     )
     record_base_model(trainer.model, script.gpt_path, model.model_revision)
-    run_to_end(trainer, folder)
+    trainer.run_to_end()
 
 
-def choose_run_batch_size(renderer: Renderer, asked: int | str, folder: RunFolder) -> int:
+def choose_run_batch_size(renderer: Renderer, asked: int | str, resume: Resume) -> int:
     """Pictures a call of this run: as asked for, or for auto what the run began with, or else what a trial finds now.
 
     Raises:
         UserError: auto, and no trial of this renderer can be made.
     """
-    before = folder.derived().get("render_batch_size") if asked == AUTO else None
+    before = resume.derived.get("render_batch_size") if asked == AUTO else None
     if before is not None:
         renderer.chunk_size = before
         return before

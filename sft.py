@@ -33,12 +33,12 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantiz
 from errors import UserError
 from models.policy import load_tokenizer, prepare_policy, record_base_model
 from prompting import completion, messages
-from run.checkpoints import file_hash
+from run.files import file_hash
 from run.folder import RunFolder
 from run.heartbeat import Heartbeat
 from run.options import may_differ, option, parse, resume_option, run_main, set_renamed
-from run.progress import RunLog, run_to_end, start_run, warn_if_bf16_loses_updates
-from run.trainer import RunTrainer
+from run.progress import start_run
+from run.trainer import RunTrainer, warn_if_bf16_loses_updates
 
 HERE = Path(__file__).resolve().parent
 RECIPE = HERE / "configs" / "cold_start.yaml"
@@ -188,8 +188,10 @@ def train(script: ScriptArguments, training: SFTConfig, model: ModelConfig) -> N
     if training.padding_free:
         training.max_length = None  # TRL's condition; what is too long has been left out
     numbers = _plan(training, len(train_rows), len(progress_metrics), too_long + too_long_to_watch)
-    folder.check(numbers["optimizer_steps"])
-    start_run(folder, numbers, [*_announce(numbers, train_rows, folder), *warn_if_bf16_loses_updates(training, model)])
+    resume = folder.plan(numbers["optimizer_steps"])
+    resume = start_run(
+        folder, numbers, [*_announce(numbers, train_rows, folder), *warn_if_bf16_loses_updates(training, model)]
+    )
     heartbeat = Heartbeat(folder.path, training.process_index, script.phase_budget)
     trainer = ColdStart(
         model=prepare_policy(script.gpt_path, training, model.use_peft),
@@ -197,14 +199,15 @@ def train(script: ScriptArguments, training: SFTConfig, model: ModelConfig) -> N
         train_dataset=train_rows,
         eval_dataset=eval_rows if len(progress_metrics) else None,
         processing_class=tokenizer,
-        callbacks=[RunLog(folder, progress_metrics)],
         folder=folder,
+        resume=resume,
         heartbeat=heartbeat,
+        shown=progress_metrics,
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
     )
     record_base_model(trainer.model, script.gpt_path, model.model_revision)
-    run_to_end(trainer, folder)
+    trainer.run_to_end()
 
 
 def _plan(training: SFTConfig, train_rows: int, eval_rows: int, too_long: int) -> dict[str, int]:

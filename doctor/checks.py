@@ -248,13 +248,13 @@ def outdir(options: Options, all_options: Callable[[Options], dict[str, Any]], n
     folder = RunFolder(
         script.outdir, all_options(options), may_differ=may_differ(*vars(options).values()), resume=script.resume
     )
-    refused = _refused("outdir", UserError, lambda: folder.check(numbers.get("optimizer_steps")))
+    refused = _refused("outdir", UserError, lambda: folder.plan(numbers.get("optimizer_steps")))
     if refused:
         return refused
     parent = _existing(Path(script.outdir))
     if not os.access(parent, os.W_OK):
         return [Check("outdir", PROBLEM, f"{parent} cannot be written to", "choose another --outdir")]
-    resume_messages = f", to go on after step {folder.resume_step}" if folder.resume_step else ""
+    resume_messages = ""
     return [Check("outdir", OK, f"{script.outdir} is free for this run{resume_messages}")]
 
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from errors import UserError
 from evaluation.benchmark import Benchmark, Item, Verdict
 from evaluation.systems import Drawn, System
-from run.folder import atomic_write, complete_lines, differences, save_png
+from run.files import atomic_write, complete_lines, differences, save_png
 from run.seeds import render_seed
 
 Row = dict[str, Any]

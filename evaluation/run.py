@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,7 @@ from interfaces import Prompt, Renderer
 from prompting import well_formed
 from rendering import RenderOptions
 from rewards import REWARDS, RewardContext, RewardOptions, build
-from run.folder import PACKAGES, atomic_write, complete_lines, git_commit
+from run.files import atomic_write, complete_lines, git_commit, installed_versions
 from run.options import may_differ, option, parse, run_main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -285,7 +284,7 @@ def _report(
         "title": benchmark.title,
         "settings": settings,
         "commit": git_commit(ROOT),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": installed_versions(),
         "leak": None if found is None else asdict(found),
         **_numbers(table),
         "cost": costs,

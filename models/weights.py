@@ -33,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from errors import UserError
-from run.folder import atomic_write
+from run.files import atomic_write
 
 LOCK = Path(__file__).resolve().parent.parent / "checkpoints.lock"
 PICKLES = (".pt", ".pth", ".bin")

@@ -9,7 +9,6 @@ Hashes find damage, not malice: optimiser states are pickles, so continue only f
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -17,6 +16,8 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from run.files import file_hash
 
 MANIFEST, STAGING = "manifest.json", ".saving"
 THREADS = 8  # hashing releases the interpreter; a disk is busy from a few on
@@ -142,12 +143,6 @@ def _damage(checkpoint: Path, files: Mapping[str, tuple[int, str]], contents: bo
                 if digest != files[name][1]:
                     return f"{name} is corrupt: SHA-256 {digest[:12]}..., not {files[name][1][:12]}..."
     return None
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes, 64 hex digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _flushed_hash(path: Path) -> str:

@@ -1,26 +1,24 @@
-"""The folder of one run, `run.json`, `metrics.jsonl`, `rollouts/`, `images/`, `checkpoint-N/`, and who may write it.
+"""One run's folder (`run.json`, `metrics.jsonl`, `rollouts/`, `images/`, `checkpoint-N/`), and who may write to it.
 
 A folder belongs to one configuration, known by a hash. Another run's folder, or one with foreign files in it, is
-refused; the same run continues with `--resume` from its newest good checkpoint, and what was logged after that
-checkpoint is cut off, so that no step is logged twice.
+refused. The same run continues with `--resume` from its newest good checkpoint, and what was logged after that
+checkpoint is removed, so that no step is logged twice.
 
-A full disk costs pictures first, then rows of the logs, never a checkpoint that is there.
+A trainer asks the folder twice: `plan` before any model is loaded, `start` when the run begins.
+
+On a full disk the run deletes its pictures first, then leaves out rows of its logs; it never deletes its last
+checkpoint.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import io
 import json
 import logging
-import os
-import platform
 import shlex
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence, Set
-from importlib.metadata import version
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,28 +27,44 @@ from PIL import Image
 from errors import UserError
 from run import checkpoints
 from run.checkpoints import ResumeKey
+from run.files import FULL, append_line, atomic_write, installed_versions, png_bytes
 
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"  # of --resume
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # a full disk, a used-up quota, a limit on file sizes
-PACKAGES = ("accelerate", "deepspeed", "diffusers", "peft", "torch", "transformers", "trl")
+LAYOUT = 2  # of run.json; a folder of another layout was made with options that have other names
 FOLLOWING = {"generation_batch_size"}  # options derived from the number of processes
 
 
+@dataclass(frozen=True)
+class Resume:
+    """Where a run begins.
+
+    Attributes:
+        checkpoint: the folder that it continues from, None for the beginning.
+        skipped: newer checkpoints -> why each cannot be used, newest first.
+        derived: the numbers that the run wrote down when it last started; {} for a new run.
+    """
+
+    checkpoint: Path | None = None
+    skipped: Mapping[Path, str] = field(default_factory=dict)
+    derived: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps already done."""
+        return checkpoints.step_of(self.checkpoint) if self.checkpoint else 0
+
+
 class RunFolder:
-    """One run's files. Every process may construct and `check` it; `open` and the writers are for one process.
+    """One run's files. Every process may construct it and `plan`; `start` and the writers are for one process.
 
     Args:
         path: the `--outdir`.
         config: all options, JSON-able, without secrets.
         may_differ: names of those that may be others when the run is continued (`run.options.may_differ`).
-        resume: `--resume`: AUTO for the newest good checkpoint, or the beginning where there is none; "checkpoint-N";
+        resume: `--resume`: AUTO for the newest good checkpoint, or the beginning if there is none; "checkpoint-N";
             None for a new run.
-
-    Attributes:
-        start: the checkpoint that the run continues from, None for none; known after `check`.
-        skipped: checkpoint -> why it is not continued from, newest first.
     """
 
     def __init__(
@@ -61,12 +75,9 @@ class RunFolder:
         may_differ: Set[str] = frozenset(),
         resume: str | None = None,
     ):
-        self.path, self.config, self.resume = Path(path), dict(config), resume
-        self.may_differ = may_differ
+        self.path, self.config, self.may_differ, self.resume = Path(path), dict(config), may_differ, resume
         self.started = time.time()
-        self.start: Path | None = None
-        self.skipped: dict[Path, str] = {}
-        self._full = False
+        self._keeps_images = True
 
     @property
     def config_hash(self) -> str:
@@ -78,86 +89,112 @@ class RunFolder:
     def resume_key(self) -> ResumeKey:
         """What this run writes into the manifests of its checkpoints, and asks of those that it continues from."""
         config = self.config
-        return ResumeKey(self.config_hash, config.get("data_hash", ""), config.get("num_processes", 1), _versions())
+        versions = installed_versions()
+        return ResumeKey(self.config_hash, config.get("data_hash", ""), config.get("num_processes", 1), versions)
 
-    @property
-    def resume_step(self) -> int:
-        """Optimiser steps already done, 0 for a run from the beginning."""
-        return checkpoints.step_of(self.start) if self.start else 0
+    # Who may write here ----------------------------------------------------------------------------------------------
 
-    def check(self, steps: int | None = None) -> None:
-        """Raise unless this run, of `steps` optimiser steps in all, may write here. Reads only; hashes nothing.
+    def plan(self, steps: int | None = None) -> Resume:
+        """Where this run, of `steps` optimiser steps in all, begins. Reads only, and hashes nothing.
 
         Raises:
             UserError: the folder holds another run or foreign files, or `--resume` does not fit what it holds.
         """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"--outdir {self.path} is a file: name a folder")
-        there = checkpoints.found(self.path)
-        record = self.path / "run.json"
+        record, stored = self.path / "run.json", {}
         if record.exists():
-            self._check_same(record)
+            stored = self._stored(record)
         elif self.path.exists() and any(self.path.iterdir()):
             raise UserError(f"--outdir {self.path} is not empty and holds no run: choose another folder")
-        if self.resume is None and there:
+        if self.resume is None and (there := checkpoints.found(self.path)):
             raise UserError(
                 f"--outdir {self.path} holds this same run up to {there[0].name}: continue it with --resume, or "
                 "choose another folder"
             )
-        self.choose(contents=False)
-        if steps is not None and self.resume_step >= steps:  # a Trainer would take one step more than was asked for
-            raise UserError(f"--resume: {self.path} is complete; its policy is {self.start}")
+        resume = self._choose(stored.get("derived", {}), contents=False)
+        if steps is not None and resume.step >= steps:  # a Trainer would take one step more than was asked for
+            raise UserError(f"--resume: {self.path} is complete; its policy is {resume.checkpoint}")
+        return resume
 
-    def choose(self, *, contents: bool) -> None:
-        """Set `start` to the checkpoint that `--resume` means, `skipped` to the newer ones that cannot be used.
+    def start(self, numbers: Mapping[str, Any], command: Sequence[str], commit: str | None) -> Resume:
+        """Choose the checkpoint by its hashes, remove what was logged after it, and write `run.json`.
 
         Args:
-            contents: hash every file of a checkpoint before it is chosen; else sizes alone are compared.
+            numbers: derived from the options, as `Resume.derived` gives them to a later start.
 
         Raises:
-            UserError: there are checkpoints and none is good, or the one that was named is not.
+            UserError: there are checkpoints and none of them is undamaged.
         """
+        resume = self._choose({}, contents=True)
+        (self.path / "rollouts").mkdir(parents=True, exist_ok=True)
+        self._cut_after(resume.step)
+        record = {
+            "layout": LAYOUT,
+            "config_hash": self.config_hash,
+            "seed": self.config.get("seed"),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
+            "resumed_from_step": resume.step or None,
+            "command": shlex.join(_without_secrets(command)),
+            "commit": commit,
+            "versions": installed_versions(),
+            "derived": dict(numbers),
+            "config": self.config,
+        }
+        atomic_write(self.path / "run.json", json.dumps(record, indent=2, default=str).encode())
+        return resume
+
+    def resume_messages(self, resume: Resume) -> list[str]:
+        """Lines that say where a continued run starts, which checkpoints it skipped, and which versions changed."""
+        skipped = [f"passed over {path.name}: {why}" for path, why in resume.skipped.items()]
+        if resume.checkpoint is None:
+            return [f"--resume: no checkpoint in {self.path}, starting at step 0"] if self.resume else []
+        changed = checkpoints.other_versions(resume.checkpoint, self.resume_key)
+        note = f"note: made with other versions ({', '.join(changed)}), so not bit for bit the same run"
+        started = f"continuing after step {resume.step}, from {resume.checkpoint}"
+        return [*skipped, started, *([note] if changed else [])]
+
+    def _choose(self, derived: Mapping[str, Any], *, contents: bool) -> Resume:
+        """The newest checkpoint that `--resume` means and that can be continued; `contents`: by the hashes, too."""
         if self.resume is None:
-            return
-        named = [path for path in checkpoints.found(self.path) if self.resume in (AUTO, path.name)]
+            return Resume(derived=derived)
+        there = checkpoints.found(self.path)
+        named = [path for path in there if self.resume in (AUTO, path.name)]
         if not named and self.resume != AUTO:
-            there = ", ".join(path.name for path in checkpoints.found(self.path)) or "none"
-            raise UserError(f"--resume {self.resume}: {self.path} has {there}; give one of them, or {AUTO}")
-        self.start, self.skipped = None, {}
+            names = ", ".join(path.name for path in there) or "none"
+            raise UserError(f"--resume {self.resume}: {self.path} has {names}; give one of them, or {AUTO}")
+        skipped: dict[Path, str] = {}
         for path in named:
-            if (why := checkpoints.problem_with(path, self.resume_key, contents=contents)) is None:
-                self.start = path
-                return
-            self.skipped[path] = why
-        if self.skipped:
-            reasons = "; ".join(f"{path.name}: {why}" for path, why in self.skipped.items())
+            why = checkpoints.problem_with(path, self.resume_key, contents=contents)
+            if why is None:
+                return Resume(path, skipped, derived)
+            skipped[path] = why
+        if skipped:
+            reasons = "; ".join(f"{path.name}: {why}" for path, why in skipped.items())
             raise UserError(
                 f"--resume: no checkpoint in {self.path} can be continued ({reasons}): repair or remove what is "
                 "named, or start anew in another --outdir"
             )
+        return Resume(derived=derived)
 
-    def derived(self) -> dict[str, Any]:
-        """The numbers that this run wrote down when it last began; {} for a new one. To be asked after `check`."""
-        record = self.path / "run.json"
-        return json.loads(record.read_text(encoding="utf-8"))["derived"] if record.exists() else {}
+    def _stored(self, record: Path) -> dict[str, Any]:
+        """`run.json` of this same run.
 
-    def resume_messages(self) -> list[str]:
-        """Lines that say where a continued run starts, which checkpoints it passed over, and what has changed."""
-        passed = [f"passed over {path.name}: {why}" for path, why in self.skipped.items()]
-        if self.start is None:
-            return [f"--resume: no checkpoint in {self.path}, starting at step 0"] if self.resume else []
-        changed = checkpoints.other_versions(self.start, self.resume_key)
-        note = f"note: made with other versions ({', '.join(changed)}), so not bit for bit the same run"
-        return [*passed, f"continuing after step {self.resume_step}, from {self.start}", *([note] if changed else [])]
-
-    def _check_same(self, record: Path) -> None:
+        Raises:
+            UserError: it cannot be read, or is another run's.
+        """
         try:
             stored = json.loads(record.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise UserError(f"{record} cannot be read ({error}): choose another --outdir") from error
-        if stored.get("config_hash") == self.config_hash:
-            return
-        theirs = stored.get("config") or {}
+        if stored.get("layout") != LAYOUT:
+            raise UserError(
+                f"--outdir {self.path} was made at commit {stored.get('commit')}, whose options have other names: "
+                "continue it with that commit, or choose another folder"
+            )
+        if stored["config_hash"] == self.config_hash:
+            return stored
+        theirs = stored["config"]
         names = sorted((theirs.keys() | self.config.keys()) - self.may_differ)
         differing = [name for name in names if _json(theirs.get(name)) != _json(self.config.get(name))]
         if "num_processes" in differing and not set(differing) - {"num_processes", *FOLLOWING}:
@@ -168,23 +205,6 @@ class RunFolder:
         shown = ", ".join(f"{n} {_json(theirs.get(n))} -> {_json(self.config.get(n))}" for n in differing[:3])
         raise UserError(f"--outdir {self.path} holds another run ({shown}): choose another folder")
 
-    def open(self, derived: Mapping[str, Any], command: Sequence[str], commit: str | None) -> None:
-        """Create the folder, cut what a continued run logged after its checkpoint, and write `run.json`."""
-        (self.path / "rollouts").mkdir(parents=True, exist_ok=True)
-        self._cut_after(self.resume_step)
-        record = {
-            "config_hash": self.config_hash,
-            "seed": self.config.get("seed"),
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
-            "resumed_from_step": self.resume_step or None,
-            "command": shlex.join(_without_secrets(command)),
-            "commit": commit,
-            "versions": _versions(),
-            "derived": dict(derived),
-            "config": self.config,
-        }
-        atomic_write(self.path / "run.json", json.dumps(record, indent=2, default=str).encode())
-
     def _cut_after(self, step: int) -> None:
         metrics = self.path / "metrics.jsonl"
         if metrics.exists():
@@ -194,112 +214,62 @@ class RunFolder:
             if int(rollouts.stem.removeprefix("step_")) > step:
                 rollouts.unlink()
 
+    # What is written -------------------------------------------------------------------------------------------------
+
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append one row to `metrics.jsonl`; `seconds_since_start` counts from this process's start."""
         row = {"step": step, "seconds_since_start": round(time.time() - self.started, 3), **metrics}
-        self.append("metrics.jsonl", row)
-
-    def append(self, name: str, row: Mapping[str, Any]) -> None:
-        """Append one row to the file of that name."""
-        self._record(lambda: _append(self.path / name, json.dumps(row) + "\n"))
+        self._with_room(lambda: append_line(self.path / "metrics.jsonl", json.dumps(row)))
 
     def write_rollouts(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write `rollouts/step_NNNNNN.jsonl`, whole or not at all."""
+        """Write `rollouts/step_NNNNNN.jsonl`, complete or not at all."""
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         content = text.encode("utf-8", "surrogatepass")
-        self._record(lambda: atomic_write(self.path / "rollouts" / f"step_{step:06d}.jsonl", content))
+        self._with_room(lambda: atomic_write(self.path / "rollouts" / f"step_{step:06d}.jsonl", content))
 
     def save_image(self, image: Image.Image) -> str | None:
-        """Store a picture once, under the hash of its PNG; returns its path inside the folder, None on a full disk."""
-        buffer = io.BytesIO()
-        image.save(buffer, format="PNG")
-        name = f"images/{hashlib.sha256(buffer.getvalue()).hexdigest()[:20]}.png"
+        """Store an image once, named by the hash of its PNG; returns its path in the folder, None on a full disk."""
+        if not self._keeps_images:
+            return None
+        content = png_bytes(image)
+        name = f"images/{hashlib.sha256(content).hexdigest()[:20]}.png"
         path = self.path / name
-        if self._full or path.exists():
-            return None if self._full else name
+        if path.exists():
+            return name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(path, buffer.getvalue())
+            atomic_write(path, content)
         except OSError as error:
-            if error.errno not in FULL:
-                raise
-            self._say_full(error)
+            self._keep_no_images(error)
             return None
         return name
 
     def make_room(self) -> bool:
-        """Delete all pictures, keep no more of them, and say so; False if there was nothing to delete."""
+        """Delete all pictures and keep no more of them; False if there was none to delete."""
+        self._keeps_images = False
         pictures = [path for kept in ("images", "cache") for path in (self.path / kept).glob("*.png")]
         freed = sum(path.stat().st_size for path in pictures)
         for path in pictures:
             path.unlink(missing_ok=True)
         if pictures:
             logger.warning("%s: %d pictures deleted, %.1f MB", self.path, len(pictures), freed / 1e6)
-        self._full = True
         return bool(pictures)
 
-    def _record(self, write: Callable[[], None]) -> None:
-        """Write a record; on a full disk in place of the pictures, and if that is not enough not at all."""
+    def _with_room(self, write: Callable[[], None]) -> None:
+        """Write a record; on a full disk in place of the pictures, and if that is not enough, not at all."""
         try:
             write()
         except OSError as error:
-            if error.errno not in FULL:
-                raise
-            self._say_full(error)
+            self._keep_no_images(error)
             if self.make_room():
-                self._record(write)
+                self._with_room(write)
 
-    def _say_full(self, error: OSError) -> None:
-        if not self._full:
+    def _keep_no_images(self, error: OSError) -> None:
+        if error.errno not in FULL:
+            raise error
+        if self._keeps_images:
             logger.warning("%s: %s: no more pictures are kept; free some space", self.path, error.strerror)
-        self._full = True
-
-
-def complete_lines(path: Path, cut: bool) -> list[bytes]:
-    """The lines of a file but for a last one that a kill tore; `cut` takes it off the file, for who appends to it."""
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if cut and whole < len(content):
-        os.truncate(path, whole)
-    return content[:whole].splitlines()
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """What differs between two settings, as 'seed 1 -> 2; ...', 300 characters at most; "" if nothing does."""
-    names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
-    return "; ".join(f"{name} {old.get(name)!r} -> {new.get(name)!r}" for name in names)[:300]
-
-
-def save_png(image: Image.Image, path: Path) -> None:
-    """Write a picture as PNG, whole or not at all."""
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    atomic_write(path, buffer.getvalue())
-
-
-def git_commit(repository: Path) -> str | None:
-    """The commit checked out at `repository`, "+changes" if tracked files differ from it; None where git says none."""
-    git = ["git", "-C", str(repository)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
-    except (FileNotFoundError, subprocess.CalledProcessError):
-        return None
-    return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
-
-
-def _versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
-
-
-def _append(path: Path, line: str) -> None:
-    """Add a line, whole or not at all: half a row would spoil the next one."""
-    content = line.encode()
-    with open(path, "ab", buffering=0) as file:
-        before = file.tell()
-        if file.write(content) < len(content):  # a disk that filled up in the middle
-            file.truncate(before)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        self._keeps_images = False
 
 
 def _logged_by(line: str, step: int) -> bool:
@@ -319,17 +289,6 @@ def _without_secrets(command: Sequence[str]) -> list[str]:
         clean.append("***" if hide else f"{flag}=***" if secret and equals else word)
         hide = secret and not equals
     return clean
-
-
-def atomic_write(path: Path, content: bytes) -> None:
-    """Write a temporary file of this process, then rename it: a reader sees the old file or the new, never half."""
-    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _json(value: Any) -> str:

@@ -17,7 +17,7 @@ import platform
 import time
 from pathlib import Path
 
-from run.folder import atomic_write
+from run.files import atomic_write
 
 logger = logging.getLogger(__name__)
 

@@ -1,11 +1,11 @@
-"""What every trainer of the house adds to TRL's: nothing lost when a run is killed, starved or told to leave.
+"""What every trainer of the house adds to TRL's: nothing is lost when a run is killed, starved or told to leave.
 
-    checkpoints   written aside by TRL's own saving, sealed, renamed by the main process after a barrier, then pruned
+    checkpoints   written by TRL's own saving, through `run.saver`: complete or absent
     signals       obeyed between optimiser steps, or where the scorer was cut short (run/signals.py)
     exact resume  a run that is cut inside a generation is saved as it stood before it, random states included
-    numbers       a step whose gradient is not finite is skipped on all processes; PATIENCE in a row stop the run
-    full disk     pictures go first, then the older checkpoints; then the run stops, its last checkpoint untouched
+    numbers       a step whose gradient is not finite is skipped on all processes; several in a row stop the run
     loggers       TensorBoard, W&B and the like may fail; training goes on
+    epochs        the order of the prompts is a function of seed and epoch
 
 Every process takes each decision with the others, before any of them branches.
 """
@@ -13,167 +13,124 @@ Every process takes each decision with the others, before any of them branches.
 from __future__ import annotations
 
 import logging
-import random
-import shutil
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
-from safetensors import SafetensorError
-from transformers import Trainer, TrainerCallback
+from accelerate.utils import gather_object
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
+from trl import ModelConfig
+from trl.trainer.utils import RepeatSampler
 
-from errors import Stopped
-from run import checkpoints, signals
-from run.folder import RunFolder
+from errors import ScoringError
+from report.page import write_report
+from run import signals
+from run.checkpoints import STAGING
+from run.folder import Resume, RunFolder
 from run.heartbeat import Heartbeat
+from run.loop import FiniteSteps
+from run.progress import StepLog
+from run.saver import Saver, checkpoint_size, random_state, set_random_state
 
 logger = logging.getLogger(__name__)
 
-PATIENCE = 3  # skipped optimiser steps in a row before the run stops
-ADAM_BYTES = 12  # a trained parameter's two float32 moments, and DeepSpeed's float32 copy of it
-CANNOT_WRITE = (OSError, RuntimeError, SafetensorError)  # of file, torch's zip writer and safetensors on a full disk
+Shown = Callable[[Mapping[str, Any]], Mapping[str, float | None]]
 
 
 class RunTrainer(Trainer):
     """To stand before a TRL trainer among a class's bases.
 
     Args:
-        folder: of the run.
-        heartbeat: told what this process is doing.
+        folder, resume: of the run, as `run.progress.start_run` returned it.
+        heartbeat: of this process.
+        shown: a row of metrics -> the few of its values that a user watches.
         cycle: optimiser steps from one state that can be saved to the next: those that one generation serves.
     """
 
-    def __init__(self, *args: Any, folder: RunFolder, heartbeat: Heartbeat, cycle: int = 1, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        folder: RunFolder,
+        resume: Resume,
+        heartbeat: Heartbeat,
+        shown: Shown,
+        cycle: int = 1,
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
-        self.folder, self.heartbeat, self.cycle = folder, heartbeat, cycle
-        self.told_to_leave = 0  # exit code, the same on every process
-        self._aside = False  # whether TRL's saving is redirected
+        self.folder, self.resume, self.heartbeat, self.cycle = folder, resume, heartbeat, cycle
+        self.saver = Saver(
+            folder, heartbeat, self.args.save_total_limit, lambda: checkpoint_size(self.model.parameters())
+        )
+        self._saves_aside = False
         loggers = tuple(get_reporting_integration_callbacks(self.args.report_to))
         handler = self.callback_handler
         handler.callbacks = [_Shielded(c) if isinstance(c, loggers) else c for c in handler.callbacks]
-        self.add_callback(_Guard(self))
+        self.guard = _Guard(self)
+        self.add_callback(self.guard)
+        self.remove_callback(ProgressCallback)
+        self.remove_callback(PrinterCallback)
+        self.add_callback(_RunLog(folder, shown))
 
-    def save_where_it_stands(self) -> None:
+    def run_to_end(self) -> None:
+        """Train from where the run resumes; then save the policy and write the report.
+
+        Raises:
+            Leave: a signal asked for it; what had been learnt is saved.
+            Stopped: the run cannot go on; what had been learnt is saved where the disk allows it.
+        """
+        signals.listen()
+        start = self.resume.checkpoint
+        try:
+            self.train(resume_from_checkpoint=str(start) if start else None)
+            if self.guard.leave and self.state.global_step < self.state.max_steps:
+                raise signals.Leave(self.guard.leave)
+            self.saver.publish(self.state.global_step, lambda path: self.save_model(str(path)))
+        except (signals.Leave, ScoringError) as error:
+            self._save_where_it_stands()
+            if self.is_world_process_zero() and isinstance(error, signals.Leave):
+                step = self.state.global_step
+                print(f"told to leave after step {step}: continue with --resume, from {self.folder.path}", flush=True)
+            raise
+        finally:
+            self.heartbeat.close()
+        if self.is_world_process_zero():
+            print(f"policy: {self.folder.path}\nreport: {write_report(self.folder.path)}", flush=True)
+
+    def _save_where_it_stands(self) -> None:
         """Save the last state between two generations, if it is not on the disk and anything has been learnt."""
         step = self.state.global_step
-        target = self.folder.path / f"checkpoint-{step}"
-        if step == 0 or step % self.cycle or self._good(target):
+        if step == 0 or step % self.cycle or self.saver.has(step):
             return
-        _set_random_state(self.random_state)
-        self.state.num_input_tokens_seen = self.tokens_seen
+        set_random_state(self.guard.random_state)
+        self.state.num_input_tokens_seen = self.guard.tokens_seen
         self._save_checkpoint(self.model, trial=None)
-
-    def save_policy(self) -> None:
-        """Put the trained policy into the run folder; its configuration comes last, and without it there is none."""
-        aside = self.folder.path / checkpoints.STAGING / "policy"
-        self._or_stop(lambda: self.save_model(str(aside)))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            for path in sorted(aside.iterdir(), key=lambda path: path.name in ("config.json", "adapter_config.json")):
-                path.replace(self.folder.path / path.name)
-            shutil.rmtree(aside.parent)
 
     def _get_output_dir(self, trial: Any) -> str:
         run = super()._get_output_dir(trial)
-        return str(Path(run) / checkpoints.STAGING) if self._aside else run
+        return str(Path(run) / STAGING) if self._saves_aside else run
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        step = self.state.global_step
-        self.heartbeat.enter("save", step)
-        self._on_main(self._clear_and_make_room)
-        self._aside = True
+        self._saves_aside = True
         try:
-            self._or_stop(lambda: super(RunTrainer, self)._save_checkpoint(model, trial))
+            save = super()._save_checkpoint
+            self.saver.save(
+                self.state.global_step, lambda staged: save(model, trial)
+            )  # TRL names it as the saver does
         finally:
-            self._aside = False
-        self.accelerator.wait_for_everyone()
-        self._on_main(lambda: self._put_in_place(step))
-
-    def _put_in_place(self, step: int) -> None:
-        run, name = self.folder.path, f"checkpoint-{step}"
-        checkpoints.write_manifest(run / checkpoints.STAGING / name, step, self.folder.resume_key)
-        checkpoints.put_in_place(run / checkpoints.STAGING / name, run / name)
-        (run / checkpoints.STAGING).rmdir()
-        if self.args.save_total_limit:
-            checkpoints.prune(run, self.folder.resume_key, self.args.save_total_limit)
-
-    def _clear_and_make_room(self) -> None:
-        """Remove what a killed save left; then pictures and older checkpoints, as far as a new one needs the room."""
-        run = self.folder.path
-        shutil.rmtree(run / checkpoints.STAGING, ignore_errors=True)
-        needed = self._expected_bytes()
-        if shutil.disk_usage(run).free < needed:
-            self.folder.make_room()
-        if shutil.disk_usage(run).free < needed:
-            checkpoints.prune(run, self.folder.resume_key, keep=1)
-        if (free := shutil.disk_usage(run).free) < needed:
-            raise Stopped(
-                f"{_size(free)} free at {run}, a checkpoint takes about {_size(needed)}: free some space, then "
-                f"continue with --resume; {self._last()}"
-            )
-
-    def _expected_bytes(self) -> int:
-        there = [path for path in checkpoints.found(self.folder.path) if self._good(path)]
-        if there:
-            return checkpoints.size_of(there[0])
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        saved = trained if len(trained) < len(list(self.model.parameters())) else self.model.parameters()
-        weights = sum(parameter.numel() * parameter.element_size() for parameter in saved)
-        return weights + ADAM_BYTES * sum(parameter.numel() for parameter in trained)
-
-    def _good(self, checkpoint: Path) -> bool:
-        return checkpoints.problem_with(checkpoint, self.folder.resume_key, contents=False) is None
-
-    def _last(self) -> str:
-        good = [path.name for path in checkpoints.found(self.folder.path) if self._good(path)]
-        return f"the last checkpoint is {good[0]}" if good else "there is no checkpoint yet"
-
-    def _on_main(self, work: Callable[[], None]) -> None:
-        """Do `work` on the main process; if it cannot be done, all processes stop with the reason."""
-        reason = [""]
-        if self.accelerator.is_main_process:
-            try:
-                work()
-            except (Stopped, *CANNOT_WRITE) as error:
-                reason = [str(error) if isinstance(error, Stopped) else self._cannot_write(error)]
-        if self.accelerator.num_processes > 1:
-            broadcast_object_list(reason)
-        if reason[0]:
-            raise Stopped(reason[0])
-
-    def _or_stop(self, save: Callable[[], None]) -> None:
-        """`save`; if it cannot be written, once more in place of the pictures, then stop with what to do.
-
-        Of several processes the one that cannot write ends alone, and the launcher ends the others: they may be
-        waiting for it inside DeepSpeed.
-        """
-        try:
-            save()
-        except CANNOT_WRITE as error:
-            again = self.accelerator.num_processes == 1 and self.folder.make_room()
-            if not again:
-                shutil.rmtree(self.folder.path / checkpoints.STAGING, ignore_errors=True)
-                raise Stopped(self._cannot_write(error)) from error
-            self._or_stop(save)
-
-    def _cannot_write(self, error: Exception) -> str:
-        free = _size(shutil.disk_usage(self.folder.path).free)
-        reason = " ".join(str(error).split())[:200]
-        return (
-            f"step {self.state.global_step} cannot be saved in {self.folder.path} ({reason}; {free} free): "
-            f"repair that, then continue with --resume; {self._last()}"
-        )
+            self._saves_aside = False
 
 
 class _Guard(TrainerCallback):
-    """The guard's eyes on the loop: signals and random states after each step, gradients before it."""
+    """Looks at signals and random states after each step, and at gradients before it."""
 
     def __init__(self, trainer: RunTrainer):
-        self.trainer, self.skipped, self.save_asked = trainer, 0, False
+        self.trainer, self.finite = trainer, FiniteSteps()
+        self.leave = 0  # exit code of a signal, the same on every process
+        self.asked_to_save = self.skipped = False
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.heartbeat.enter("train", state.global_step + 1)
@@ -181,46 +138,58 @@ class _Guard(TrainerCallback):
 
     def _remember(self, state) -> None:
         """What a generation changes and a checkpoint holds, as it is before the next generation."""
-        self.trainer.random_state, self.trainer.tokens_seen = _random_state(), state.num_input_tokens_seen
+        self.random_state, self.tokens_seen = random_state(), state.num_input_tokens_seen
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         """Gradients are the same on all processes by now, so all see it; DeepSpeed has looked for itself."""
-        self.bad = False
-        if not self.trainer.is_deepspeed_enabled:
-            gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-            if gradients and not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
-                self.bad = True
-                model.zero_grad(set_to_none=True)  # an optimiser passes over parameters without gradient
+        deepspeed = self.trainer.is_deepspeed_enabled
+        self.skipped = not deepspeed and self.finite.drop_bad_gradients(model.parameters())
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        bad = self.bad or self.trainer.accelerator.optimizer_step_was_skipped
-        self.skipped = self.skipped + 1 if bad else 0
-        self.trainer._metrics["train"]["steps/skipped"].append(float(bad))
-        if bad:
-            logger.warning("step %d skipped: its loss or gradient is not finite", state.global_step + 1)
-        if self.skipped >= PATIENCE:
-            raise Stopped(
-                f"the loss or gradient of {PATIENCE} optimiser steps in a row is not finite, up to step "
-                f"{state.global_step + 1}; none of them was taken: look at the last rollouts, lower learning_rate "
-                f"{args.learning_rate} or leave float16, then start anew or continue with --resume"
-            )
+        skipped = self.skipped or self.trainer.accelerator.optimizer_step_was_skipped
+        self.trainer._metrics["train"]["steps/skipped"].append(float(skipped))
+        self.finite.count(skipped, state.global_step + 1, args.learning_rate)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.heartbeat.enter("train", state.global_step + 1)
-        told = gather_object([(signals.leaving(), signals.saving())])
-        self.trainer.told_to_leave = max(leave for leave, _ in told)
-        self.save_asked |= any(save for _, save in told)
+        received = gather_object([(signals.leaving(), signals.saving())])
+        self.leave = max(leave for leave, _ in received)
+        self.asked_to_save |= any(save for _, save in received)
         if state.global_step % self.trainer.cycle:
             return
         self._remember(state)
-        if self.save_asked or self.trainer.told_to_leave:
-            control.should_save, self.save_asked = True, False
-        if self.trainer.told_to_leave:
+        if self.asked_to_save or self.leave:
+            control.should_save, self.asked_to_save = True, False
+        if self.leave:
             control.should_training_stop = True
 
 
+class _RunLog(TrainerCallback):
+    """Passes what TRL logs to the run's `StepLog`."""
+
+    def __init__(self, folder: RunFolder, shown: Shown):
+        self.folder, self.shown = folder, shown
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        first, is_main = state.global_step, state.is_world_process_zero
+        self.step_log = StepLog(self.folder, state.max_steps, first, self.shown, is_main)
+        self.step_log.open()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "train_runtime" in logs:  # the closing summary has no step of its own
+            return
+        row = dict(logs)
+        if "step_time" in logs:
+            phases = [logs.get(f"seconds/{phase}", 0.0) for phase in ("generate", "render", "score")]
+            row["seconds/train"] = logs["step_time"] - sum(phases)
+        self.step_log.write(state.global_step, row)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.step_log.close()
+
+
 class _Shielded(TrainerCallback):
-    """A logger whose failure is told once and costs its records, not the run."""
+    """A logger whose failure is reported once and costs its records, not the run."""
 
     def __init__(self, inner: TrainerCallback):
         self.inner, self.failed = inner, False
@@ -230,7 +199,7 @@ class _Shielded(TrainerCallback):
             return
         try:
             event(args, state, control, **kwargs)
-        except Exception as error:  # whatever a logger of somebody else's raises: its outage must not end a training
+        except Exception as error:  # whatever somebody else's logger raises: its outage must not end a training
             self.failed = True
             name = type(self.inner).__name__
             logger.warning("%s failed (%s: %s) and is not asked again", name, type(error).__name__, error)
@@ -248,19 +217,27 @@ class _Shielded(TrainerCallback):
         self._pass_on(self.inner.on_train_end, args, state, control, **kwargs)
 
 
-def _random_state() -> dict[str, Any]:
-    """What `Trainer._save_rng_state` saves of this process."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
-    return {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state(), "cuda": cuda}
+class EpochOrder(TrainerCallback):
+    """Seeds a shuffling `sampler` with its seed + the epoch whenever one begins; epoch 0 is TRL's own order.
+
+    TRL's `RepeatSampler` draws each epoch's order from one generator that starts anew with the process, so a run that
+    is continued in its second epoch would meet the first epoch's order again.
+    """
+
+    def __init__(self, sampler: RepeatSampler):
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if self.sampler.shuffle:
+            epoch = math.floor(state.epoch + 1e-6)
+            self.sampler.generator.manual_seed(self.sampler.seed + epoch)
 
 
-def _set_random_state(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["cpu"])
-    if state["cuda"] is not None:
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+def warn_if_bf16_loses_updates(training: TrainingArguments, model: ModelConfig) -> list[str]:
+    """A line of warning if the policy's weights are too coarse for its steps; else none."""
+    if model.dtype != "bfloat16" or model.use_peft or training.deepspeed_plugin is not None:
+        return []
+    return [
+        "note: full fine-tuning of bfloat16 weights without DeepSpeed keeps no float32 copy, and updates below "
+        "0.4 % of a weight are lost: launch with deepspeed_2.yaml, or give --dtype float32 or --use_peft true"
+    ]

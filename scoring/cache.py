@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from run.folder import atomic_write
+from run.files import atomic_write
 
 logger = logging.getLogger(__name__)
 

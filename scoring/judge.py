@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from accelerate.utils import gather_object
 from PIL import Image
 
-from errors import Stopped, UserError
+from errors import ScoringError, UserError
 from interfaces import Prompt, Renderer, Reward, Sample
 from prompting import parse
 from run.seeds import render_seed
@@ -35,10 +35,6 @@ PATIENCE = 3  # generation batches in a row: with too many absent samples the ru
 Row = tuple[str, int]  # a text to draw, and the seed of its noise
 # What a renderer or reward may raise because of its input or machine; anything else is a bug and ends at once.
 FAILURES = (UserError, OSError, RuntimeError, ValueError)
-
-
-class ScoringError(Stopped):
-    """A reward or the renderer broke its contract, or too many samples are absent; the message says which and how."""
 
 
 @dataclass(frozen=True)

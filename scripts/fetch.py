@@ -39,7 +39,7 @@ from models.policy import READ, base_of, is_adapter
 from models.weights import Checkpoint
 from r1_prompter import Options, parse_options
 from rewards import CHECKPOINTS, check
-from run.folder import atomic_write
+from run.files import atomic_write
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from errors import UserError, one_line
 from interfaces import Prompt
-from run.folder import differences
+from run.files import differences
 
 START = b'{"settings": '  # of every journal
 

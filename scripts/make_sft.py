@@ -42,7 +42,7 @@ from interfaces import Prompt
 from prompting import SYSTEM_PROMPT, completion
 from rendering import AUTO, RenderOptions
 from rewards import REWARDS, RewardContext, RewardOptions, build, check, option
-from run.folder import atomic_write
+from run.files import atomic_write
 from scripts.journal import Journal
 from scripts.teacher import (
     FOR_A_TEACHER,

@@ -26,7 +26,7 @@ from interfaces import Prompt, Renderer
 from models.policy import DTYPES, pick_device, pick_dtype
 from prompting import well_formed
 from rendering import RenderOptions
-from run.folder import atomic_write, complete_lines, differences, save_png
+from run.files import atomic_write, complete_lines, differences, save_png
 from run.seeds import render_seed
 
 NOT_RESULTS = ("prompts", "out", "device")  # arguments that may differ when a run is continued

@@ -69,7 +69,7 @@ FAULTS = {
     "terminate_drawing": lambda: before(LocalRenderer, "_draw_chunk", send(signal.SIGTERM)),
     "interrupt_drawing": lambda: before(LocalRenderer, "_draw_chunk", send(signal.SIGINT)),
     "save_drawing": lambda: before(LocalRenderer, "_draw_chunk", send(signal.SIGUSR1)),
-    "kill_saving": lambda: before(checkpoints, "seal", send(signal.SIGKILL)),
+    "kill_saving": lambda: before(checkpoints, "write_manifest", send(signal.SIGKILL)),
     "terminate_training": lambda: before(r1_prompter.RewriteTrainer, "compute_loss", send(signal.SIGTERM)),
     "fail_scoring": lambda: before(HPS, "__call__", fail),
     "hang_scoring": lambda: before(HPS, "__call__", lambda: time.sleep(4)),

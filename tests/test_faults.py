@@ -356,9 +356,9 @@ def test_a_judge_that_stops_judging_stops_the_run_with_its_share(toy, tmp_path, 
 
 
 def test_a_run_told_to_leave_does_not_wait_for_its_judge(toy, tmp_path):
-    asked = threading.Event()
+    asked, judged = threading.Event(), []
     slow = JudgeServer(
-        lambda samples: [0.5 for _ in samples], delay=60, watch=lambda headers, body: asked.set() if body else None
+        lambda samples: judged.extend(samples) or [0.5 for _ in samples], delay=60, watch=lambda *_: asked.set()
     )
     with slow as url:
         options = ["--rewards", "judge", "--judge_model", "miniature", "--judge_url", url]
@@ -366,10 +366,9 @@ def test_a_run_told_to_leave_does_not_wait_for_its_judge(toy, tmp_path):
         with subprocess.Popen(line, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as it:
             assert asked.wait(120)
             it.send_signal(signal.SIGTERM)
-            told = time.monotonic()
-            said = it.communicate(timeout=60)[0]
+            said = it.communicate(timeout=120)[0]
+        assert not judged, "it waited for the judge"
     assert it.returncode == 143 and "told to leave after step 0" in said
-    assert time.monotonic() - told < 30, "it waited for the judge's 60 seconds"
 
 
 # Disk, loggers, time ------------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Claims about GenEval: its rules by hand, its rows, and its models as tiny random ones of the real classes."""
 
 import json
-import time
 from pathlib import Path
 
 import numpy as np
@@ -955,13 +954,17 @@ def crowd(bench: GenEval, number: int) -> tuple[list[Item], list[Image.Image]]:
     return [item(meta, place_) for place_, meta in enumerate(metas)], images
 
 
-def test_tiny_random_models_run_the_whole_path_the_same_batched_and_one_by_one(detector_folder, clip_folder):
+def test_tiny_random_models_run_the_whole_path_in_batches_the_same_as_one_by_one(detector_folder, clip_folder):
     batched, single = (
         real(detector_folder, clip_folder),
         real(detector_folder, clip_folder, batch_size=1, clip_batch_size=1),
     )
     items, images = crowd(batched, 24)
+    looks, crops = [], []
+    batched.detect.model.register_forward_hook(lambda *_: looks.append(1))
+    batched.colours.model.vision_model.register_forward_hook(lambda *_: crops.append(1))
     together = batched.judge(items, images)
+    assert (len(looks), len(crops)) == (3, 1), "8 pictures and 64 crops at a time"
     alone = [single.judge([one], [image])[0] for one, image in zip(items, images, strict=True)]
     assert [verdict.parts for verdict in together] == [verdict.parts for verdict in alone]
     assert [verdict.detail["reasons"] for verdict in together] == [verdict.detail["reasons"] for verdict in alone]
@@ -972,30 +975,3 @@ def test_tiny_random_models_run_the_whole_path_the_same_batched_and_one_by_one(d
         batched.title == "GenEval-HF"
         and json.loads(json.dumps(batched.settings))["rules"]["counting_threshold"] == 0.35
     )
-
-
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def test_batched_is_three_times_as_fast_as_one_by_one(detector_folder, clip_folder, one_thread):
-    """In CPU seconds. True of these tiny models, whose forward passes are nearly all overhead; not of real ones."""
-    bench = real(detector_folder, clip_folder, batch_size=32)
-    items, images = crowd(bench, 32)
-    bench.judge(items, images)
-
-    def seconds(run) -> float:
-        times = []
-        for _ in range(3):
-            start = time.process_time()
-            run()
-            times.append(time.process_time() - start)
-        return min(times)
-
-    together = seconds(lambda: bench.judge(items, images))
-    alone = seconds(lambda: [bench.judge([one], [image]) for one, image in zip(items, images, strict=True)])
-    assert alone > 3 * together, f"{alone:.3f} CPU s one by one, {together:.3f} batched"

@@ -4,7 +4,6 @@ the miniature world's own scenes, where the truth is known. Takes two seconds.""
 from __future__ import annotations
 
 import random
-import time
 from pathlib import Path
 
 import pytest
@@ -298,13 +297,9 @@ def askew(prompt: Prompt, scene: world.Scene) -> bool:
     return any({abs(a % 3 - b % 3), abs(a // 3 - b // 3)} == {1, 2} for a, b in pairs)
 
 
-def test_ten_thousand_checks_take_seconds_and_an_endless_rewrite_takes_no_longer():
-    layout = "a red cat at the top left, a blue dog at the bottom right, a green cup at the center"
-    started = time.process_time()
-    for _ in range(2_000):
-        lost(LEFT, layout)
-    assert time.process_time() - started < 2
-    started = time.process_time()
+def test_of_an_endless_rewrite_the_first_thousand_words_are_read():
+    said = "a cat left of a dog"
+    assert lost(LEFT, "," * 994 + said) == () != lost(LEFT, "," * 995 + said)
     for text in (
         "a cat on the left, " * 20_000,
         "no " * 50_000,
@@ -312,6 +307,5 @@ def test_ten_thousand_checks_take_seconds_and_an_endless_rewrite_takes_no_longer
         "left of it " * 20_000,
         "," * 200_000,
     ):
-        lost(LEFT, text)
-        lost(Prompt(text), text)
-    assert time.process_time() - started < 10
+        assert lost(LEFT, text) == lost(LEFT, text[:5_000])
+        assert lost(Prompt(text), text) == lost(Prompt(text[:5_000]), text[:5_000])

@@ -6,7 +6,7 @@ import io
 import json
 import logging
 import math
-import time
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -116,9 +116,7 @@ def reply_of(scores: list, analysis: str = "[]") -> str:
     ],
 )
 def test_unigenbench_reads_exactly_as_many_scores_as_points(answer, scores):
-    start = time.monotonic()
     assert scores_of(3, answer) == scores
-    assert time.monotonic() - start < 1
 
 
 def test_a_point_counts_for_its_sub_and_its_primary_dimension():
@@ -698,27 +696,25 @@ def test_text_of_the_benchmark_cannot_forge_a_verdict(name):
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_a_batch_is_at_least_three_times_faster_than_one_by_one_with_the_same_verdicts(name):
+def test_a_batch_is_asked_together_with_the_verdicts_of_one_by_one(name):
     make, item = BENCHMARKS[name]
     items, images = [item(k) for k in range(6)], [gray(k) for k in range(6)]
-    with Answering(say_right, delay=0.1) as url:
+    server, all_there = Answering(say_right), threading.Barrier(6)
+    with server as url:
         benchmark = make(VLMClient(url, MODEL, concurrency=6))
-        benchmark.judge(items[:1], [gray(99)])
-        start = time.monotonic()
-        together = benchmark.judge(items, images)
-        batched = time.monotonic() - start
-        start = time.monotonic()
         single = [benchmark.judge([one], [image])[0] for one, image in zip(items, images, strict=True)]
-        assert time.monotonic() - start > 3 * batched
-    assert together == single
+        server.watch = lambda headers, body: all_there.wait(30)  # until six have come, none is answered
+        assert benchmark.judge(items, images) == single
 
 
-def test_no_more_is_asked_at_once_than_the_batch_has_time_for():
-    """Four pictures, two calls in flight: each round of two takes 0.8 of a batch's 1.5 seconds."""
-    with Answering(say_right, delay=0.8) as url:
-        client = VLMClient(url, MODEL, concurrency=2, call_timeout=1.5, batch_timeout=1.5)
-        seen = DPG(client).judge([dpg_item(k) for k in range(4)], [gray(k) for k in range(4)])
-    assert [one.parts["DPG-graph"] for one in seen] == [[1.0]] * 4
+def test_no_more_is_asked_at_once_than_the_batch_has_time_for(monkeypatch):
+    """Two calls in flight, and time for one after another."""
+    with Answering(say_right) as url:
+        client = VLMClient(url, MODEL, concurrency=2, call_timeout=20, batch_timeout=30)
+        asked, ask = [], client.ask
+        monkeypatch.setattr(client, "ask", lambda questions: asked.append(len(questions)) or ask(questions))
+        seen = DPG(client).judge([dpg_item(k) for k in range(5)], [gray(k) for k in range(5)])
+    assert [one.parts["DPG-graph"] for one in seen] == [[1.0]] * 5 and asked == [2, 2, 1]
 
 
 # ----- Soft-TIFA

@@ -199,40 +199,35 @@ def test_a_redirect_is_not_followed():
 
 
 def test_a_slow_call_ends_at_its_deadline_retries_included():
-    with JudgeServer(score, delay=20) as url:
-        start = time.monotonic()
+    server = JudgeServer(score, delay=20)
+    with server as url:
         assert VLMClient(url, MODEL, call_timeout=0.4).ask(questions(0, 51)) == [None, None]
-    assert time.monotonic() - start < 3
+    assert server.requests <= 2, "none was repeated"
 
 
 def test_a_server_that_sends_one_byte_at_a_time_hits_the_deadline_too():
     with raw_server(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n", *[b"x"] * 100, pause=0.1) as url:
-        start = time.monotonic()
-        assert VLMClient(url, MODEL, call_timeout=0.5).ask(questions(51)) == [None]
-    assert time.monotonic() - start < 3
+        client = VLMClient(url, MODEL, call_timeout=0.5)
+        assert client.ask(questions(51)) == [None]
+    assert client.metrics["failed"] == 1, "cut off: all of it would be unparsable"
 
 
 def test_a_batch_ends_at_its_deadline_with_what_it_has():
-    server = JudgeServer(score, delay=0.2)
+    server = JudgeServer(score)
+    server.watch = lambda headers, body: setattr(server, "delay", 4 if server.requests == 3 else 0)
     with server as url:
         client = VLMClient(url, MODEL, concurrency=1, batch_timeout=2)
-        start = time.monotonic()
-        verdicts = client.ask(questions(*range(40)))
-    assert time.monotonic() - start < 5
-    assert verdicts[0] is not None
-    assert verdicts[-1] is None
-    assert client.metrics["failed"] == verdicts.count(None) >= 30
+        assert client.ask(questions(*range(10))) == grades(0, 1, 2) + [None] * 7
+    assert client.metrics["failed"] == 7
 
 
-def test_a_dead_port_is_absent_quickly_and_the_check_names_the_script(caplog):
+def test_a_dead_port_is_absent_and_the_check_names_the_script(caplog):
     client = VLMClient(f"http://127.0.0.1:{closed_port()}/v1", MODEL)
-    start = time.monotonic()
     assert client.ask(questions(*range(40))) == [None] * 40
     assert "40 of 40 judge calls failed" in caplog.text
     assert "All connection attempts failed" in caplog.text
     with pytest.raises(UserError, match=r"no judge at http://127.*scripts/serve_judge.sh") as caught:
         client.check()
-    assert time.monotonic() - start < 3
     assert "\n" not in str(caught.value)
 
 
@@ -245,29 +240,28 @@ def test_no_more_calls_are_in_flight_than_allowed():
 
 def test_the_circuit_opens_probes_and_closes_again(monkeypatch):
     monkeypatch.setattr(chat, "TRIP", 3)
-    monkeypatch.setattr(chat, "PAUSE", 1.0)
     server = JudgeServer(score, fail_share=1)
     with server as url:
         client = VLMClient(url, MODEL, concurrency=1)
         assert client.ask(questions(*range(10))) == [None] * 10
         assert server.requests == 3, "open after three failures: the others failed without a call"
         client.concurrency, server.delay = 4, 0.05
-        time.sleep(1.1)
+        client._circuit.since -= vlm.PAUSE  # as if it had passed
         assert client.ask(questions(*range(10))) == [None] * 10
         assert server.requests == 4, "half-open: one probe"
         server.fail_share = 0
         assert client.ask(questions(0)) == [None], "not yet time for the next probe"
-        time.sleep(1.1)
+        client._circuit.since -= vlm.PAUSE
         assert client.ask(questions(*range(10))) == grades(*range(10))
 
 
 def test_an_open_circuit_lets_one_probe_through_per_pause():
-    circuit = http.Circuit(trip=2, pause=0.2)
+    circuit = http.Circuit(trip=2, pause=60)
     circuit.failed("refused")
     assert circuit.lets_through()
     circuit.failed("refused")
     assert not circuit.lets_through()
-    time.sleep(0.25)
+    circuit.since -= 60
     assert [circuit.lets_through() for _ in range(3)] == [True, False, False]
 
 

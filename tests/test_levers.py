@@ -20,7 +20,7 @@ from errors import UserError
 from miniature import build as miniature
 from rendering import RenderOptions, levers, local
 from rendering.levers import MAX_PIXEL_DIFFERENCE, choose_batch_size, smallest_good_batch
-from run.folder import RunFolder
+from run.folder import Resume
 from scripts import bench, bench_gpu, bench_levers, bench_models
 from tests.processes import launch
 from tests.test_rendering import run_out_of_memory
@@ -164,19 +164,17 @@ def test_a_trial_that_runs_out_of_memory_is_not_taken():
     assert None not in renderer(TEXTS[:1], [0])
 
 
-def test_auto_is_settled_once_and_kept_by_whoever_goes_on(toy, tmp_path, monkeypatch):
+def test_auto_is_tried_once_and_kept_when_the_run_continues(toy, tmp_path, monkeypatch):
     found = iter([2, 8])
     monkeypatch.setattr(levers, "smallest_good_batch", lambda trial: next(found))
     run = ["--config", str(toy.config), "--outdir", str(tmp_path / "run"), "--rewards", "format", "--max_steps", "1"]
     options = r1_prompter.parse_options([*run, "--render_batch_size", "auto"])
-    folder = RunFolder(options.script.outdir, r1_prompter.all_options(options), resume="auto")
     renderer = options.render.load("cpu", measuring=True)
     assert renderer.chunk_size == 1
-    assert r1_prompter.choose_run_batch_size(renderer, "auto", folder) == renderer.chunk_size == 2
-    folder.open({"render_batch_size": 2}, ["r1_prompter.py"], None)
-    again = options.render.load("cpu", measuring=True)
-    assert r1_prompter.choose_run_batch_size(again, "auto", folder) == again.chunk_size == 2  # no other trial
-    assert r1_prompter.choose_run_batch_size(again, 4, folder) == 4
+    assert r1_prompter.choose_run_batch_size(renderer, "auto", Resume()) == renderer.chunk_size == 2
+    again, before = options.render.load("cpu", measuring=True), Resume(derived={"render_batch_size": 2})
+    assert r1_prompter.choose_run_batch_size(again, "auto", before) == again.chunk_size == 2  # no other trial
+    assert r1_prompter.choose_run_batch_size(again, 4, before) == 4
 
 
 def test_a_run_writes_down_the_batch_size_that_it_settled(toy, tmp_path):

@@ -3,6 +3,7 @@ and best-of-N with the miniature's real renderer and rewards. Takes one minute."
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -100,20 +101,20 @@ def test_a_faulty_teacher_gives_a_complete_file_and_every_useless_answer_is_coun
     assert 2 <= server.most_in_flight <= 16
 
 
-def test_too_many_requests_are_asked_again_after_the_time_that_the_server_names(data, tmp_path):
+def test_too_many_requests_are_asked_again_after_the_time_that_the_server_names(data, tmp_path, monkeypatch):
     class Busy(BaseHTTPRequestHandler):
-        """Turns the first caller away for a second."""
+        """Turns the first caller away for a while."""
 
-        times: list[float] = []
+        requests: list[str] = []
 
         def do_POST(self):
             self.rfile.read(int(self.headers["Content-Length"]))
-            self.times.append(time.monotonic())
-            first = len(self.times) == 1
+            self.requests.append(self.path)
+            first = len(self.requests) == 1
             message = {"content": completion("Think.", "a red cat"), "role": "assistant"}
             body = json.dumps({"choices": [{"message": message, "finish_reason": "stop"}]}).encode()
             self.send_response(429 if first else 200)
-            self.send_header("Retry-After", "1")
+            self.send_header("Retry-After", "7")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
@@ -121,12 +122,14 @@ def test_too_many_requests_are_asked_again_after_the_time_that_the_server_names(
         def log_message(self, *_):
             pass
 
+    waited, sleep = [], asyncio.sleep
+    monkeypatch.setattr(asyncio, "sleep", lambda seconds: waited.append(seconds) or sleep(0))
     with ThreadingHTTPServer(("127.0.0.1", 0), Busy) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/v1"
         assert main(job(data, tmp_path / "examples.jsonl", url, "--limit", 1)) == 0
         server.shutdown()
-    assert len(Busy.times) == 2 and 1 <= Busy.times[1] - Busy.times[0] < 5
+    assert len(Busy.requests) == 2 and [seconds for seconds in waited if seconds] == [7]
     assert teacher._seconds("100000") == teacher.MOST_WAITED and teacher._seconds("Wed, 21 Oct 2026 07:28:00 GMT") == 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-import time
+import signal
 
 import pytest
 
@@ -111,14 +111,15 @@ def test_100_000_random_completions_never_raise_and_whatever_is_read_is_clean():
 
 
 @pytest.mark.parametrize("unit", [*FRAGMENTS, "< ", "</ ", "< /\n", "<think> ", "<think>x</think>", "<think"])
-def test_time_is_linear_on_100_kb_of_anything(unit):
+def test_100_kb_of_anything_hang_nothing(unit):
     body = unit * (100_000 // len(unit))
     both = f"<think>{body}</think><answer>{body}</answer>"
     texts = [body, "<" + body, "<think>" + body, "<think>x</think>" + body, both]
-    start = time.process_time()
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("quadratic time, which would be minutes"))
+    signal.alarm(15)
     for text in texts:
         parse(text)
-    assert time.process_time() - start < 1.0  # quadratic time would be minutes
+    signal.alarm(0)
 
 
 def test_without_reasoning_the_answer_block_stands_alone_both_ways():

@@ -395,19 +395,18 @@ def test_a_picture_of_unknown_size_is_bounded_all_the_same():
         assert draw.failures == {"a picture that is no whole PNG": 1}
 
 
-def test_a_row_that_hangs_ends_at_its_deadline_retries_included():
+def test_a_row_that_hangs_is_asked_for_again_then_absent_and_leaves_the_others():
     with Painter(CARD, fault=bad_row("hang")) as server:
-        draw, start = load(server, timeout=0.4), time.monotonic()
+        draw = load(server, timeout=0.4)
         assert colours(draw(TEXTS, SEEDS)).count(None) == 1
-        assert time.monotonic() - start < 10 and draw.failures == {"no answer within 0.4 s": 1}
+        assert 2 <= server.counts[TEXTS[3]] <= 4 and draw.failures == {"no answer within 0.4 s": 1}
 
 
 def test_a_server_that_sends_a_byte_at_a_time_hits_the_deadline_too():
     with Painter(CARD) as server, dripping() as url:
-        draw, start = load(server, timeout=0.4, batch_timeout=5), time.monotonic()
+        draw = load(server, timeout=0.4)
         draw.servers[0].url = url
-        assert draw(["a cat"], [1]) == [None]
-        assert time.monotonic() - start < 4.5 and draw.failures == {"no answer within 0.4 s": 1}
+        assert draw(["a cat"], [1]) == [None] and draw.failures == {"no answer within 0.4 s": 1}
 
 
 @contextmanager
@@ -440,12 +439,10 @@ def dripping():
 
 
 def test_a_batch_ends_at_its_deadline_with_what_it_has():
-    with Painter(CARD, delay=0.2) as server:
-        draw, start = load(server, concurrency=1, batch_timeout=1.0), time.monotonic()
-        pictures = draw(TEXTS, SEEDS)
-        assert time.monotonic() - start < 8
-        assert pictures[0] is not None and pictures[-1] is None
-        assert draw.failures == {"unfinished at the batch's end": pictures.count(None)}
+    with Painter(CARD, fault=lambda body, count: "" if body["prompt"] in TEXTS[:2] else "hang") as server:
+        draw = load(server, concurrency=1, batch_timeout=1.0)
+        assert colours(draw(TEXTS, SEEDS)) == expected()[:2] + [None] * 10
+        assert draw.failures == {"unfinished at the batch's end": 10} and len(server.bodies) == 3
 
 
 def test_a_redirect_is_not_followed():
@@ -470,10 +467,8 @@ def test_one_dead_server_of_two_is_left_out_and_its_rows_go_to_the_other(caplog)
     with Painter(CARD) as server:
         with Painter(CARD) as dies:
             draw = load(server, dies)
-        start = time.monotonic()
         assert colours(draw(TEXTS * 4, list(range(48)))) == expected(TEXTS * 4, range(48))
-        assert time.monotonic() - start < 15 and not draw.failures
-        assert len(server.bodies) == 48
+        assert len(server.bodies) == 48 and not draw.failures
 
 
 def test_a_server_that_fails_every_row_costs_none_while_another_is_well():
@@ -490,9 +485,8 @@ def test_a_server_that_accepts_and_never_answers_holds_no_batch_up_for_its_timeo
         hangs = True
         assert colours(draw(TEXTS, SEEDS)) == expected()  # its circuit opens when they time out
         time.sleep(0.1)  # until its next probe
-        start, asked = time.monotonic(), len(ill.bodies)
+        asked, draw.timeout, draw.batch_timeout = len(ill.bodies), 25.0, 20.0  # a batch held up would end incomplete
         assert colours(draw(TEXTS, SEEDS)) == expected() and len(ill.bodies) > asked
-        assert time.monotonic() - start < 2.5
 
 
 def test_a_server_that_was_gone_at_the_start_joins_when_it_answers(caplog):
@@ -508,21 +502,19 @@ def test_a_server_that_was_gone_at_the_start_joins_when_it_answers(caplog):
             assert late.bodies
 
 
-def test_all_dead_is_absent_in_bounded_time_and_never_raises():
+def test_all_dead_is_absent_and_never_raises():
     with Painter(CARD) as one, Painter(CARD) as two:
         draw = load(one, two, timeout=1.0)
-    start = time.monotonic()
     assert draw(TEXTS, SEEDS) == [None] * 12
-    assert 1 < time.monotonic() - start < 10
     assert draw.failures == {"All connection attempts failed": 12}
 
 
 def test_an_outage_shorter_than_the_patience_loses_nothing_and_is_not_hammered(monkeypatch):
     monkeypatch.setattr(remote, "PAUSE", 0.2)
-    down_until = time.monotonic() + 2.0
-    with Painter(CARD, fault=lambda body, count: "503" if time.monotonic() < down_until else "") as server:
-        draw = load(server, timeout=5.0)
-        down_until = time.monotonic() + 1.5
+    well = threading.Event()
+    with Painter(CARD, fault=lambda body, count: "" if well.is_set() else "503") as server:
+        draw = load(server, timeout=20.0)
+        threading.Timer(1.5, well.set).start()
         assert colours(draw(TEXTS, SEEDS)) == expected() and not draw.failures
         assert len(server.bodies) < 12 + 6 + 12, "in flight when it went down, then one probe a pause"
 
@@ -537,9 +529,9 @@ def test_a_run_that_is_told_to_leave_does_not_wait_for_pictures(monkeypatch):
         return "" if body["prompt"] == TEXTS[0] else "hang"
 
     with Painter(CARD, fault=fault) as server:
-        draw, start = load(server, timeout=20.0), time.monotonic()
+        draw = load(server, timeout=60.0)
         pictures = draw(TEXTS, SEEDS)
-        assert time.monotonic() - start < 8
+        assert server.in_flight >= 6, "those that hang still do"
         assert pictures[0] is not None and pictures[1:] == [None] * 11 and draw.failures == {"told to leave": 11}
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -281,13 +280,12 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_does_not_run_it(tmp_pat
     assert target.exists(), "the intruder is harmless, so refusing it proves nothing"
 
 
-def test_a_missing_published_checkpoint_fails_at_once_with_size_licence_and_command(monkeypatch, tmp_path):
+def test_a_missing_published_checkpoint_is_not_asked_for_and_gives_size_licence_and_command(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    start = time.monotonic()
+    monkeypatch.setattr("httpx.Client.send", lambda *_, **__: pytest.fail("a request"))
     with pytest.raises(UserError) as caught:
         HPS(DEFAULT, device="cpu")
     message = str(caught.value)
-    assert time.monotonic() - start < 5
     assert "\n" not in message
     for part in ("2.0 GB", "Apache-2.0", "hf download xswu/HPSv2 --include 'HPS_v2.1_compressed.pt'"):
         assert part in message

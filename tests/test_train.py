@@ -199,24 +199,25 @@ def test_every_yaml_loads():
 
 
 def test_a_folder_of_another_run_or_of_something_else_is_refused(tmp_path):
-    mine = RunFolder(tmp_path / "run", {"seed": 1, "outdir": "a"}, may_differ={"outdir"})
-    mine.check()
-    mine.open({}, ["r1_prompter.py", "--hub_token", "secret", "--api_key=secret"], None)
-    assert "secret" not in (tmp_path / "run" / "run.json").read_text()
-    RunFolder(
-        tmp_path / "run", {"seed": 1, "outdir": "b"}, may_differ={"outdir"}
-    ).check()  # where it writes is not what it is
-    moved = {"seed": 1, "judge_url": "https://another/v1", "reward_device": "cuda:1"}  # nor are its judge's address
-    RunFolder(tmp_path / "run", moved).check()
+    def folder(name: str, resume: str | None = None, **config) -> RunFolder:
+        return RunFolder(tmp_path / name, config, may_differ={"outdir"}, resume=resume)
+
+    mine = folder("run", seed=1, outdir="a")
+    mine.plan()
+    mine.start({}, ["r1_prompter.py", "--hub_token", "secret", "--api_key=secret"], None)
+    record = tmp_path / "run" / "run.json"
+    assert "secret" not in record.read_text()
+    folder("run", seed=1, outdir="b").plan()  # where it writes is not what it is
+    assert folder("run", seed=1, resume="auto").plan().step == 0  # nothing was saved yet: from the beginning
     with pytest.raises(UserError, match="seed 1 -> 2"):
-        RunFolder(tmp_path / "run", {"seed": 2}, may_differ={"outdir"}).check()
-    RunFolder(
-        tmp_path / "run", {"seed": 1}, may_differ={"outdir"}, resume="auto"
-    ).check()  # nothing was saved yet: from the beginning
+        folder("run", seed=2).plan()
+    record.write_text(json.dumps({"commit": "a5c5730", "config_hash": mine.config_hash, "config": {}}))
+    with pytest.raises(UserError, match="a5c5730"):  # options had other names then
+        folder("run", seed=1).plan()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="holds no run"):
-        RunFolder(tmp_path / "other", {"seed": 1}).check()
+        folder("other", seed=1).plan()
 
 
 def test_a_killed_run_resumes_at_its_newest_checkpoint_and_logs_each_step_once(toy, tmp_path):
