@@ -35,7 +35,6 @@ from report.terminal import number
 SIDES = {"raw": "raw prompt", "start": "policy before", "trained": "policy after"}  # of the gallery
 GALLERY_ROWS = 24  # half of them folded away
 GROUPS_PER_STEP, PICTURES_PER_ROLLOUT = 3, 2
-MOST_NOTES = 12  # of what could not be read
 SMALL, LARGE = 96, 288  # pixels: up to SMALL a picture stays lossless, beyond LARGE it is shrunk
 
 
@@ -50,25 +49,24 @@ class Folder:
     def record(self, name: str) -> dict:
         """The JSON object in file `name`; empty if there is no such file."""
         path = self.root / name
-        return self._parse(path.read_text("utf-8", "replace"), name) or {} if path.is_file() else {}
+        if not path.is_file():
+            return {}
+        found = _json_object(path.read_text("utf-8", "replace"))
+        if found is None:
+            self.notes.append(f"{name} is left out: it holds no JSON object.")
+        return found or {}
 
     def rows(self, name: str) -> list[dict]:
         """The JSON objects in the lines of file `name`; empty if there is no such file."""
         path = self.root / name
         lines = path.read_text("utf-8", "replace").split("\n") if path.is_file() else []
-        parsed = [self._parse(line, f"{name}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
-        return [row for row in parsed if row is not None]
-
-    def _parse(self, text: str, place: str) -> dict | None:
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError as error:
-            self.notes.append(f"{place} is left out: not JSON ({error.msg}).")
-            return None
-        if not isinstance(value, dict):
-            self.notes.append(f"{place} is left out: a {type(value).__name__} where an object should be.")
-            return None
-        return value
+        rows = {i: _json_object(line) for i, line in enumerate(lines, 1) if line.strip()}
+        broken = [i for i, row in rows.items() if row is None]
+        if broken:
+            self.notes.append(
+                f"{name}: {len(broken)} lines hold no JSON object and are left out, first line {broken[0]}."
+            )
+        return [row for row in rows.values() if row is not None]
 
     def picture(self, name: str | None) -> dict:
         """{"src": data URI} of a picture, or {"why": what stands in its place}."""
@@ -85,6 +83,14 @@ class Folder:
         why = "picture missing" if inside else "picture refused"
         self.pictures[why] += 1
         return {"src": None, "why": why}
+
+
+def _json_object(text: str) -> dict | None:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _data_uri(path: Path) -> str:
@@ -189,11 +195,11 @@ def gallery(folder: Folder) -> dict | None:
 def logged_steps(folder: Folder) -> list[dict]:
     """One row a step, in order: what is logged twice for a step (a resumed run, a closing summary) is merged."""
     merged: dict[float, dict] = {}
-    for i, row in enumerate(folder.rows("metrics.jsonl"), 1):
-        if (step := number(row.get("step"))) is None:
-            folder.notes.append(f"metrics.jsonl, row {i} is left out: it has no step.")
-        else:
+    for row in folder.rows("metrics.jsonl"):
+        if (step := number(row.get("step"))) is not None:
             merged.setdefault(step, {}).update(row, step=step)
+        else:
+            folder.notes.append("metrics.jsonl: a row without a step is left out.")
     return [merged[step] for step in sorted(merged)]
 
 
@@ -219,9 +225,7 @@ def trouble(folder: Folder, rows: list[dict], run: dict) -> list[str]:
     if rows and rows[-1]["step"] < planned:
         found.append(f"The log ends at step {rows[-1]['step']:g} of {planned:g}.")
     found += [f"{count} × {why}." for why, count in folder.pictures.items() if count]
-    notes = list(dict.fromkeys(folder.notes))
-    more = [f"… and {len(notes) - MOST_NOTES} more of this kind."] if len(notes) > MOST_NOTES else []
-    return found + notes[:MOST_NOTES] + more
+    return found + list(dict.fromkeys(folder.notes))
 
 
 def _tiles(rows: list[dict], summary: dict) -> list[tuple[str, str]]:

@@ -45,7 +45,8 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=processes, choices=[1, 2, 4], help="that train together")
     args, trainer_options = parser.parse_known_args()
     started = time.time()
-    if not (args.outdir / "summary.json").exists():
+    summary_file = args.outdir / "summary.json"
+    if not summary_file.exists() or "table" not in json.loads(summary_file.read_text(encoding="utf-8")):
         if not (args.outdir / "report.html").exists():  # the last thing that the trainer writes
             code = train(args.outdir, args.seed, args.processes, trainer_options)
             if code:
@@ -54,7 +55,7 @@ def main() -> int:
         gallery = write_gallery(args.outdir, found)
         draw_before_after(args.outdir, gallery)
         summary = summarise(args.outdir, found, started)
-        (args.outdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        summary_file.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     show(args.outdir)
     return 0
 
