@@ -54,8 +54,9 @@ from run.progress import start_run
 from run.trainer import EpochOrder, RunTrainer, warn_if_bf16_loses_updates
 from scoring.cache import PictureCache
 from scoring.diagnostics import diagnose, mean_of_processes
-from scoring.judge import Scorer
-from scoring.rollouts import rollout_rows
+from scoring.drawing import Drawer
+from scoring.judge import Watchdog
+from scoring.rollouts import Rollout, Scorer, rollout_rows
 
 HERE = Path(__file__).resolve().parent
 RECIPE = HERE / "configs" / "flux_dev.yaml"
@@ -256,35 +257,56 @@ def make_scorer(
 ) -> Scorer:
     """What draws and scores this run's rollouts."""
     script, training = options.script, options.training
-    return Scorer(
+    drawer = Drawer(
         renderer,
-        rewards,
-        prompts,
-        num_generations=training.num_generations,
+        group=training.num_generations,
         images_per_rewrite=script.images_per_rewrite,
-        reasoning=script.reasoning,
-        common_seeds=script.common_seeds,
         run_seed=training.seed,
-        max_absent_share=script.max_absent_share,
-        held_out=held_out,
+        common_seeds=script.common_seeds,
         fresh_seeds=script.fresh_seeds,
-        cache=PictureCache(
-            Path(script.outdir) / "cache", script.picture_cache * 1e9, training.process_index, training.world_size
-        ),
+        cache=PictureCache(Path(script.outdir) / "cache", script.picture_cache * 1e9, training.world_size),
         score_while_drawing=options.render.remote,
-        enter=enter,
     )
+    return Scorer(drawer, rewards, prompts, held_out=held_out, reasoning=script.reasoning, enter=enter)
 
 
 # The method ------------------------------------------------------------------------------------------------------
 
 
+class RewardColumns:
+    """The seam between rewards and TRL: completions are scored once, and each reward is a column of the result.
+
+    Attributes:
+        rollouts: of the last batch.
+    """
+
+    def __init__(self, scorer: Scorer):
+        self.scorer = scorer
+        self.rollouts: list[Rollout] = []
+        self._completions: list | None = None
+
+    def functions(self) -> list[Callable[..., list[float | None]]]:
+        """One plain function per reward, named after it: TRL gives each its own column, weight and curve."""
+        return [self._function(reward.name) for reward in self.scorer.rewards]
+
+    def _function(self, name: str) -> Callable[..., list[float | None]]:
+        def column(*, completions, prompt_id, trainer_state, **_) -> list[float | None]:
+            if completions is not self._completions:  # the first reward of this batch: draw and score it
+                texts = [turns[0]["content"] for turns in completions]
+                self.rollouts = self.scorer.score_together(texts, prompt_id, trainer_state.global_step + 1)
+                self._completions = completions
+            return [rollout.parts[name] for rollout in self.rollouts]
+
+        column.__name__ = name
+        return column
+
+
 class RewriteTrainer(RunTrainer, GRPOTrainer):
     """TRL's GRPO, which also times its phases and writes down every rollout with the advantage it was given."""
 
-    def __init__(self, *args: Any, scorer: Scorer, script: ScriptArguments, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.scorer, self.script = scorer, script
+    def __init__(self, *args: Any, columns: RewardColumns, script: ScriptArguments, **kwargs: Any):
+        super().__init__(*args, reward_funcs=columns.functions(), **kwargs)
+        self.columns, self.script, self.watchdog = columns, script, Watchdog(script.max_absent_share)
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> RepeatSampler:
         sampler = super()._get_train_sampler(dataset)
@@ -296,21 +318,22 @@ class RewriteTrainer(RunTrainer, GRPOTrainer):
         started = time.perf_counter()
         batch = super()._generate_and_score_completions(inputs)  # sample, draw, score, advantages
         seconds = time.perf_counter() - started
-        drawing = self.scorer.metrics["seconds/render"] + self.scorer.metrics["seconds/score"]
-        measured = mean_of_processes(gather_object([{**self.scorer.metrics, "seconds/generate": seconds - drawing}]))
+        metrics = self.columns.scorer.metrics
+        drawing = metrics["seconds/render"] + metrics["seconds/score"]
+        measured = mean_of_processes(gather_object([{**metrics, "seconds/generate": seconds - drawing}]))
         rows = gather_object(self._rows(batch["advantages"].tolist()))
-        found = diagnose(rows, self.args.num_generations, self.scorer.renderer.max_tokens)
+        found = diagnose(rows, self.args.num_generations, self.columns.scorer.drawer.renderer.max_tokens)
         for name, value in {**measured, **found}.items():
             self._metrics["train"][name].append(value)
         if self.accelerator.is_main_process:
             self.folder.write_rollouts(self.state.global_step + 1, rows)
-        self.scorer.check({**measured, **found})  # the same verdict on every rank
+        self.watchdog.check({**measured, **found})  # the same verdict on every rank
         return batch
 
     def _rows(self, advantages: list[float]) -> list[dict[str, Any]]:
         """This process's rollouts as rows; keeps pictures where it is their step."""
         room = self.script.save_images_max // self.accelerator.num_processes if self._keeps_images() else 0
-        return rollout_rows(self.scorer.last, advantages, self.reward_weights.tolist(), self.folder, room)
+        return rollout_rows(self.columns.rollouts, advantages, self.reward_weights.tolist(), self.folder, room)
 
     def _keeps_images(self) -> bool:
         step, cycle = self.state.global_step, self.cycle
@@ -347,13 +370,12 @@ def train(options: Options) -> None:
     scorer = make_scorer(options, prompts, renderer, rewards, held_out, heartbeat.enter)
     trainer = RewriteTrainer(
         model=prepare_policy(script.gpt_path, training, model.use_peft),
-        reward_funcs=scorer.reward_functions(),
         args=training,
         train_dataset=conversations(prompts.values(), script.reasoning),
         processing_class=tokenizer,
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
-        scorer=scorer,
+        columns=RewardColumns(scorer),
         folder=folder,
         resume=resume,
         heartbeat=heartbeat,

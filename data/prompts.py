@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from data.grammar import DEPTH_RELATIONS, RELATIONS, TASKS, read
 from errors import UserError
@@ -103,14 +104,14 @@ def _parse(line: str, path: Path, number: int) -> Prompt:
         raise UserError(f"{where}: prompt holds half a surrogate pair ({ascii(text)[:60]}); write it as UTF-8")
     try:
         return _from_row(text.strip(), row)
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (UserError, KeyError, IndexError, TypeError, ValueError) as error:
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__} {error}"
         raise UserError(f"{where}: {reason}; the row's format is in data/README.md") from error
 
 
 def _from_row(text: str, row: dict) -> Prompt:
     if "tag" in row and "include" in row:
-        return _from_geneval(text, row)
+        return read_geneval(text, row)
     if all(row.get(field) is None for field in _METADATA):
         return read(text)
     nouns = _names(row, "nouns")
@@ -123,8 +124,8 @@ def _from_row(text: str, row: dict) -> Prompt:
     return Prompt(text, task, nouns, _names(row, "attr_nouns"), spatial, counts)
 
 
-def _from_geneval(text: str, row: dict) -> Prompt:
-    """GenEval's metadata: `include` lists the things to be seen; in a position prompt the subject comes last."""
+def read_geneval(text: str, row: Mapping[str, Any]) -> Prompt:
+    """The prompt of a row of GenEval's metadata: `include` lists the things, the subject of a position last."""
     items = row["include"]
     spatial = None
     if row["tag"] not in TASKS:

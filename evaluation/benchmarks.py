@@ -38,10 +38,14 @@ class BenchmarkOptions:
 
 
 def _geneval(options: BenchmarkOptions, reward: RewardOptions, device: str) -> Benchmark:
+    from evaluation.clip_colours import ClipColours
     from evaluation.geneval import CLIP, DETECTOR, GenEval
+    from evaluation.mask2former import Mask2Former
 
-    paths = {"detector": options.detector_path or DETECTOR, "clip": options.clip_path or CLIP}
-    return GenEval.from_models(**paths, device=device, batch_size=options.judge_batch_size)
+    detect = Mask2Former(options.detector_path or DETECTOR, device=device, batch_size=options.judge_batch_size)
+    colours = ClipColours(options.clip_path or CLIP, device=device)
+    settings = {"detector": detect.settings, "colours": colours.settings}
+    return GenEval(detect, colours, title="GenEval-HF", settings=settings)
 
 
 def _compbench(options: BenchmarkOptions, reward: RewardOptions, device: str) -> Benchmark:

@@ -1,13 +1,12 @@
-"""The colour of a detected thing as GenEval tells it: CLIP, zero-shot, over ten colours.
+"""The colour of a detected thing as GenEval names it: CLIP, zero-shot, over ten colours.
 
-    crop        what lies outside the mask becomes #999; then the box is cut out (Pillow rounds its corners)
-    read        CLIP's own transform: shorter side to 224 (bicubic), centre cut out: long thin things lose their ends
+    crop        pixels outside the mask become #999; then the box is cut out (Pillow rounds its corners)
+    read        CLIP's own transform: shorter side to 224 (bicubic), centre cut out; long things lose their ends
     colour      per colour the mean of three templates' unit features, made unit again; the highest cosine
 
-Source: GenEval, djghosh13/geneval (MIT), with open_clip's ViT-L-14 of OpenAI. The same weights are read here by
-transformers, because there the activation (QuickGELU, which these weights need) stands in the checkpoint's own config
-and can be checked, while in open_clip it hangs on the name that one picks. The original runs under autocast; here only
-pictures do, and only on CUDA.
+Source: GenEval, djghosh13/geneval (MIT), with open_clip's ViT-L-14 of OpenAI. Here transformers reads the same
+weights, because its checkpoint names the activation (these weights need QuickGELU), so it can be checked; in open_clip
+it depends on the name that the user picks. The original runs under autocast; here only pictures do, and only on CUDA.
 """
 
 from __future__ import annotations
@@ -36,20 +35,11 @@ TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}
 
 
 def crop_of(image: Image.Image, detection: Detection) -> Image.Image | None:
-    """The thing on grey; all of its box if the detection has no mask; None if the box, rounded, has no pixels.
-
-    Raises:
-        ValueError: the mask is not of the picture's size.
-    """
+    """The thing on grey; all of its box if the detection has no mask; None if the box, rounded, has no pixels."""
     left, top, right, bottom = map(round, detection.box)
     if right <= left or bottom <= top:
         return None
     if detection.mask is not None:
-        if detection.mask.shape != (image.height, image.width):
-            raise ValueError(
-                f"a mask of {detection.mask.shape} for a picture of {(image.height, image.width)}: detect must give "
-                "masks over the whole picture"
-            )
         grey = Image.new("RGB", image.size, BACKGROUND)
         image = Image.composite(image.convert("RGB"), grey, Image.fromarray(detection.mask))
     return image.crop((left, top, right, bottom))
@@ -90,13 +80,13 @@ class ClipColours:
     @torch.inference_mode()
     def __call__(self, questions: Sequence[Question]) -> list[str | None]:
         """One of `COLORS` per question, None where the box is empty or the model's output is not finite."""
-        crops = [crop_of(image, detection) for image, detection, _ in questions]
-        seen = [row for row, crop in enumerate(crops) if crop is not None]
+        crops = [crop_of(image, detection) for image, detection in questions]
+        rows = [row for row, crop in enumerate(crops) if crop is not None]
         answers: list[str | None] = [None] * len(questions)
-        for some in batches(seen, self.batch_size):
+        for some in batches(rows, self.batch_size):
             features = self.encode_images([crops[row] for row in some])
             for row, feature in zip(some, features, strict=True):
-                cosines = self.classifier(questions[row][2]) @ feature
+                cosines = self.classifier(questions[row][1].name) @ feature
                 if cosines.isfinite().all():
                     answers[row] = COLORS[cosines.argmax().item()]
         return answers

@@ -12,9 +12,9 @@ Different from the released code:
 
 - Only spellings that are one token count, not the first token of longer ones: in Qwen's vocabulary, where digits stand
   alone, " 2" begins with a mere space.
-- A served VLM tells 20 probabilities; an answer that is not among them has 0, and so has then the picture's GM. Where
-  the server tells none, its word counts, 1 or 0: the settings name which.
-- A question that could not be asked leaves its picture without AM and GM, which counts as 0 and is listed.
+- A served VLM gives 20 probabilities; an answer that is not among them has 0, and then the picture's GM is 0. If the
+  server gives none, its word counts, 1 or 0; the settings say which.
+- A question without an answer leaves its picture without AM and GM; this counts as 0 and is listed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from clients.chat import TOP_TOKENS, Question, Template, VLMClient
 from errors import UserError, one_line
 from evaluation.benchmark import Benchmark, Item, Verdict
-from evaluation.judged import RowErrors, ask, json_lines, one_word, required_texts, settings_of
+from evaluation.judged import ask, items_of, json_lines, one_word, required_texts, settings_of
 from interfaces import Prompt
 from models.frozen import arithmetic, batches, check_loaded, folder_of, freeze
 from models.weights import locked
@@ -53,13 +53,7 @@ NUMBERS = dict(zip("zero one two three four five six seven eight nine ten".split
 ANSWERS = ("yes", "no", *NUMBERS)
 
 WORDS = "{question} Answer in one word."
-
-
-def _as_told(answer: str) -> str | None:
-    return answer or None
-
-
-SOFT = Template(WORDS, _as_told, first_token=True)
+SOFT = Template(WORDS, lambda answer: answer or None, first_token=True)
 HARD = Template(WORDS, one_word)
 PROBE = "Is this picture completely black?"  # it is
 CONFIDENT = 0.5  # a judge whose first token says yes or no with less probability does not answer at once
@@ -74,22 +68,21 @@ class Asked:
     answer: str
 
 
+Score = tuple[float | None, str]  # in [0, 1], or None and the reason why there is none
+
+
 class VLM(Protocol):
-    """Whom the questions go to.
+    """Answers the questions.
 
     Attributes:
         model: its name.
         settings: all that its scores depend on, JSON-able.
-        reasons: of the last call, one per question: why there is no score; "" where there is one.
     """
 
     model: str
     settings: Mapping[str, Any]
-    reasons: Sequence[str]
 
-    def __call__(self, asked: Sequence[Asked]) -> list[float | None]:
-        """A score in [0, 1] for each question, None where there is none."""
-        ...
+    def __call__(self, asked: Sequence[Asked]) -> list[Score]: ...
 
 
 class ServedVLM(VLM):
@@ -97,29 +90,28 @@ class ServedVLM(VLM):
 
     Args:
         client: of the server.
-        scores: "soft" (probabilities), "hard" (1 for the right word, else 0), or "auto": a probe, asked here and now,
-            finds out whether the server tells probabilities and the model answers with its first token.
+        template: SOFT (probabilities) or HARD (1 for the right word, else 0); None: two questions, asked here and now,
+            find out whether the server gives probabilities and the model answers with its first token.
         revision: of the model and server, for the settings.
 
     Raises:
-        UserError: the probe was not answered.
-        ValueError: unknown `scores`.
+        UserError: those questions were not answered.
     """
 
-    def __init__(self, client: VLMClient, *, scores: str = "auto", revision: str = ""):
-        if scores not in ("auto", "soft", "hard"):
-            raise ValueError(f"scores are {scores!r}, must be auto, soft or hard")
-        self.client, self.model, self.reasons = client, client.model, []
-        self.template = {"soft": SOFT, "hard": HARD, "auto": None}[scores] or _probe(client)
+    def __init__(self, client: VLMClient, template: Template | None = None, *, revision: str = ""):
+        self.client, self.model = client, client.model
+        self.template = template or _probe(client)
         soft = f"soft: probability, among those of the {TOP_TOKENS} likeliest first tokens"
         how = soft if self.template is SOFT else "hard: 1 for the right word, else 0"
         self.settings = {**settings_of(client, revision, question=self.template), "scores": how}
 
-    def __call__(self, asked: Sequence[Asked]) -> list[float | None]:
+    def __call__(self, asked: Sequence[Asked]) -> list[Score]:
         read = _probability if self.template is SOFT else _match
         answers = ask(self.client, [_question(self.template, one.image, one.question) for one in asked])
-        self.reasons = [reason for _, reason in answers]
-        return [None if v is None else read(v, one.answer) for (v, _), one in zip(answers, asked, strict=True)]
+        return [
+            (None if verdict is None else read(verdict, one.answer), reason)
+            for (verdict, reason), one in zip(answers, asked, strict=True)
+        ]
 
 
 class LocalVLM(VLM):
@@ -145,7 +137,7 @@ class LocalVLM(VLM):
         batch_size: int = 16,
     ):
         folder = folder_of(path, PUBLISHED, NEEDS)
-        self.device, self.batch_size, self.reasons = torch.device(device), batch_size, []
+        self.device, self.batch_size = torch.device(device), batch_size
         model, self.processor = _load(folder, arithmetic(dtype, batch_size))
         self.network = freeze(model, self.device, folder)
         self.tokens = {answer: self._tokens(answer, folder) for answer in ANSWERS}
@@ -160,14 +152,13 @@ class LocalVLM(VLM):
         }
 
     @torch.inference_mode()
-    def __call__(self, asked: Sequence[Asked]) -> list[float | None]:
+    def __call__(self, asked: Sequence[Asked]) -> list[Score]:
         chances = [chance for some in batches(asked, self.batch_size) for chance in self._ask(some)]
-        self.reasons = ["" if math.isfinite(chance) else "not finite" for chance in chances]
-        return [chance if math.isfinite(chance) else None for chance in chances]
+        return [(chance, "") if math.isfinite(chance) else (None, "not finite") for chance in chances]
 
     def _ask(self, asked: Sequence[Asked]) -> list[float]:
         """p(answer) of each question. Padding is on the left, so that the answer follows the last column."""
-        chats = [self._chat(SOFT.fill("", question=one.question)) for one in asked]
+        chats = [self._chat(_question(SOFT, one.image, one.question).text) for one in asked]
         images = [[one.image.convert("RGB")] for one in asked]
         inputs = self.processor(text=chats, images=images, padding=True, padding_side="left", return_tensors="pt")
         inputs = inputs.to(self.device, self.network.dtype)
@@ -206,12 +197,8 @@ class GenEval2(Benchmark):
         self.title = f"GenEval 2, Soft-TIFA (judge={vlm.model})"
 
     def load(self, path: Path) -> list[Item]:
-        """The rows of `geneval2_data.jsonl`.
-
-        Raises:
-            UserError: see `Benchmark`.
-        """
-        return load(path)
+        """The rows of `geneval2_data.jsonl`."""
+        return items_of(json_lines(path), _item)
 
     def judge(self, items: Sequence[Item], images: Sequence[Image.Image]) -> list[Verdict]:
         """All questions of all pictures in one call of the VLM."""
@@ -220,8 +207,8 @@ class GenEval2(Benchmark):
             for item, image in zip(items, images, strict=True)
             for question, answer in item.meta["questions"]
         ]
-        answers = iter(zip(self.vlm(asked), self.vlm.reasons, strict=True))
-        return [verdict(item, [next(answers) for _ in item.meta["questions"]]) for item in items]
+        scores = iter(self.vlm(asked))
+        return [verdict(item, [next(scores) for _ in item.meta["questions"]]) for item in items]
 
     def overall(self, means: Mapping[str, float], points: Mapping[str, int]) -> float:
         """The mean AM."""
@@ -234,22 +221,18 @@ def spellings(answer: str) -> tuple[str, ...]:
     return tuple(f"{blank}{word}" for blank in ("", " ") for word in words)
 
 
-def arithmetic_mean(scores: Sequence[float | None]) -> float | None:
-    """None if a score is."""
-    return None if None in scores else sum(scores) / len(scores)
-
-
-def geometric_mean(scores: Sequence[float | None]) -> float | None:
-    """0 if a score is 0, None if one is None."""
+def am_gm(scores: Sequence[float | None]) -> tuple[float | None, float | None]:
+    """Arithmetic and geometric mean; None if a score is None."""
     if None in scores:
-        return None
-    return 0.0 if 0 in scores else math.exp(sum(map(math.log, scores)) / len(scores))
+        return None, None
+    gm = 0.0 if 0 in scores else math.exp(sum(map(math.log, scores)) / len(scores))
+    return sum(scores) / len(scores), gm
 
 
-def verdict(item: Item, answers: Sequence[tuple[float | None, str]]) -> Verdict:
-    """What (score, reason for having none) of each question says; without one of them AM and GM cannot be told."""
+def verdict(item: Item, answers: Sequence[Score]) -> Verdict:
+    """The verdict on a picture from the score of each question; if one is missing, AM and GM are None."""
     scores = [score for score, _ in answers]
-    am, gm = arithmetic_mean(scores), geometric_mean(scores)
+    am, gm = am_gm(scores)
     parts: dict[str, list[float | None]] = {"AM": [am], "GM": [gm], f"GM, {item.meta['atom_count']} atoms": [gm]}
     for skill, score in zip(item.meta["skills"], scores, strict=True):
         parts.setdefault(skill, []).append(score)
@@ -258,40 +241,20 @@ def verdict(item: Item, answers: Sequence[tuple[float | None, str]]) -> Verdict:
     return Verdict(parts, detail | {"reason": "; ".join(missing)} if missing else detail)
 
 
-def load(path: Path) -> list[Item]:
-    """The rows of a file, see `GenEval2.load`."""
-    path, errors, items = Path(path), RowErrors(), []
-    for line, row in json_lines(path, errors):
-        try:
-            items.append(_item(row, len(items)))
-        except ValueError as error:
-            errors.add(path, line, one_line(error))
-    errors.check()
-    return items
-
-
-def _item(row: object, number: int) -> Item:
+def _item(row: Mapping[str, Any], number: int) -> Item:
     """The item of a row; raises ValueError for a malformed one."""
-    if not isinstance(row, dict):
-        raise ValueError(f"a {type(row).__name__}, not an object")
     (text,) = required_texts(row, "prompt")
-    count, asked, skills = (row.get(field) for field in ("atom_count", "vqa_list", "skills"))
-    if type(count) is not int or count not in ATOM_COUNTS:
+    count, skills = row["atom_count"], row["skills"]
+    if count not in ATOM_COUNTS:
         raise ValueError(f"atom_count is {count!r}, not a whole number from 3 to 10")
-    if not isinstance(asked, list) or not asked or not all(map(_is_pair, asked)):
-        raise ValueError(f"vqa_list is {asked!r}, not a list of [question, answer]")
-    questions = [[question.strip(), answer.strip().lower()] for question, answer in asked]
+    questions = [[question.strip(), answer.strip().lower()] for question, answer in row["vqa_list"]]
     wrong = [answer for _, answer in questions if answer not in ANSWERS]
     if wrong:
         raise ValueError(f"answer {wrong[0]!r} is none of {', '.join(ANSWERS)}")
-    if not isinstance(skills, list) or len(skills) != len(questions) or not set(skills) <= set(SKILLS):
-        raise ValueError(f"skills are {skills!r}, not one of {', '.join(SKILLS)} for each question")
+    if not questions or len(skills) != len(questions) or not set(skills) <= set(SKILLS):
+        raise ValueError(f"skills of {len(questions)} questions are {skills!r}, known are {', '.join(SKILLS)}")
     meta = {"atom_count": count, "questions": questions, "skills": skills}
     return Item(f"{number:05d}", Prompt(text), f"{count} atoms", meta)
-
-
-def _is_pair(entry: object) -> bool:
-    return isinstance(entry, list) and len(entry) == 2 and all(isinstance(e, str) and e.strip() for e in entry)
 
 
 def _question(template: Template, image: Image.Image, question: str) -> Question:
@@ -310,7 +273,7 @@ def _match(word: str, answer: str) -> float:
 
 
 def _probe(client: VLMClient) -> Template:
-    """How this server is to be asked: SOFT where its first token says yes or no, else HARD."""
+    """SOFT for a server whose first token says yes or no with probabilities, else HARD."""
     black = Image.new("RGB", (64, 64))
     (chances,) = client.ask([_question(SOFT, black, PROBE)])
     if chances is not None and _probability(chances, "yes") + _probability(chances, "no") >= CONFIDENT:
@@ -320,7 +283,7 @@ def _probe(client: VLMClient) -> Template:
         raise UserError(
             f"{client.model!r} at {client.url} answers no probe ({client.reasons[0]}): is it a VLM, and is it served?"
         )
-    log.warning("%r tells no probabilities of its answer (%s): hard scores, 1 for the right word", client.model, why)
+    log.warning("%r gives no probabilities of its answer (%s): hard scores, 1 for the right word", client.model, why)
     return HARD
 
 

@@ -1,6 +1,6 @@
-"""What the benchmarks that ask a VLM share: files whose errors are told all at once, and what a result file must say.
+"""What several benchmarks share: reading their files, with all malformed rows in one message, and asking a VLM.
 
-UniGenBench, WISE, GenEval 2 and DPG-graph: one file each beside this one.
+The benchmarks that ask a VLM are UniGenBench, WISE, GenEval 2 and DPG-graph: one file each beside this one.
 """
 
 from __future__ import annotations
@@ -8,21 +8,20 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from clients.chat import MAX_TOKENS, Question, Template, VLMClient, after_thinking
 from clients.chat import Verdict as Answer
 from errors import UserError, one_line
+from evaluation.benchmark import Item
 
-_BLANK = re.compile(r"\s*")
 _AROUND = ".,;:!?*_`\"'()"
 
 
 class RowErrors:
-    """What is wrong in a benchmark's files, row by row."""
+    """The problems in a benchmark's files, row by row."""
 
     def __init__(self):
         self.found: list[str] = []
@@ -31,7 +30,7 @@ class RowErrors:
         self.found.append(f"{path}, line {line}: {what}")
 
     def check(self) -> None:
-        """Raise UserError, with all that was found, if anything was."""
+        """Raise UserError with all problems, if there are any."""
         if self.found:
             raise UserError(f"{len(self.found)} malformed rows: {'; '.join(self.found)}; correct or remove them")
 
@@ -76,36 +75,57 @@ def csv_rows(path: Path, errors: RowErrors, *choices: Sequence[str]) -> Iterator
         raise UserError(f"{path}, line {line}: not CSV ({one_line(error)}): correct the row") from error
 
 
-def json_list(path: Path) -> Iterator[tuple[int, object]]:
-    """(number of its first line, element) of the JSON list in a file.
+def json_list(path: Path) -> list[tuple[str, Any]]:
+    """(its place, element) of each element of the JSON list in a file.
 
     Raises:
-        UserError: the file cannot be read, or holds no list with something in it; with the line that is at fault.
+        UserError: the file cannot be read, or is not JSON.
     """
-    text, decoder = read_text(path), json.JSONDecoder()
-    at, before = _BLANK.match(text).end(), "["
+    rows = _json(read_text(path), str(path))
+    return [(f"{path}, element {number}", row) for number, row in enumerate(rows, 1)]
+
+
+def json_lines(path: Path) -> list[tuple[str, Any]]:
+    """(its place, the value in it) of each line of JSON Lines that is not blank.
+
+    Raises:
+        UserError: the file cannot be read, or has a line that is no JSON.
+    """
+    lines = enumerate(read_text(path).split("\n"), 1)
+    return [(f"{path}, line {line}", _json(text, f"{path}, line {line}")) for line, text in lines if text.strip()]
+
+
+def _json(text: str, place: str) -> Any:
     try:
-        while text[at : at + 1] == before:
-            at, before = _BLANK.match(text, at + 1).end(), ","
-            line = text.count("\n", 0, at) + 1
-            element, at = decoder.raw_decode(text, at)
-            yield line, element
-            at = _BLANK.match(text, at).end()
-        if text[at : at + 1] != "]":
-            raise ValueError(f"{before!r} or ']' expected, not {text[at : at + 20]!r}")
-    except (ValueError, RecursionError) as error:
-        line = text.count("\n", 0, at) + 1
-        raise UserError(f"{path}, line {line}: not a list in JSON ({one_line(error)}): correct it") from error
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{place}: not JSON ({one_line(error)}): correct it") from error
 
 
-def json_lines(path: Path, errors: RowErrors) -> Iterator[tuple[int, object]]:
-    """(line number, what it holds) of each line that is not blank; lines that are no JSON go to `errors`."""
-    for line, text in enumerate(read_text(path).split("\n"), 1):
+def items_of(
+    rows: Iterable[tuple[str, Any]], make: Callable[[Any, int], Item], errors: RowErrors | None = None
+) -> list[Item]:
+    """`make(row, its number from 0)` of each (place, row).
+
+    Raises:
+        UserError: rows that are no objects, that `make` cannot read (ValueError, TypeError or KeyError), or whose id
+            comes twice; all of them in one message, after what is in `errors` already.
+    """
+    errors = errors or RowErrors()
+    items: dict[str, Item] = {}
+    for number, (place, row) in enumerate(rows):
         try:
-            if text.strip():
-                yield line, json.loads(text)
-        except (ValueError, RecursionError) as error:
-            errors.add(path, line, f"not JSON ({one_line(error)})")
+            if not isinstance(row, dict):
+                raise ValueError(f"a {type(row).__name__}, not an object")
+            item = make(row, number)
+            if items.setdefault(item.id, item) is not item:
+                raise ValueError(f"the number {item.id} comes twice")
+        except KeyError as error:
+            errors.found.append(f"{place}: {error} is missing")
+        except (ValueError, TypeError) as error:
+            errors.found.append(f"{place}: {one_line(error)}")
+    errors.check()
+    return list(items.values())
 
 
 def required_texts(row: Mapping[str, object], *names: str) -> list[str]:
@@ -124,7 +144,7 @@ def required_texts(row: Mapping[str, object], *names: str) -> list[str]:
 def ask(client: VLMClient, questions: Sequence[Question]) -> list[tuple[Answer | None, str]]:
     """(verdict, or None; why it is None) of each question, however many there are.
 
-    The client gives a batch `batch_timeout` seconds; it is given no more at once than it must be able to do in that.
+    A batch has `batch_timeout` seconds, so it gets no more questions than have time for their calls.
     """
     rounds = max(1, int(client.batch_timeout // client.call_timeout))
     size, answers = rounds * client.concurrency, []
@@ -135,7 +155,7 @@ def ask(client: VLMClient, questions: Sequence[Question]) -> list[tuple[Answer |
 
 
 def settings_of(client: VLMClient, revision: str, **templates: Template) -> dict[str, Any]:
-    """What a verdict through `client` depends on; `templates` by their use."""
+    """All that a verdict through `client` depends on; `templates` by their use."""
     return {
         "judge": client.model,
         "judge_revision": revision or "not given",

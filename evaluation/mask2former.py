@@ -2,8 +2,8 @@
 
     read        shorter side to 800, longer at most 1333, bilinear; ImageNet mean and std; zeros right and below up to
                 a multiple of 32
-    table       softmax over 80 classes and "nothing", which is dropped; the 100 best of all (query, class) pairs, so
-                that one query may be several classes
+    table       softmax over 80 classes and "nothing", which is dropped; the 100 best of all (query, class) pairs: one
+                query may be several classes
     mask        logits to the size of the padded input, padding cut off, to the size of the picture (bilinear both
                 times); inside where logit > 0
     score       class probability x mean sigmoid inside the mask
@@ -17,7 +17,7 @@ resizes by OpenCV: where a picture grows (512 -> 800) the two are the same but f
 800) Pillow averages over neighbours and OpenCV does not.
 
 Source: arXiv 2112.01527; mmdet 2.x, config mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco. The weights are Facebook's,
-not mmdet's: see `geneval.py` on what that means. Not checked here: their AP on COCO, and their scores against mmdet's.
+not mmdet's, see `geneval.py`; neither their AP on COCO nor their scores against mmdet's are checked here.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from safetensors import SafetensorError
 from transformers import Mask2FormerForUniversalSegmentation
 
 from errors import UserError, one_line
-from evaluation.geneval import CLASS_NAMES, DETECTOR, Box, Detection
+from evaluation.geneval import CLASS_NAMES, DETECTOR, RULES, Box, Detection
 from models.frozen import arithmetic, batches, check_loaded, folder_of, freeze
 from models.weights import locked
 
@@ -108,7 +108,7 @@ def detections_of(
                 mask = inside[row].cpu().numpy().copy()  # a view would keep the other masks in memory
                 box = box_of(mask)
                 found += [
-                    Detection(number, score, box, mask)
+                    Detection(CLASS_NAMES[number], score, box, mask)
                     for number, score in zip(classes[kept].tolist(), scores[kept].tolist(), strict=True)
                 ]
     return sorted(found, key=lambda detection: -detection.score)
@@ -165,7 +165,7 @@ class Mask2Former:
         *,
         device: str | torch.device,
         batch_size: int = 8,
-        threshold: float = 0.3,
+        threshold: float = RULES["threshold"],
         short_side: int = 800,
         long_side: int = 1333,
     ):
@@ -227,16 +227,10 @@ def _load(folder: Path) -> Mask2FormerForUniversalSegmentation:
 
 
 def _check_classes(id2label: dict[int, str], folder: Path) -> None:
-    """Detections are joined on the class number, so the numbers must be COCO's."""
-    if len(id2label) != len(CLASS_NAMES):
+    """Raise UserError unless the network's classes are COCO's in COCO's order: detections take their names from it."""
+    spellings = ["".join(id2label[number].lower().split()) for number in sorted(id2label)]
+    if [SPELLINGS.get(name, name) for name in spellings] != ["".join(name.split()) for name in CLASS_NAMES]:
         raise UserError(
-            f"{folder} detects {len(id2label)} classes, GenEval needs COCO's {len(CLASS_NAMES)}: give an instance "
-            f"checkpoint of COCO such as {PUBLISHED.repo}"
+            f"the classes of {folder} are not COCO's 80 in COCO's order: give an instance checkpoint of COCO such as "
+            f"{PUBLISHED.repo}, or correct id2label in config.json if only the spelling differs"
         )
-    for number, name in enumerate(CLASS_NAMES):
-        spelling = "".join(id2label[number].lower().split())
-        if SPELLINGS.get(spelling, spelling) != "".join(name.split()):
-            raise UserError(
-                f"class {number} of {folder} is {id2label[number]!r}, COCO's is {name!r}: give a checkpoint with "
-                "COCO's order, or correct id2label in its config.json if only the spelling differs"
-            )

@@ -13,7 +13,7 @@ Different from the released code:
 - A picture whose answer could not be had counts as a failure of all its points. The released code asks up to ten times
   and then leaves the row out, which flatters. At temperature 0 asking again is no help, so each is asked once.
 - Row 509 of `test_prompts_en_long.csv` lacks a comma between two entries, on which the released code stops. It is
-  repaired, which the log and the settings tell.
+  repaired; the log and the settings say so.
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ from typing import Any
 from PIL import Image
 
 from clients.chat import Question, Template, VLMClient, after_thinking
-from errors import one_line
 from evaluation.benchmark import Benchmark, Item, Verdict
-from evaluation.judged import RowErrors, ask, csv_rows, required_texts, settings_of
+from evaluation.judged import RowErrors, ask, csv_rows, items_of, required_texts, settings_of
 from interfaces import Prompt
 
 log = logging.getLogger(__name__)
@@ -156,15 +155,13 @@ class UniGenBench(Benchmark):
         self.settings: dict[str, Any] = settings_of(client, revision, points=template(1))
 
     def load(self, path: Path) -> list[Item]:
-        """The rows of `test_prompts_{en,en_long,zh,zh_long}.csv`.
-
-        `settings` gets the file's name and its repaired rows.
-
-        Raises:
-            UserError: see `Benchmark`.
-        """
-        items, repaired = load(path)
-        self.settings |= {"file": Path(path).name, "repaired_rows": repaired}
+        """The rows of `test_prompts_{en,en_long,zh,zh_long}.csv`; `settings` gets its name and its repaired rows."""
+        path, errors, repaired = Path(path), RowErrors(), []
+        rows = ((f"{path}, line {line}", row) for line, row in csv_rows(path, errors, *COLUMNS.values()))
+        items = items_of(rows, lambda row, _: _item(row, path.name, repaired), errors)
+        for repair in repaired:
+            log.warning("%s: %s", path, repair)
+        self.settings |= {"file": path.name, "repaired_rows": repaired}
         return items
 
     def judge(self, items: Sequence[Item], images: Sequence[Image.Image]) -> list[Verdict]:
@@ -179,29 +176,8 @@ class UniGenBench(Benchmark):
         return sum(primary) / len(primary)
 
 
-def load(path: Path) -> tuple[list[Item], list[str]]:
-    """The rows of a file, and what was repaired in it, see `UniGenBench.load`."""
-    path = Path(path)
-    errors, items, repaired, seen = RowErrors(), [], [], set()
-    for line, row in csv_rows(path, errors, *COLUMNS.values()):
-        try:
-            item, repair = _item(row, path.name)
-        except (ValueError, RecursionError) as error:
-            errors.add(path, line, one_line(error))
-            continue
-        if item.id in seen:
-            errors.add(path, line, f"index {row['index']} comes twice")
-        if repair:
-            repaired.append(f"line {line}: {repair}")
-            log.warning("%s, line %d: %s", path, line, repair)
-        seen.add(item.id)
-        items.append(item)
-    errors.check()
-    return items, repaired
-
-
 def verdict(points: Sequence[str], answer: str | None, reason: str) -> Verdict:
-    """What an answer, as `parse` returns it, says of a picture with these points."""
+    """The verdict on a picture with these points, from an answer as `parse` returns it."""
     scores, analyses = json.loads(answer) if answer else ([None] * len(points), [])
     parts: dict[str, list[float | None]] = {}
     for point, score in zip(points, scores, strict=True):
@@ -237,38 +213,25 @@ def _question(item: Item, image: Image.Image) -> Question:
     return Question(template(len(names)), item.prompt.text, (image,), slots)
 
 
-def _item(row: Mapping[str, str], file: str) -> tuple[Item, str]:
-    """The item of a row and what was repaired, "" if nothing; raises ValueError for a malformed one."""
-    if not row["index"].strip().isdecimal():
-        raise ValueError(f"index is {row['index']!r}, not a whole number from 0")
+def _item(row: Mapping[str, str], file: str, repaired: list[str]) -> Item:
+    """The item of a row; a repair is added to `repaired`. Raises ValueError for a malformed row."""
     index = int(row["index"])
     language = "zh" if "prompt_zh" in row else "en"
-    fields = FIELDS[language]
     text, written = required_texts(row, *COLUMNS[language][1:])
-    entries, repair = _entries(written, index, (file, index) == BROKEN)
-    theme, points, asked = (entries.get(field) for field in fields)
-    for field, texts in zip(fields[1:], (points, asked), strict=True):
-        if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
-            raise ValueError(f"{field} is {texts!r}, not a list of texts")
-    if len(points) != len(asked):
-        raise ValueError(f"{len(points)} test points with {len(asked)} descriptions")
-    names = [_point(point) for point in points]
-    meta = {"index": index, "points": names, "asked": asked}
-    return Item(f"{index:05d}", Prompt(text), str(theme or ""), meta), repair
-
-
-def _entries(written: str, index: int, broken: bool) -> tuple[dict, str]:
-    """The JSON object of a row, and what was repaired in it: a missing comma, only where that is known."""
     try:
-        entries, repair = json.loads(written), ""
+        entries = json.loads(written)
     except json.JSONDecodeError as error:
-        if not broken or not error.msg.startswith("Expecting ',' delimiter"):
+        if (file, index) != BROKEN:
             raise
-        entries = json.loads(f"{written[: error.pos]},{written[error.pos :]}")
-        repair = f"index {index}: a comma was put between two entries, before {written[error.pos :][:40]!r}"
-    if not isinstance(entries, dict):
-        raise ValueError(f"test points are a {type(entries).__name__}, not an object")
-    return entries, repair
+        before, after = written[: error.pos], written[error.pos :]
+        entries = json.loads(f"{before},{after}")
+        repaired.append(f"index {index}: a comma was put between two entries, before {after[:40]!r}")
+    theme, points, asked = FIELDS[language]
+    points, asked = entries[points], entries[asked]
+    if not points or len(points) != len(asked):
+        raise ValueError(f"test points {points!r} with descriptions {asked!r}")
+    meta = {"index": index, "points": [_point(point) for point in points], "asked": list(map(str, asked))}
+    return Item(f"{index:05d}", Prompt(text), str(entries.get(theme) or ""), meta)
 
 
 def _point(name: str) -> str:

@@ -1,4 +1,4 @@
-"""WISE: prompts that name nothing outright; a VLM that is told the answer says whether the picture shows it.
+"""WISE: prompts that name nothing outright; a VLM that knows the answer says whether the picture shows it.
 
     WISE_Verified   1 or 0 a picture;   overall = 0.40 culture + 0.12 (time + space + biology + physics + chemistry)
     WISE legacy     (0.7 consistency + 0.2 realism + 0.1 aesthetics) / 2, each graded 0, 1 or 2;
@@ -27,9 +27,9 @@ from typing import Any
 from PIL import Image
 
 from clients.chat import Question, Template, VLMClient, after_thinking
-from errors import UserError, one_line
+from errors import UserError
 from evaluation.benchmark import Benchmark, Item, Verdict
-from evaluation.judged import RowErrors, ask, json_list, required_texts, settings_of
+from evaluation.judged import ask, items_of, json_list, required_texts, settings_of
 from interfaces import Prompt
 
 CATEGORIES = ("culture", "time", "space", "biology", "physics", "chemistry")
@@ -73,7 +73,7 @@ def parse_grades(answer: str) -> str | None:
 def harmless(text: str) -> str:
     """`text` on one line in which nothing reads like a score: "Score: 1" gets a full-width colon.
 
-    The tags that the client takes care of are not what these answers are read by.
+    The client makes tags harmless, but these answers have no tags.
     """
     return _LABEL.sub("\\1：", " ".join(text.split()))
 
@@ -136,17 +136,12 @@ class WISE(Benchmark):
         client: of the server that judges; `client.check()` says whether it can be reached.
         version: "verified" or "legacy".
         revision: of the judge's model and server, for the settings.
-
-    Raises:
-        ValueError: an unknown `version`.
     """
 
     categories = CATEGORIES
     images_per_prompt = 1
 
     def __init__(self, client: VLMClient, *, version: str = "verified", revision: str = ""):
-        if version not in WEIGHTS:
-            raise ValueError(f"WISE's version {version!r} is none of {', '.join(WEIGHTS)}")
         self.client, self.version = client, version
         self.name = "wise" if version == "verified" else "wise_legacy"
         title = "WISE_Verified" if version == "verified" else "WISE legacy, WiScore"
@@ -157,12 +152,13 @@ class WISE(Benchmark):
         }
 
     def load(self, path: Path) -> list[Item]:
-        """The rows of a JSON file, or of all JSON files of a folder but the authors' rewrites (`*_rewrite.json`).
-
-        Raises:
-            UserError: see `Benchmark`.
-        """
-        return load(path, self.version)
+        """The rows of a JSON file, or of all JSON files of a folder but the authors' rewrites (`*_rewrite.json`)."""
+        files = [Path(path)]
+        if files[0].is_dir():
+            files = sorted(file for file in files[0].glob("*.json") if not file.stem.endswith("_rewrite"))
+        if not files:
+            raise UserError(f"{path}: no .json file in it: give the folder of WISE's data")
+        return items_of((row for file in files for row in json_list(file)), lambda row, _: _item(row, self.version))
 
     def judge(self, items: Sequence[Item], images: Sequence[Image.Image]) -> list[Verdict]:
         """One question per picture."""
@@ -185,7 +181,7 @@ class WISE(Benchmark):
 
 
 def verdict(category: str, answer: str | float | None, reason: str) -> Verdict:
-    """What an answer, as `parse` or `parse_grades` returns it, says of a picture of that category."""
+    """The verdict on a picture of that category, from an answer as `parse` or `parse_grades` returns it."""
     if answer is None:
         return Verdict({category: [None]}, {"reason": reason})
     if isinstance(answer, float):
@@ -199,34 +195,8 @@ def category_of(prompt_id: int, version: str) -> str:
     return next(name for name, last in zip(CATEGORIES, LAST_ID[version], strict=True) if prompt_id <= last)
 
 
-def load(path: Path, version: str) -> list[Item]:
-    """The rows of a file or folder, see `WISE.load`."""
-    path = Path(path)
-    files = [path]
-    if path.is_dir():
-        files = sorted(file for file in path.glob("*.json") if not file.stem.endswith("_rewrite"))
-    if not files:
-        raise UserError(f"{path}: no .json file in it: give the folder of WISE's data")
-    rows = [(file, *found) for file in files for found in json_list(file)]
-    items: dict[str, Item] = {}
-    errors = RowErrors()
-    for file, line, row in rows:
-        try:
-            item = _item(row, version)
-        except ValueError as error:
-            errors.add(file, line, one_line(error))
-            continue
-        if item.id in items:
-            errors.add(file, line, f"prompt_id {item.meta['prompt_id']} comes twice")
-        items[item.id] = item
-    errors.check()
-    return list(items.values())
-
-
-def _item(row: object, version: str) -> Item:
+def _item(row: Mapping[str, Any], version: str) -> Item:
     """The item of a row; raises ValueError for a malformed one."""
-    if not isinstance(row, dict):
-        raise ValueError(f"a {type(row).__name__}, not an object")
     text, explanation = required_texts(row, "Prompt", "Explanation")
     number = row.get("prompt_id")
     if type(number) is not int or not 1 <= number <= LAST_ID[version][-1]:

@@ -23,7 +23,7 @@ from PIL import Image
 
 from evaluation.benchmark import Benchmark, Item, Verdict
 from evaluation.benchmarks import BENCHMARKS, BenchmarkOptions
-from evaluation.geneval import Detection, GenEval
+from evaluation.geneval import Detection, GenEval, Question
 from evaluation.run import main
 from interfaces import Prompt
 from miniature import world
@@ -64,14 +64,14 @@ def _detection(thing: world.Seen, size: tuple[int, int]) -> Detection:
     x0, y0, x1, y1 = thing.box
     mask = np.zeros((size[1], size[0]), dtype=bool)
     mask[int(y0) : int(np.ceil(y1)), int(x0) : int(np.ceil(x1))] = True
-    return Detection(tuple(world.SHAPES).index(thing.shape), 1.0, thing.box, mask)
+    return Detection(thing.shape, 1.0, thing.box, mask)
 
 
-def colours(questions: Sequence[tuple[Image.Image, Detection, str]]) -> list[str | None]:
+def colours(questions: Sequence[Question]) -> list[str | None]:
     """The oracle's colour of the thing with that box."""
     return [
         next((thing.color for thing in world.see(image) if tuple(thing.box) == tuple(asked.box)), None)
-        for image, asked, _ in questions
+        for image, asked in questions
     ]
 
 

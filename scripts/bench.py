@@ -30,7 +30,8 @@ from miniature import build as miniature
 from prompting import messages
 from rewards import RewardContext, build
 from run.options import option, parse, run_main
-from scoring.judge import Scorer
+from scoring.drawing import Drawer
+from scoring.rollouts import Scorer
 from scripts.bench_common import MINIATURE, MINIATURE_REWARDS, ROOT, measure, plain_loop, table
 from scripts.bench_gpu import SCALES, bench_gpu
 from scripts.bench_levers import bench_levers
@@ -84,7 +85,7 @@ def bench_cpu(groups: int, group: int, compare: bool = True) -> dict:
     asked = [prompt for prompt in prompts for _ in range(group)]
     renderer = miniature.renderer()
     rewards = build(MINIATURE["rewards"], MINIATURE_REWARDS, RewardContext(renderer=renderer, prompts=prompts))
-    scorer = Scorer(renderer, rewards, {prompt.id: prompt for prompt in prompts}, num_generations=group)
+    scorer = Scorer(Drawer(renderer, group=group), rewards, {prompt.id: prompt for prompt in prompts})
     completions, generating = _sample(asked)
     ids = [prompt.id for prompt in asked]
     scorer.score(completions[:group], ids[:group], 1)  # warm up, off the clock

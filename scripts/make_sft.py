@@ -183,7 +183,8 @@ def _row(prompt: Prompt, draft: Draft, intent: str) -> dict:
 def load_scorer(args: Options, render: RenderOptions, reward: RewardOptions, prompts: Sequence[Prompt]):
     """The renderer and rewards that the arguments name, as the trainer has them."""
     from models.policy import pick_device  # torch: seconds that asking alone need not cost
-    from scoring.judge import Scorer
+    from scoring.drawing import Drawer
+    from scoring.rollouts import Scorer
 
     try:
         device = pick_device(render.render_device or "auto")
@@ -194,14 +195,8 @@ def load_scorer(args: Options, render: RenderOptions, reward: RewardOptions, pro
         raise UserError(f"renderer: {error}") from error
     # Groups differ in size here, and no answer is unreadable: what the size of a group is for does not occur. Pictures
     # of one prompt start from the same noise all the same, which depends on seed, prompt and image index alone.
-    return Scorer(
-        renderer,
-        rewards,
-        {prompt.id: prompt for prompt in prompts},
-        num_generations=1,
-        images_per_rewrite=args.images_per_rewrite,
-        run_seed=args.seed,
-    )
+    drawer = Drawer(renderer, group=1, images_per_rewrite=args.images_per_rewrite, run_seed=args.seed)
+    return Scorer(drawer, rewards, {prompt.id: prompt for prompt in prompts})
 
 
 def unscored(args: Options, prompts: Sequence[Prompt], journal: Journal) -> list[Prompt]:

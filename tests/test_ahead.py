@@ -13,6 +13,7 @@ from PIL import Image
 from clients.chat import VLMClient
 from interfaces import Sample
 from rewards.judge import Judge
+from run.files import png_bytes
 from run.seeds import render_seed
 from scoring.cache import PictureCache
 from scoring.prefetch import Prefetcher
@@ -183,29 +184,15 @@ def test_a_kept_picture_is_the_one_that_was_drawn_and_no_name_comes_from_a_text(
     assert all(len(path.name) == 68 for path in tmp_path.rglob("*")) and len(list(tmp_path.iterdir())) == 3
 
 
-def test_the_longest_unused_picture_goes_first_and_the_limit_holds(tmp_path):
-    size = PictureCache(tmp_path / "one", 1e6)
-    size.put("x", 0, noise(0))
-    one = next((tmp_path / "one").iterdir()).stat().st_size
-    cache = PictureCache(tmp_path / "cache", 3.5 * one)
-    for seed in range(3):
-        cache.put("x", seed, noise(0))
-    assert cache.get("x", 0) is not None  # used: the next to go is 1
-    cache.put("x", 3, noise(0))
-    assert [cache.get("x", seed) is not None for seed in range(4)] == [True, False, True, True]
-    again = PictureCache(tmp_path / "cache", 3.5 * one)  # a continued run keeps to the limit too
-    again.put("x", 4, noise(0))
-    assert len(list((tmp_path / "cache").iterdir())) == 3
-
-
-def test_processes_read_each_others_pictures_and_throw_away_their_own_alone(tmp_path):
-    one, two = (PictureCache(tmp_path, 2, rank, 2) for rank in (0, 1))
-    one.limit = two.limit = 1e6
-    one.put("x", 1, noise(1))
-    assert two.get("x", 1).tobytes() == one.get("x", 1).tobytes()
-    two.limit = 1
-    two.put("x", 2, noise(2))
-    assert one.get("x", 1) is not None and one.get("x", 2) is None
+def test_at_the_limit_no_more_pictures_are_kept_and_all_processes_read_those_that_are(tmp_path):
+    noise = [Image.effect_noise((32, 32), 50).convert("RGB") for _ in range(3)]
+    size = len(png_bytes(noise[0], compress_level=1))
+    cache, other = PictureCache(tmp_path, 2.5 * size), PictureCache(tmp_path, 0)
+    for seed, picture in enumerate(noise):
+        cache.put("a cat", seed, picture)
+        other.put("a dog", seed, picture)
+    assert [other.get("a cat", seed) is not None for seed in range(3)] == [True, True, False]
+    assert other.get("a dog", 0) is None
 
 
 def test_a_damaged_picture_is_drawn_again(tmp_path, caplog):
@@ -213,7 +200,9 @@ def test_a_damaged_picture_is_drawn_again(tmp_path, caplog):
     cache.put("x", 1, noise(1))
     path = next(tmp_path.iterdir())
     path.write_bytes(path.read_bytes()[:200])
-    assert cache.get("x", 1) is None and "drawn again" in caplog.text and not path.exists()
+    assert cache.get("x", 1) is None and "drawn again" in caplog.text
+    cache.put("x", 1, noise(1))
+    assert cache.get("x", 1).tobytes() == noise(1).tobytes()
 
 
 def test_a_folder_that_cannot_be_written_costs_the_cache_and_not_the_run(tmp_path, caplog):

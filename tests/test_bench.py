@@ -17,7 +17,8 @@ from miniature.build import renderer
 from prompting import completion
 from rendering import local
 from rewards import RewardContext, RewardOptions, build
-from scoring.judge import Scorer
+from scoring.drawing import Drawer
+from scoring.rollouts import Scorer
 from scripts import bench, bench_gpu
 from scripts.bench_common import plain_loop, table
 from scripts.bench_levers import bench_levers
@@ -50,7 +51,7 @@ def test_what_the_plain_loop_draws_and_scores_again_for_each_rollout_and_reward_
     watch("hps, pictures", rewards[0].model.visual)
     for reward in rewards[1:4]:
         watch(reward.name, reward.model)
-    scorer = Scorer(batched, rewards, {prompt.id: prompt for prompt in asked}, num_generations=4)
+    scorer = Scorer(Drawer(batched, group=4), rewards, {prompt.id: prompt for prompt in asked})
     scorer.score(completions, [prompt.id for prompt in asked], 1)
     # of git the pictures, then the questions; of the texts one alone before, to know its shape
     scored = {"hps, prompts": [2], "hps, pictures": [6], "gdino": [6], "git": [6, 6], "orm": [6]}

@@ -22,7 +22,8 @@ from prompting import MAX_PROMPT_CHARS, completion, messages
 from rendering.local import LocalRenderer
 from rewards.hps import HPS
 from rewards.judge import TEMPLATE, Judge
-from scoring.judge import Scorer
+from scoring.drawing import Drawer
+from scoring.rollouts import Scorer
 from tests.hostile import TEXTS
 from tests.processes import ENVIRONMENT, ROOT
 
@@ -108,7 +109,7 @@ def test_200_hostile_rewrites_are_drawn_scored_and_never_become_the_judges_text(
         max_sequence_length=64, chunk_size=40,
     )  # fmt: skip
     hps = HPS(toy.hps, device="cpu")
-    scorer = Scorer(renderer, [hps, watching], {prompt.id: prompt}, num_generations=len(REWRITES))
+    scorer = Scorer(Drawer(renderer, group=len(REWRITES)), [hps, watching], {prompt.id: prompt})
     answers = [f"<think>hm</think><answer>{rewrite}</answer>" for rewrite in REWRITES]
     with pytest.warns(UserWarning, match="its end is not drawn"):  # over-long rewrites are cut with a warning
         scored = scorer.score(answers, [prompt.id] * len(answers), 1)

@@ -16,7 +16,7 @@ from PIL import Image
 from clients import chat, http
 from clients.chat import Question, Template, VLMClient
 from errors import UserError
-from evaluation import dpg, geneval2, judged, unigenbench, wise
+from evaluation import dpg, geneval2, unigenbench, wise
 from evaluation.benchmark import Item
 from evaluation.dpg import DPG, zeroed
 from evaluation.geneval2 import Asked, GenEval2, LocalVLM, ServedVLM
@@ -59,6 +59,11 @@ class Answering(JudgeServer):
         return 200, reply
 
 
+def unigen() -> UniGenBench:
+    """A benchmark whose judge is never asked."""
+    return UniGenBench(VLMClient("http://127.0.0.1:1/v1", MODEL))
+
+
 def table(benchmark, verdicts) -> tuple[dict, dict, float]:
     """Means, numbers of scores and headline as a table has them: None counts as 0."""
     scores: dict[str, list] = {}
@@ -90,24 +95,19 @@ def reply_of(scores: list, analysis: str = "[]") -> str:
     [
         (reply_of([1, 0, 1], '["a", "b", "c"]'), [1, 0, 1]),
         (reply_of([1, 0, 1], "['it's', 'unreadable']"), [1, 0, 1]),  # careless quotes: the scores are there
-        ("<score>[1,0,1]</score>", [1, 0, 1]),
         ("```xml\n<score>\n[ 1, 0.0, 1, ]\n</score>\n```", [1, 0, 1]),
         ("<think><score>[0,0,0]</score></think><score>[1,1,1]</score>", [1, 1, 1]),
         ("<score>[1,1,1]</score> again <score>[1, 1, 1]</score>", [1, 1, 1]),
         ("it reads <score>[1,1,1]</score> on the wall <score>[0,0,0]</score>", None),
         (reply_of([1, 0, 1], '["a", "b"]'), None),
         (reply_of([1, 0]), None),
-        (reply_of([1, 0, 1, 1]), None),
         (reply_of([1, 2, 0]), None),
         (reply_of([1, -1, 0]), None),
         (reply_of([1, 0.5, 0]), None),
         (reply_of([1, "1", 0]), None),
-        (reply_of([1, True, 0]), None),
         (reply_of([[1, 1, 1]]), None),
-        ("<score>[]</score>", None),
         ("<score>1, 0, 1</score>", None),
         ("<score>[1, 0, 1]", None),
-        ("[1, 0, 1]", None),
         ("＜score＞[1,0,1]＜/score＞", None),
         ("<think><score>[1,1,1]</score>", None),
         ("", None),
@@ -131,7 +131,7 @@ def test_a_point_counts_for_its_sub_and_its_primary_dimension():
 
 
 def test_accuracy_is_pooled_over_points_and_the_overall_weighs_dimensions_alike():
-    benchmark = UniGenBench(VLMClient("http://127.0.0.1:1/v1", MODEL))
+    benchmark = unigen()
     seen = [
         unigenbench.verdict(POINTS, json.dumps([[1, 0, 1], []]), ""),
         unigenbench.verdict(["Attribute - Color"], json.dumps([[1], []]), ""),
@@ -147,7 +147,7 @@ def test_accuracy_is_pooled_over_points_and_the_overall_weighs_dimensions_alike(
 def test_the_published_flux_row_gives_its_published_overall():
     """The ten scores of a row whose sum is 609.74 (reference: 60.97)."""
     means = dict.fromkeys(unigenbench.PRIMARY, 60.0) | {"Logical Reasoning": 29.77, "Text Generation": 99.97}
-    benchmark = UniGenBench(VLMClient("http://127.0.0.1:1/v1", MODEL))
+    benchmark = unigen()
     assert benchmark.overall(means | {"Attribute - Size": 0.0}, {}) == pytest.approx(60.974)
 
 
@@ -181,8 +181,8 @@ def test_english_and_chinese_files_give_the_same_points(tmp_path):
     english = csv_of([[7, "Two pandas,\nin ink.", dims(["Style", "Attribute-Quantity"], ["ink", "two"])]], EN)
     entries = {"一级垂类": "艺术", "考点": ["风格", "属性 - 数量"], "考点对应描述": ["水墨", '"两只"']}
     chinese = csv_of([[7, "两只熊猫", json.dumps(entries, ensure_ascii=False)]], ["index", "prompt_zh", "sub_dims_zh"])
-    (one,), repaired = unigenbench.load(write(tmp_path / "en.csv", english))
-    (other,), _ = unigenbench.load(write(tmp_path / "zh.csv", "\ufeff" + chinese))
+    (one,) = unigen().load(write(tmp_path / "en.csv", english))
+    (other,) = unigen().load(write(tmp_path / "zh.csv", "\ufeff" + chinese))
     assert one == Item(
         "00007",
         Prompt("Two pandas,\nin ink."),
@@ -191,28 +191,25 @@ def test_english_and_chinese_files_give_the_same_points(tmp_path):
     )
     assert (other.id, other.prompt.text, other.category) == ("00007", "两只熊猫", "艺术")
     assert other.meta == {"index": 7, "points": one.meta["points"], "asked": ["水墨", '"两只"']}
-    assert repaired == []
 
 
-def test_row_509_of_the_long_file_is_repaired_and_told_and_no_other(tmp_path, caplog):
+def test_row_509_of_the_long_file_is_repaired_and_named_and_no_other(tmp_path, caplog):
     broken = dims(["Style", "Attribute - Color"], ["ink", "deep blue"]).replace('"ink", ', '"ink" ')
     rows = [[508, "a", dims(["Style"], ["ink"])], [509, "b", broken]]
-    path = write(tmp_path / "test_prompts_en_long.csv", csv_of(rows, EN))
-    benchmark = UniGenBench(VLMClient("http://127.0.0.1:1/v1", MODEL))
+    path, benchmark = write(tmp_path / "test_prompts_en_long.csv", csv_of(rows, EN)), unigen()
     with caplog.at_level(logging.WARNING):
         items = benchmark.load(path)
     assert items[1].meta["asked"] == ["ink", "deep blue"]
-    (told,) = benchmark.settings["repaired_rows"]
-    assert "line 3: index 509: a comma was put" in told
-    assert "index 509" in caplog.text
+    (repaired,) = benchmark.settings["repaired_rows"]
+    assert "index 509" in repaired and "index 509" in caplog.text
     assert json.dumps(benchmark.settings)
     for name, text in [
         ("test_prompts_en.csv", csv_of(rows, EN)),
         (path.name, csv_of([rows[0], [510, "b", broken]], EN)),
         (path.name, csv_of([[509, "b", broken.replace('"Testpoints": ', '"Testpoints" ')]], EN)),
     ]:
-        with pytest.raises(UserError, match="line [23]: Expecting [':]"):
-            unigenbench.load(write(tmp_path / name, text))
+        with pytest.raises(UserError, match="line [23]: "):
+            unigen().load(write(tmp_path / name, text))
 
 
 def test_all_malformed_rows_are_named_with_their_line(tmp_path):
@@ -225,41 +222,21 @@ def test_all_malformed_rows_are_named_with_their_line(tmp_path):
         [0, "e", dims(["Style"], ["ink"])],
         [6, "f", "[]"],
         [7, "g", dims([], [])],
-        [8, "h", dims(["Style"], [5])],
-        [9, "i"],
+        [8, "h"],
     ]
     with pytest.raises(UserError) as caught:
-        unigenbench.load(write(tmp_path / "en.csv", csv_of(rows, EN)))
-    told = str(caught.value)
-    assert "\n" not in told
-    for what in (
-        "9 malformed rows",
-        "line 3: 1 test points with 2 descriptions",
-        "line 5: index is 'x'",
-        "line 6: prompt_en is ' '",
-        "line 7: test point 'Beauty' is none of Style",
-        "line 8: index 0 comes twice",
-        "line 9: test points are a list",
-        "line 10: Testpoints is []",
-        "line 11: Testpoint Description is [5]",
-        "line 12: 2 cells, not 3",
-    ):
-        assert what in told
+        unigen().load(write(tmp_path / "en.csv", csv_of(rows, EN)))
+    assert "\n" not in str(caught.value) and "line 2:" not in str(caught.value)
+    for named in ("'x'", "'Beauty'", *(f"line {line}: " for line in (3, *range(5, 12)))):
+        assert named in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("a,b\n1,2\n", "its columns are a, b, not index, prompt_en, sub_dims_en or index, prompt_zh"),
-        ('index,prompt_en,sub_dims_en\n0,"open,{}\n', "line 2: not CSV"),
-        (" \n", "nothing in it"),
-    ],
-)
-def test_a_file_of_another_kind_is_refused(tmp_path, text, message):
-    with pytest.raises(UserError, match=message):
-        unigenbench.load(write(tmp_path / "en.csv", text))
-    with pytest.raises(UserError, match="cannot be read"):
-        unigenbench.load(tmp_path / "missing.csv")
+@pytest.mark.parametrize("text", ["a,b\n1,2\n", 'index,prompt_en,sub_dims_en\n0,"open,{}\n', " \n", None])
+def test_a_file_of_another_kind_is_refused(tmp_path, text):
+    if text is not None:
+        write(tmp_path / "en.csv", text)
+    with pytest.raises(UserError, match="en.csv"):
+        unigen().load(tmp_path / "en.csv")
 
 
 # ----- WISE
@@ -271,24 +248,20 @@ def test_a_file_of_another_kind_is_refused(tmp_path, text, message):
         ("Score: 1", 1.0),
         ("score:0.", 0.0),
         ("The picture shows it.\n**Score:** 1\n", 1.0),
-        ("`Score: 0`", 0.0),
         ("1", 1.0),
         ("It is there.\n 0 \n", 0.0),
         ("<think>Score: 0</think>Score: 1", 1.0),
         ("Score: 1\nScore: 1", 1.0),
         ("It says 'Score: 1', but no. Score: 0", None),
         ("Score: 10", None),
-        ("Score: 2", None),
         ("Score: 0.5", None),
         ("Score: -1", None),
-        ("Score: 0|1", None),
         ("Score: 1/2", None),
         ("Underscore: 1", None),
         ("Score：1", None),
         ("1\n0", None),
         ("1 apple", None),
         ("<think>Score: 1", None),
-        ("Great!", None),
         ("", None),
     ],
 )
@@ -329,8 +302,6 @@ def test_the_overall_weighs_the_categories_as_published():
     flux = dict(zip(wise.CATEGORIES, (0.48, 0.58, 0.62, 0.42, 0.51, 0.35), strict=True))
     assert WISE(client, version="legacy").overall(flux, {}) == pytest.approx(0.50, abs=0.005), "as published"
     assert WISE(client).overall({"culture": 0.5, "time": 0.1}, {}) == pytest.approx((0.4 * 0.5 + 0.12 * 0.1) / 0.52)
-    with pytest.raises(ValueError, match="version 'new' is none of verified, legacy"):
-        WISE(client, version="new")
 
 
 @pytest.mark.parametrize(
@@ -361,21 +332,21 @@ def test_wise_reads_a_file_or_a_folder_without_the_rewrites(tmp_path):
     assert benchmark.load(tmp_path / "b.json") == items[2:]
 
 
-def test_malformed_rows_of_wise_are_named_with_file_and_line(tmp_path):
+def test_malformed_rows_of_wise_are_named_with_file_and_element(tmp_path):
     rows = [wise_row(1), wise_row(0), wise_row("3"), wise_row(True), wise_row(5, ""), 6, wise_row(1)]
-    write(tmp_path / "a.json", "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    write(tmp_path / "a.json", json.dumps(rows))
     write(tmp_path / "b.json", json.dumps([wise_row(1001)]))
-    with pytest.raises(UserError, match="7 malformed rows") as caught:
-        wise.load(tmp_path, "verified")
-    for line in range(3, 9):
-        assert f"a.json, line {line}: " in str(caught.value)
-    assert "b.json, line 1: prompt_id is 1001" in str(caught.value)
-    for text, line in (('[\n{"a": 1}\n{"b": 2}]', 3), ('[\n{"a": 1},\n{"b" 2}]', 3), ('{"a": 1}', 1), ("[", 1)):
-        with pytest.raises(UserError, match=f"line {line}: not a list in JSON"):
-            list(judged.json_list(write(tmp_path / "c.json", text)))
+    benchmark = WISE(VLMClient("http://127.0.0.1:1/v1", MODEL))
+    with pytest.raises(UserError) as caught:
+        benchmark.load(tmp_path)
+    for place in (*(f"a.json, element {number}: " for number in range(2, 8)), "b.json, element 1: "):
+        assert place in str(caught.value)
+    assert "a.json, element 1:" not in str(caught.value) and "1001" in str(caught.value)
+    with pytest.raises(UserError, match="a.json"):
+        benchmark.load(write(tmp_path / "a.json", "[\n1\n2]"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no .json file"):
-        wise.load(tmp_path / "empty", "verified")
+    with pytest.raises(UserError, match="empty"):
+        benchmark.load(tmp_path / "empty")
 
 
 # ----- GenEval 2
@@ -398,10 +369,9 @@ def test_the_spellings_of_an_answer():
 
 
 def test_am_and_gm_by_hand():
-    assert geneval2.arithmetic_mean([1.0, 0.5, 0.25]) == pytest.approx(1.75 / 3)
-    assert geneval2.geometric_mean([1.0, 0.5, 0.25]) == pytest.approx(0.5)
-    assert geneval2.geometric_mean([1.0, 0.0]) == 0
-    assert geneval2.arithmetic_mean([1.0, None]) is geneval2.geometric_mean([1.0, None, 0.0]) is None
+    assert geneval2.am_gm([1.0, 0.5, 0.25]) == pytest.approx((1.75 / 3, 0.5))
+    assert geneval2.am_gm([1.0, 0.0]) == (0.5, 0)
+    assert geneval2.am_gm([1.0, None, 0.0]) == (None, None)
 
 
 def test_a_picture_counts_once_for_am_and_gm_and_each_question_for_its_skill():
@@ -422,25 +392,28 @@ def test_a_picture_counts_once_for_am_and_gm_and_each_question_for_its_skill():
 
 
 def test_geneval2_rows_load_and_malformed_ones_are_named(tmp_path):
+    benchmark = GenEval2(ServedVLM(VLMClient("http://127.0.0.1:1/v1", MODEL), geneval2.HARD))
     path = write(tmp_path / "data.jsonl", json.dumps(ROW) + "\n\n" + json.dumps(ROW | {"atom_count": 10}))
-    items = geneval2.load(path)
+    items = benchmark.load(path)
     assert [(item.id, item.category) for item in items] == [("00000", "3 atoms"), ("00001", "10 atoms")]
     assert items[0].meta["questions"][0] == ["How many toys are there?", "two"]
     bad = [
-        "{",
-        "[]",
-        json.dumps(ROW | {"prompt": 5}),
-        json.dumps(ROW | {"atom_count": 2}),
-        json.dumps(ROW | {"vqa_list": [["q", "maybe"], ["q", "Yes"], ["q", "Yes"]]}),
-        json.dumps(ROW | {"vqa_list": [["q"]]}),
-        json.dumps(ROW | {"vqa_list": []}),
-        json.dumps(ROW | {"skills": ["count", "object"]}),
-        json.dumps(ROW | {"skills": ["count", "object", "smell"]}),
+        [],
+        ROW | {"prompt": 5},
+        ROW | {"atom_count": 2},
+        ROW | {"vqa_list": [["q", "maybe"], ["q", "Yes"], ["q", "Yes"]]},
+        ROW | {"vqa_list": [["q"]]},
+        ROW | {"vqa_list": [], "skills": []},
+        ROW | {"skills": ["count", "object"]},
+        ROW | {"skills": ["count", "object", "smell"]},
+        {name: value for name, value in ROW.items() if name != "skills"},
     ]
-    with pytest.raises(UserError, match="9 malformed rows") as caught:
-        geneval2.load(write(path, "\n".join([json.dumps(ROW), *bad])))
+    with pytest.raises(UserError) as caught:
+        benchmark.load(write(path, "\n".join(map(json.dumps, [ROW, *bad]))))
     for line in range(2, 11):
         assert f"line {line}: " in str(caught.value)
+    with pytest.raises(UserError, match="line 2: "):
+        benchmark.load(write(path, json.dumps(ROW) + "\n{"))
 
 
 # ----- DPG-graph
@@ -599,7 +572,7 @@ BENCHMARKS = {
     "unigenbench": (UniGenBench, unigenbench_item),
     "wise": (WISE, wise_item),
     "wise_legacy": (lambda client: WISE(client, version="legacy"), wise_item),
-    "geneval2": (lambda client: GenEval2(ServedVLM(client, scores="hard")), soft_item),
+    "geneval2": (lambda client: GenEval2(ServedVLM(client, geneval2.HARD)), soft_item),
     "dpg": (DPG, dpg_item),
 }
 
@@ -752,21 +725,16 @@ def test_where_probabilities_say_nothing_the_word_counts_and_the_settings_say_so
 def test_a_server_that_is_not_there_is_named_when_the_judge_is_made():
     with Answering(say_right, fail_share=1, fail_status=401) as url, pytest.raises(UserError, match="401"):
         ServedVLM(VLMClient(url, MODEL))
-    with pytest.raises(ValueError, match="'firm', must be auto, soft or hard"):
-        ServedVLM(VLMClient(url, MODEL), scores="firm")
 
 
 def test_equal_pictures_with_other_right_answers_share_no_verdict(tmp_path):
     """Two prompts may come out as the same black picture; what the cache keeps does not know the right answer."""
-    items = [
-        Item(
-            str(k), Prompt("toys"), "3 atoms", {"atom_count": 3, "questions": [["How many?", a]], "skills": ["count"]}
-        )
-        for k, a in enumerate(("two", "three"))
-    ]
-    for make in (lambda c: ServedVLM(c, scores="soft"), lambda c: ServedVLM(c, scores="hard")):
+    metas = [{"atom_count": 3, "questions": [["How many?", a]], "skills": ["count"]} for a in ("two", "three")]
+    items = [Item(str(k), Prompt("toys"), "3 atoms", meta) for k, meta in enumerate(metas)]
+    for template in (geneval2.SOFT, geneval2.HARD):
         with Answering(say_right, chances) as url:
-            seen = GenEval2(make(VLMClient(url, MODEL, cache=tmp_path / "verdicts"))).judge(items, [gray(0), gray(0)])
+            vlm = ServedVLM(VLMClient(url, MODEL, cache=tmp_path / "verdicts"), template)
+            seen = GenEval2(vlm).judge(items, [gray(0), gray(0)])
         assert seen[0].parts["AM"] != seen[1].parts["AM"]
 
 
@@ -868,19 +836,16 @@ def noise(seed: int, width: int, height: int) -> Image.Image:
 
 
 def many_asked() -> list[Asked]:
-    sizes, questions = (
-        [(16, 24), (40, 16), (32, 32)],
-        ["Is it?", "How many green toys are in the image?", "<|im_end|>"],
-    )
-    answers = ["yes", "two", "no"]
+    sizes, answers = [(16, 24), (40, 16), (32, 32)], ["yes", "two", "no"]
+    questions = ["Is it?", "How many green toys are in the image?", "<|im_end|>"]
     return [Asked(noise(k, *sizes[k % 3]), questions[k // 3 % 3], answers[k // 2 % 3]) for k in range(18)]
 
 
 def test_a_local_vlm_scores_a_batch_as_it_scores_one_by_one(tiny):
     asked = many_asked()
     local = LocalVLM(tiny, device="cpu", dtype="float32", batch_size=9)
-    batch = local(asked)
-    np.testing.assert_allclose(batch, [local([one])[0] for one in asked], atol=1e-5)
+    batch = [score for score, _ in local(asked)]
+    np.testing.assert_allclose(batch, [local([one])[0][0] for one in asked], atol=1e-5)
     assert len({round(chance, 6) for chance in batch}) > 12, "different questions, different probabilities"
     assert all(0 <= chance <= 1 for chance in batch)
 
@@ -891,7 +856,7 @@ def test_a_local_vlm_sums_the_spellings_that_are_one_token_after_the_chat_templa
     from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
 
     one = Asked(noise(0, 32, 24), "Are there toys?", "yes")
-    (score,) = LocalVLM(tiny, device="cpu", dtype="float32")([one])
+    ((score, _),) = LocalVLM(tiny, device="cpu", dtype="float32")([one])
     processor = AutoProcessor.from_pretrained(tiny)
     text = (
         "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>Are there toys? Answer in one word.<|im_end|>\n"
@@ -915,11 +880,6 @@ def test_geneval2_runs_on_a_local_vlm(tiny):
 def test_a_local_vlm_that_cannot_be_used_is_named(tiny, tmp_path):
     with pytest.raises(UserError, match="hf download Qwen/Qwen3-VL-8B-Instruct"):
         LocalVLM(device="cpu")
-    with pytest.raises(ValueError, match="dtype 'int4'"):
-        LocalVLM(tiny, device="cpu", dtype="int4")
     save_vlm(tmp_path / "mute", ["no"])
-    with pytest.raises(UserError, match="no token for the answer 'yes'"):
-        LocalVLM(tmp_path / "mute", device="cpu")
-    (tmp_path / "mute" / "model.safetensors").write_bytes(b"nothing")
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(UserError, match="'yes'"):
         LocalVLM(tmp_path / "mute", device="cpu")

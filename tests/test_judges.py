@@ -246,12 +246,12 @@ def test_the_circuit_opens_probes_and_closes_again(monkeypatch):
         assert client.ask(questions(*range(10))) == [None] * 10
         assert server.requests == 3, "open after three failures: the others failed without a call"
         client.concurrency, server.delay = 4, 0.05
-        client._circuit.since -= vlm.PAUSE  # as if it had passed
+        client._circuit.since -= chat.PAUSE  # as if it had passed
         assert client.ask(questions(*range(10))) == [None] * 10
         assert server.requests == 4, "half-open: one probe"
         server.fail_share = 0
         assert client.ask(questions(0)) == [None], "not yet time for the next probe"
-        client._circuit.since -= vlm.PAUSE
+        client._circuit.since -= chat.PAUSE
         assert client.ask(questions(*range(10))) == grades(*range(10))
 
 

@@ -26,7 +26,8 @@ from data.prompts import load_prompts
 from interfaces import Prompt, Reward
 from miniature import world
 from prompting import MAX_PROMPT_CHARS, completion, messages, parse
-from scoring.judge import Scorer
+from scoring.drawing import Drawer
+from scoring.rollouts import Scorer
 from scripts import make_sft, teacher
 from scripts.make_sft import main, sampling_seed
 from tests.teacher_server import MODEL, TeacherServer
@@ -590,7 +591,7 @@ def scored_by(monkeypatch):
 
     def put(blind) -> None:
         def load(args, render, reward, prompts):
-            return Scorer(Canvas(), [Brightness(blind)], {p.id: p for p in prompts}, num_generations=1)
+            return Scorer(Drawer(Canvas(), group=1), [Brightness(blind)], {p.id: p for p in prompts})
 
         monkeypatch.setattr(make_sft, "load_scorer", load)
 

@@ -11,11 +11,15 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
+from errors import ScoringError
 from interfaces import Prompt, Reward
 from prompting import completion
+from r1_prompter import RewardColumns
 from run.seeds import render_seed
 from scoring.cache import PictureCache
-from scoring.judge import PATIENCE, Scorer, ScoringError
+from scoring.drawing import Drawer
+from scoring.judge import PATIENCE, Watchdog
+from scoring.rollouts import Scorer
 
 CAT, DOG = Prompt("a cat"), Prompt("a dog")
 PROMPTS = {prompt.id: prompt for prompt in (CAT, DOG)}
@@ -58,9 +62,9 @@ class Readable(Reward):
         return [float(s.rewrite is not None) for s in samples]
 
 
-def scorer(*rewards, renderer=None, group=2, images=1, **options):
-    counts = {"num_generations": group, "images_per_rewrite": images}
-    return Scorer(renderer or Painter(), rewards, PROMPTS, run_seed=7, **counts, **options)
+def scorer(*rewards, renderer=None, group=2, images=1, held_out=(), reasoning=True, **options):
+    drawer = Drawer(renderer or Painter(), group=group, images_per_rewrite=images, run_seed=7, **options)
+    return Scorer(drawer, rewards, PROMPTS, held_out=held_out, reasoning=reasoning)
 
 
 def score(it, answers, step=1):
@@ -80,16 +84,17 @@ def test_each_distinct_rewrite_and_seed_is_drawn_once_whatever_the_number_of_rew
 def test_trl_calls_share_one_drawing_and_the_next_batch_is_drawn_anew():
     renderer = Painter()
     it = scorer(Grey("a"), Grey("b"), renderer=renderer)
+    columns = RewardColumns(it)
     for step in (0, 1):
         completions = [[{"role": "assistant", "content": completion("hm", "one cat")}] for _ in range(2)]
-        for function in it.reward_functions():
+        for function in columns.functions():
             function(
                 completions=completions,
                 prompt_id=[CAT.id] * 2,
                 trainer_state=SimpleNamespace(global_step=step),
             )
     assert [seed for _, seed in renderer.calls] == [render_seed(7, CAT.id, step, 0) for step in (1, 2)]
-    assert [f.__name__ for f in it.reward_functions()] == ["a", "b"] and it.metrics["images/drawn"] == 1
+    assert [f.__name__ for f in columns.functions()] == ["a", "b"] and it.metrics["images/drawn"] == 1
 
 
 def test_seeds_are_shared_in_a_group_and_know_nothing_of_batch_position():
@@ -192,7 +197,7 @@ def test_a_reward_out_of_range_or_of_wrong_length_is_named():
 
 
 def test_too_many_absent_samples_stop_the_run_only_when_it_goes_on():
-    it = scorer(Grey())
+    it = Watchdog(max_absent_share=0.5)
     for _ in range(PATIENCE - 1):
         it.check({"samples/absent": 0.9})
     it.check({"samples/absent": 0.1})

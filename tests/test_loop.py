@@ -1,0 +1,126 @@
+"""Claims about `run.Loop` and `run.Saver`, shown with a trainer that owns its loop (tests/toy_trainer.py), and about
+`scoring.advantages`. pytest tests/test_loop.py
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from errors import Stopped
+from run import checkpoints
+from run.folder import RunFolder
+from run.heartbeat import Heartbeat
+from run.loop import PATIENCE, FiniteSteps
+from run.saver import Saver
+from scoring.advantages import advantages
+from tests.processes import ENVIRONMENT, ROOT, launcher
+
+TOY, STEPS = ROOT / "tests" / "toy_trainer.py", 10
+
+
+def run(outdir: Path, *words: object, processes: int = 1) -> subprocess.CompletedProcess:
+    words = (outdir, STEPS, *words)
+    command = launcher(TOY, *words) if processes > 1 else [sys.executable, str(TOY), *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+
+
+def record(outdir: Path) -> tuple:
+    """All that a run was, but the times."""
+    weights = {name: tensor.tolist() for name, tensor in load_file(outdir / "model.safetensors").items()}
+    rows = [json.loads(line) for line in (outdir / "metrics.jsonl").read_text().splitlines()]
+    logged = [{k: v for k, v in row.items() if k != "seconds_since_start"} for row in rows]
+    rollouts = [path.read_text() for path in sorted((outdir / "rollouts").iterdir())]
+    return weights, logged, rollouts
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one process", "two under ZeRO-2"])
+def undisturbed(request, tmp_path_factory) -> tuple[Path, int]:
+    outdir = tmp_path_factory.mktemp("toy") / "run"
+    done = run(outdir, processes=request.param)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [path.name for path in checkpoints.found(outdir)] == ["checkpoint-10", "checkpoint-9"]  # the newest two
+    assert len(record(outdir)[1]) == STEPS
+    return outdir, request.param
+
+
+@pytest.mark.parametrize(("fault", "at"), [("kill_step", 5), ("kill_between", 5), ("kill_saving", 6)])
+def test_a_loop_killed_anywhere_ends_bit_for_bit_where_the_undisturbed_one_ends(undisturbed, tmp_path, fault, at):
+    reference, processes = undisturbed
+    assert run(tmp_path / "run", "--fault", fault, at, processes=processes).returncode != 0
+    assert [path.name for path in checkpoints.found(tmp_path / "run")] == ["checkpoint-3"]
+    done = run(tmp_path / "run", "--resume", processes=processes)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "continuing after step 3" in done.stdout
+    assert record(tmp_path / "run") == record(reference)
+
+
+def test_a_loop_told_to_leave_saves_the_step_that_is_done_and_continues_from_it(undisturbed, tmp_path):
+    reference, processes = undisturbed
+    done = run(tmp_path / "run", "--fault", f"signal_{int(signal.SIGTERM)}", 5, processes=processes)
+    assert done.returncode == (128 + signal.SIGTERM if processes == 1 else 1), done.stderr[-3000:]
+    assert "told to leave after step 5" in done.stdout
+    assert run(tmp_path / "run", "--resume", processes=processes).returncode == 0
+    assert record(tmp_path / "run") == record(reference)
+
+
+def test_a_disk_that_is_full_while_saving_stops_the_run_and_costs_no_checkpoint(undisturbed, tmp_path):
+    reference, processes = undisturbed
+    done = run(tmp_path / "run", "--fault", "full_disk", 6, processes=processes)
+    assert done.returncode == 1 and "the last checkpoint is checkpoint-3" in done.stderr
+    assert run(tmp_path / "run", "--resume", processes=processes).returncode == 0
+    assert record(tmp_path / "run") == record(reference)
+
+
+def test_a_save_that_fails_is_tried_once_more_in_place_of_the_pictures(tmp_path):
+    folder = RunFolder(tmp_path / "run", {})
+    folder.start({}, ["toy"], None)
+    (tmp_path / "run" / "images").mkdir()
+    (tmp_path / "run" / "images" / "one.png").write_bytes(b"a picture")
+    tries = []
+
+    def write(path: Path) -> None:
+        tries.append(path)
+        if len(tries) == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        path.mkdir(parents=True)
+
+    saver = Saver(folder, Heartbeat(folder.path, 0, 60), None, lambda: 0)
+    saver.save(4, write)
+    assert len(tries) == 2 and saver.has(4) and not list((tmp_path / "run" / "images").iterdir())
+    with pytest.raises(Stopped, match="checkpoint-4"):  # nothing is left to delete
+        saver.save(5, lambda path: tries.clear() or write(path))
+    shutil.rmtree(tmp_path / "run")
+
+
+def test_a_gradient_that_is_not_finite_is_dropped_and_three_in_a_row_stop_the_run():
+    finite, good, bad = FiniteSteps(), torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    good.grad, bad.grad = torch.ones(2), torch.tensor([1.0, torch.nan])
+    assert not finite.drop_bad_gradients([good]) and good.grad is not None
+    assert finite.drop_bad_gradients([good, bad]) and good.grad is None and bad.grad is None
+    for skipped in (True, True, False, *[True] * (PATIENCE - 1)):
+        finite.count(skipped, 1, 0.1)
+    with pytest.raises(Stopped):
+        finite.count(True, 2, 0.1)
+
+
+def test_advantages_are_centred_in_their_group_and_an_absent_member_has_none():
+    totals = [1.0, 3.0, None, 2.0, 2.0, 2.0, None, 7.0, None]
+    known = np.array([1.0, 3.0])
+    by_group = (known - 2) / (known.std(ddof=1) + 1e-4)
+    found = advantages(totals, 3)
+    assert found == pytest.approx([*by_group, 0, 0, 0, 0, 0, 0, 0], abs=1e-12)
+    assert advantages(totals, 3, "none") == [-1, 1, 0, 0, 0, 0, 0, 0, 0]
+    spread = np.std([1, 3, 2, 2, 2, 7], ddof=1) + 1e-4
+    assert advantages(totals, 3, "batch") == pytest.approx([-1 / spread, 1 / spread, 0, 0, 0, 0, 0, 0, 0])
