@@ -110,7 +110,7 @@ def fill(folder, steps=60, cards=60):
     images = [draw(folder / "images" / f"{i:02}.png", i, 64) for i in range(1, 7)]
     run = {
         "config": {"max_steps": steps, "gpt_path": "miniature/policy", "nested": {"html": "<b>"}},
-        "batch": {"prompts": 16, "completions": 8},
+        "derived": {"prompts": 16, "completions": 8},
         "commit": "abc1234",
         "command": "r1_prompter.py --config configs/miniature.yaml",
     }
