@@ -44,7 +44,7 @@ class HeldOut:
     Attributes:
         rewrites: of "start" and "trained".
         pictures: as many for each prompt; None where nothing could be drawn.
-        correct: (prompts, images) of bool: does the picture keep its prompt?
+        correct: (prompts, samples) of bool: does the picture keep its prompt?
     """
 
     prompts: list[Prompt]
@@ -62,8 +62,8 @@ class HeldOut:
         return (self.mean("trained") - raw) / (best - raw)
 
 
-def measure(run: Path, renderer: Renderer, images: int) -> HeldOut:
-    """Rewrite, draw with `renderer` and judge the held-out prompts, with `images` pictures a prompt and system.
+def measure(run: Path, renderer: Renderer, samples: int) -> HeldOut:
+    """Rewrite, draw with `renderer` and judge the held-out prompts, with `samples` pictures a prompt and system.
 
     Args:
         run: a finished run folder; its options are those of its `run.json`.
@@ -80,13 +80,13 @@ def measure(run: Path, renderer: Renderer, images: int) -> HeldOut:
     drawn_from = {"raw": texts, "written": [world.describe(world.layout(prompt, rng)) for prompt in prompts]}
     drawn_from |= {name: [row.rewrite for row in rows] for name, rows in rewrites.items()}
     print(
-        f"drawing {4 * images * len(prompts)} pictures of {len(prompts)} held-out prompts for the oracle", flush=True
+        f"drawing {4 * samples * len(prompts)} pictures of {len(prompts)} held-out prompts for the oracle", flush=True
     )
-    seeds = [render_seed(seed, prompt.id, 0, k) for prompt in prompts for k in range(images)]
+    seeds = [render_seed(seed, prompt.id, 0, k) for prompt in prompts for k in range(samples)]
     pictures, correct = {}, {}
     for system in SYSTEMS:
-        flat = renderer([text for text in drawn_from[system] for _ in range(images)], seeds)
-        pictures[system] = [flat[i : i + images] for i in range(0, len(flat), images)]
+        flat = renderer([text for text in drawn_from[system] for _ in range(samples)], seeds)
+        pictures[system] = [flat[i : i + samples] for i in range(0, len(flat), samples)]
         rows = zip(prompts, pictures[system], strict=True)
         correct[system] = np.array(
             [[image is not None and world.holds(p, world.see(image)) for image in row] for p, row in rows]

@@ -40,7 +40,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--outdir", type=Path, default=ROOT / "runs" / "demo", help="run folder")
     parser.add_argument("--seed", type=int, default=0, help="of training and of the noise that pictures start from")
-    parser.add_argument("--images", type=int, default=2, help="pictures per held-out prompt and row of the table")
+    parser.add_argument("--samples", type=int, default=2, help="pictures per held-out prompt and row of the table")
     processes = min(2, os.cpu_count() or 1)
     parser.add_argument("--processes", type=int, default=processes, choices=[1, 2, 4], help="that train together")
     args, trainer_options = parser.parse_known_args()
@@ -51,7 +51,7 @@ def main() -> int:
             code = train(args.outdir, args.seed, args.processes, trainer_options)
             if code:
                 return code
-        found = measure(args.outdir, build.renderer(), args.images)
+        found = measure(args.outdir, build.renderer(), args.samples)
         gallery = write_gallery(args.outdir, found)
         draw_before_after(args.outdir, gallery)
         summary = summarise(args.outdir, found, started)

@@ -32,7 +32,7 @@ class TransferOptions:
     guidance: float | None = option(
         None, "The other renderer's; miniature/weights/sd3 wants 1; unset: its own.", changes="run"
     )
-    images: int = option(2, "Pictures per held-out prompt and column.", changes="run")
+    samples: int = option(2, "Pictures per held-out prompt and column.", changes="run")
     out: Path | None = option(None, "Write the table to this file too.", changes="nothing")
 
 
@@ -45,7 +45,7 @@ def transfer(options: TransferOptions) -> None:
     renderer = build.renderer(sdmodel_name=options.renderer.resolve(), guidance=options.guidance)
     rows = []
     for run in tqdm(runs, desc="runs", unit="run"):
-        found = measure(run, renderer, options.images)
+        found = measure(run, renderer, options.samples)
         rows.append([*(found.mean(system) for system in SYSTEMS), found.gap_closed()])
     text = table([run.name for run in runs], rows)
     if options.out:

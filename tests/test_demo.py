@@ -31,7 +31,7 @@ def rows(path: Path) -> list[dict]:
 def test_reward_rises_on_the_miniature_and_the_demo_shows_it(tmp_path):
     out = tmp_path / "demo"
     shorter = ["--max_steps", 24, "--per_device_train_batch_size", 32, "--save_steps", 24]
-    done = run("scripts/demo.py", "--outdir", out, "--images", 1, *shorter)
+    done = run("scripts/demo.py", "--outdir", out, "--samples", 1, *shorter)
     rewards = [row["reward"] for row in rows(out / "metrics.jsonl")]
     assert np.mean(rewards[-6:]) > np.mean(rewards[:6])
     summary = json.loads((out / "summary.json").read_text())
@@ -48,11 +48,11 @@ def test_reward_rises_on_the_miniature_and_the_demo_shows_it(tmp_path):
     assert (out / "before_after.png").stat().st_size > 10_000 and len(rows(out / "gallery.jsonl")) == 24
     assert "policy after" in run("scripts/demo.py", "--outdir", out).stdout  # a complete run is only shown
     (out / "summary.json").unlink()  # as if it had been stopped while the oracle looked
-    run("scripts/demo.py", "--outdir", out, "--images", 1, *shorter)
+    run("scripts/demo.py", "--outdir", out, "--samples", 1, *shorter)
     again = json.loads((out / "summary.json").read_text())
     assert (again["table"], again["rollouts"]) == (summary["table"], summary["rollouts"])
 
-    same = ["--runs", out, "--renderer", "miniature/weights/flux", "--images", 1, "--out", tmp_path / "transfer.md"]
+    same = ["--runs", out, "--renderer", "miniature/weights/flux", "--samples", 1, "--out", tmp_path / "transfer.md"]
     run("scripts/transfer.py", *same)  # to the renderer that it was trained with: nothing may change
     cells = [float(cell) for cell in (tmp_path / "transfer.md").read_text().splitlines()[-1].split("|")[2:-1]]
     assert cells[:4] == [round(means[name], 3) for name in ("raw", "start", "trained", "written")]
@@ -75,6 +75,6 @@ def test_a_lora_run_leaves_an_adapter_that_rewrites(tmp_path):
     run("r1_prompter.py", "--config", "configs/miniature.yaml", "--outdir", tmp_path / "run", *short, *lora)
     assert (tmp_path / "run" / "adapter_config.json").exists()
     (tmp_path / "prompts.txt").write_text("a photo of three circles\n")
-    command = ["--prompts", tmp_path / "prompts.txt", "--gpt_path", tmp_path / "run", "--out", tmp_path / "rewrites"]
+    command = ["--data", tmp_path / "prompts.txt", "--gpt_path", tmp_path / "run", "--out", tmp_path / "rewrites"]
     run("scripts/reprompt.py", *command)
     assert rows(tmp_path / "rewrites" / "rewrites.jsonl")[0]["readable"]

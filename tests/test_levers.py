@@ -13,7 +13,6 @@ import torch
 from diffusers import FluxPipeline
 
 import r1_prompter
-from doctor import memory, shapes
 from errors import UserError
 from miniature import build as miniature
 from rendering import RenderOptions, levers
@@ -203,25 +202,6 @@ def test_text_length_follows_from_what_the_policy_may_write(toy):
     assert length("--max_completion_length", "4096") == 512
     with pytest.raises(UserError, match="--max_sequence_length long: give a whole number, or auto"):
         length("--max_sequence_length", "long")
-
-
-def test_the_estimate_counts_the_levers():
-    def rows(*flags: str) -> dict[str, tuple[int, ...]]:
-        from doctor.checks import Launch, Machine
-        from doctor.sizing import tables_of
-
-        options = r1_prompter.parse_options(["--data", "x", "--outdir", "y", "--rewards", "format", *flags])
-        launched, machine = Launch(8, 2, True), Machine(8, 80 * memory.GB, 8, 10**12, False)
-        return {(t.device, row.name): row.bytes for t in tables_of(options, machine, launched, []) for row in t.rows}
-
-    flux, own, main = shapes.FLUX, memory.OWN, memory.MAIN
-    quantised = rows("--render_quantization", "nf4")[own, "renderer transformer"]
-    assert quantised == (int(flux.transformer * memory.FOUR_BIT),) * 4
-    assert rows("--render_quantization", "fp8")[own, "renderer transformer"] == (flux.transformer,) * 4
-    away = rows("--render_offload_text", "true")
-    assert away[own, "renderer text encoders, then activations"] == (0, 2 * flux.encoders, 0, 0)
-    assert away[main, "renderer text encoders, offloaded"] == (8 * 2 * flux.encoders,) * 4
-    assert rows("--render_batch_size", "auto") == rows()
 
 
 @pytest.mark.parametrize("mode", ["colocate", "server"])
