@@ -38,13 +38,13 @@ from trl.trainer.utils import RepeatSampler
 from data.prompts import load_prompts
 from errors import UserError
 from interfaces import Prompt, Renderer, Reward
-from models.frozen import describe
+from models.frozen import without_zero3_init
 from models.policy import load_tokenizer, prepare_policy, record_base_model
-from models.whole import without_zero3_init
 from prompting import messages
 from rendering import AUTO, RenderOptions, load_renderer
 from report.plots import progressing
 from rewards import REWARDS, RewardContext, RewardOptions, build, check
+from rewards.offload import describe
 from run.files import file_hash
 from run.folder import Resume, RunFolder
 from run.heartbeat import Heartbeat

@@ -17,7 +17,7 @@ from doctor.report import OK, PROBLEM, WARNING, Check
 from errors import UserError, one_line
 from inference import Reprompter
 from interfaces import Prompt, Renderer, Sample
-from models.whole import without_zero3_init
+from models.frozen import without_zero3_init
 from prompting import completion, messages
 from r1_prompter import Options
 from rendering import load_renderer

@@ -131,10 +131,7 @@ def systems(options: Options, items: Sequence[Item]) -> dict[str, System]:
     if args.images:
         return {Path(folder).name: There(Path(folder), args.benchmark) for folder in args.images}
     device = str(PartialState().device)
-    try:
-        renderer = load_renderer(options.render, device)
-    except UserError as error:  # a setting that this pipeline does not take
-        raise UserError(f"renderer: {error}") from error
+    renderer = load_renderer(options.render, device)
     made: dict[str, System] = {"raw": Fixed(renderer, {i.id: (well_formed(i.prompt.text), True) for i in items}, {})}
     if args.rewrites:
         made["given"] = Fixed(renderer, _given(Path(args.rewrites), items), {})

@@ -13,26 +13,24 @@ from __future__ import annotations
 
 import inspect
 import logging
-import re
 import time
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import httpx
 import numpy as np
 import torch
 from accelerate.utils import gather_object
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline
-from huggingface_hub import HfApi, try_to_load_from_cache
 from PIL import Image
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from errors import UserError, one_line
 from interfaces import OnImage
+from models.frozen import without_zero3_init
+from models.hub import resolve
 from models.weights import check_folder, locked
-from models.whole import without_zero3_init
 from rendering.levers import TRIAL_MEMORY_SHARE, apply, on_device, smallest_good_batch, text_encoders
 from rendering.options import RenderOptions
 from rendering.rows import OnRow, Outcome, Row, draw_distinct
@@ -423,42 +421,19 @@ def load_pipeline(
 
 
 def _load(path: str, dtype: torch.dtype) -> DiffusionPipeline:
-    try:
-        folder = _folder(path)
-        for part in (folder, *(part for part in folder.iterdir() if part.is_dir())):
+    folder = resolve(path, ("model_index.json",), download=_download)
+    for part in folder.iterdir():
+        if part.is_dir():
             check_folder(part)
+    try:
         with without_zero3_init():
             return AutoPipelineForText2Image.from_pretrained(
                 str(folder), dtype=dtype, local_files_only=True, use_safetensors=True
             )
-    except (OSError, httpx.HTTPError) as error:  # missing file, gated repository, lost connection
-        raise UserError(_missing(path, f"cannot be loaded ({one_line(error)})")) from error
+    except (OSError, ValueError) as error:
+        hint = "copy or save the folder again" if Path(path).is_dir() else f"fetch it with: {locked(path).command}"
+        raise UserError(f"renderer {path} cannot be loaded ({one_line(error)}): {hint}") from error
 
 
-def _folder(path: str) -> Path:
-    """Where the pipeline lies on this disk; what is missing of it is downloaded if the Hub can be reached.
-
-    One request finds that out, instead of the loader's five retries per file (23 s).
-    """
-    if Path(path).is_dir():
-        return Path(path)
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path):
-        raise UserError(f"no such folder: {path}. Give a folder with a model_index.json or a Hub name org/name")
-    revision = locked(path).revision
-    try:
-        HfApi().model_info(path, revision=revision, timeout=10)
-    except (OSError, httpx.HTTPError) as error:
-        cached = try_to_load_from_cache(path, "model_index.json", revision=revision)
-        if isinstance(cached, str):
-            return Path(cached).parent
-        raise UserError(_missing(path, f"is not here, and the Hub gave: {one_line(error)}")) from error
-    return Path(DiffusionPipeline.download(path, revision=revision, use_safetensors=True))
-
-
-def _missing(path: str, problem: str) -> str:
-    """One line: what is missing, its size and licence where known, and the command that fetches it."""
-    if Path(path).is_dir():
-        return f"renderer checkpoint {path} {problem}. Copy or save the whole diffusers folder again"
-    known = locked(path)
-    about = f", {known.size}, licence: {known.licence} (accept it on the model's page if asked)" if known.size else ""
-    return f"renderer checkpoint {path}{about} {problem}. Fetch it with: {known.command}"
+def _download(repo: str, revision: str | None) -> str:
+    return DiffusionPipeline.download(repo, revision=revision, use_safetensors=True)

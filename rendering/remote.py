@@ -119,9 +119,7 @@ class RemoteRenderer:
     def __init__(self, options: RenderOptions, processes: int = 1):
         _check(options)
         self.options, self.processes = options, processes
-        urls = [
-            checked_url(url.strip(), "render", UserError) for url in options.sdmodel_name.split(",") if url.strip()
-        ]
+        urls = [checked_url(url.strip(), "render") for url in options.sdmodel_name.split(",") if url.strip()]
         if len(set(urls)) < len(urls):
             raise UserError(f"--sdmodel_name {options.sdmodel_name} names a server twice: name each once")
         slots = options.render_concurrency or max(1, CONCURRENCY // processes)
@@ -423,7 +421,7 @@ def _asked(options: RenderOptions) -> dict[str, Any]:
 
 
 def _headers() -> dict[str, str]:
-    key = checked_key("render", UserError)
+    key = checked_key("render")
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 

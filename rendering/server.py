@@ -120,7 +120,7 @@ class Renderers:
     def __init__(self, options: RenderOptions, name: str, device: str, concurrency: int, batch_wait: float):
         self.name, self.batch_wait = name, batch_wait
         self.renderer: LocalRenderer = load_renderer(options, device)
-        self.key = checked_key("render", UserError)
+        self.key = checked_key("render")
         self.waiting: asyncio.Queue[tuple[Row, asyncio.Future[Outcome]]] = asyncio.Queue()
         self.drawing: asyncio.Task | None = None
         self.is_broken = False
@@ -320,7 +320,7 @@ def check(server: ServerOptions, render: RenderOptions) -> None:
         raise UserError(f"give numbers for --render_batch_size and --max_sequence_length, not {AUTO}")
     if gpus and render.render_device is None and (server.replicas or gpus) > gpus:
         raise UserError(f"--replicas is {server.replicas}, but there are {gpus} GPU(s), one for each")
-    if not checked_key("render", UserError) and not is_loopback(server.host):
+    if not checked_key("render") and not is_loopback(server.host):
         raise UserError(
             f"--host {server.host} can be reached from other machines: set environment RENDER_API_KEY, or leave "
             "--host at 127.0.0.1"
