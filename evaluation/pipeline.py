@@ -23,7 +23,7 @@ from tqdm import tqdm
 from errors import UserError
 from evaluation.benchmark import Benchmark, Item, Verdict
 from evaluation.systems import Drawn, System
-from run.files import atomic_write, complete_lines, differences, save_png
+from run.files import atomic_write, check_settings, complete_lines, save_png
 from run.seeds import render_seed
 
 Row = dict[str, Any]
@@ -49,7 +49,9 @@ class Evaluation:
         self, out: Path, settings: Mapping[str, Any], items: Sequence[Item], samples: int, seed: int, unit: int,
         share: tuple[int, int] = (0, 1),
     ):  # fmt: skip
-        check_settings(out, settings)
+        if not (out / "settings.json").exists() and out.exists() and any(out.iterdir()):
+            raise UserError(f"--out {out} is not empty and has no settings.json: name another folder")
+        check_settings(out / "settings.json", settings)
         self.out, self.settings, self.items, self.samples, self.seed = out, settings, list(items), samples, seed
         self.units = [self.items[i : i + unit] for i in range(0, len(self.items), unit)]
         self.share = share
@@ -119,15 +121,3 @@ class Evaluation:
 def unjudged(rows: Sequence[Row]) -> list[Row]:
     """Rows with a part that could not be judged: they count as failures, and are listed."""
     return [row for row in rows if any(score is None for scores in row["parts"].values() for score in scores)]
-
-
-def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Raise UserError unless `folder` is new, or what is in it was made with these settings (its `settings.json`)."""
-    path = folder / "settings.json"
-    if not path.exists():
-        if folder.exists() and any(folder.iterdir()):
-            raise UserError(f"--out {folder} is not empty and has no settings.json: name another folder")
-        return
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    if changed := differences(stored, json.loads(json.dumps(settings))):
-        raise UserError(f"--out {folder} was made with other settings ({changed}): name another folder")

@@ -242,7 +242,7 @@ class RemoteRenderer:
                 raise ValueError(f"{name} is {seconds}, must be a positive number of seconds")
         if concurrency is not None and concurrency < 1:
             raise ValueError(f"render_concurrency is {concurrency}, must be at least 1")
-        named = [checked_url(url.strip(), "render", UserError) for url in urls.split(",") if url.strip()]
+        named = [checked_url(url.strip(), "render") for url in urls.split(",") if url.strip()]
         if len(dict(named)) != len(named):
             raise UserError(f"a server is named twice in {urls!r}: name each once")
         self.model, self.settings, self.concurrency, self.processes = model, settings, concurrency, processes

@@ -352,7 +352,7 @@ def check(server: ServerOptions, render: RenderOptions) -> None:
         raise UserError(f"--replicas is {server.replicas}, must be at least 1")
     if not 0 < server.port < 2**16:
         raise UserError(f"--port is {server.port}, must be from 1 to 65535")
-    if not checked_key("render", UserError) and not is_loopback(server.host):
+    if not checked_key("render") and not is_loopback(server.host):
         raise UserError(
             f"--host {server.host} can be reached from other machines: set environment RENDER_API_KEY, or leave "
             "--host at 127.0.0.1"

@@ -78,8 +78,8 @@ def test_200_hostile_prompts_are_trained_on_and_none_escapes_or_is_scored_unseen
 
 
 def test_200_hostile_prompts_are_rewritten_and_drawn_under_names_that_are_not_theirs(toy, prompts, tmp_path):
-    options = ["--prompts", prompts, "--gpt_path", toy.policy, "--out", "out", "--max_new_tokens", 40, "--images", 1]
-    options += ["--sdmodel_name", toy.flux, "--resolution", 16, "--steps", 1, "--max_sequence_length", 64]
+    options = ["--data", prompts, "--gpt_path", toy.policy, "--out", "out", "--max_new_tokens", 40, "--samples", 1]
+    options += ["--sdmodel_name", toy.flux, "--resolution", 16, "--render_steps", 1, "--max_sequence_length", 64]
     run(tmp_path, ROOT / "scripts" / "reprompt.py", *options)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     written = rows(tmp_path / "out" / "rewrites.jsonl")

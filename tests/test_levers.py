@@ -1,4 +1,4 @@
-"""Claims about what makes drawing and sampling faster: pixels that stay, batch sizes that are settled once, the bench.
+"""Claims about what makes drawing and sampling faster: pixels that stay, batch sizes that are settled once.
 
 pytest tests/test_levers.py
 """
@@ -6,10 +6,8 @@ pytest tests/test_levers.py
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
@@ -17,10 +15,10 @@ from diffusers import FluxPipeline
 import r1_prompter
 from errors import UserError
 from miniature import build as miniature
-from rendering import RenderOptions, levers, local
+from rendering import RenderOptions, levers
 from rendering.levers import MAX_PIXEL_DIFFERENCE, choose_batch_size, smallest_good_batch
 from run.folder import Resume
-from scripts import bench, bench_gpu, bench_levers, bench_models
+from scripts import bench_levers
 from tests.processes import launch
 from tests.test_rendering import run_out_of_memory
 
@@ -234,72 +232,6 @@ def test_a_copy_of_the_policy_is_kept_only_where_nothing_else_can_be_the_referen
         train_dataset=Dataset.from_list([{"prompt": "a"}] * 4), peft_config=get_peft_config(made.model),
     )  # fmt: skip
     assert (trainer.ref_model is not None) == kept
-
-
-# ----- the bench
-
-
-def test_flops_are_those_that_were_counted_on_the_published_shapes():
-    found = bench_models.count_flops(replace(bench_models.REAL, text=512))
-    assert found.step[512] / 1e12 == pytest.approx(21.5, rel=0.01)
-    assert found.step[1024] / 1e12 == pytest.approx(74.4, rel=0.01)
-    assert found.attention[1024] / 1e12 == pytest.approx(14.9, rel=0.01)
-    assert found.text / 1e12 == pytest.approx(4.8, rel=0.05)
-    assert found.decode[512] / 1e12 == pytest.approx(2.5, rel=0.05)
-
-
-def test_the_gpu_bench_fills_every_row_with_pictures_a_second_or_a_reason(tmp_path, capsys):
-    said = tmp_path / "bench.json"
-    assert bench.main(["--target", "gpu", "--scale", "tiny", "--json", str(said)]) == 0
-    found = json.loads(said.read_text())
-    scale = bench_models.TINY
-    drawn = [row for row in found["rows"] if row["what"] == "draw"]
-    assert len(drawn) == len(scale.sides) * len(scale.steps) * len(scale.batches)
-    assert all(row["images_per_s"] > 0 and 0 < row["share"] < 1 for row in drawn)
-    phases = [row for row in found["rows"] if row["what"] != "draw"]
-    assert [row["what"] for row in phases[:4]] == ["generate", "train, LoRA", "render", "score"]
-    assert [row["what"] for row in phases[4:]] == ["plain loop", "plain loop"]
-    assert [row["steps"] for row in phases[-2:]] == [scale.recipe[1], scale.published_steps]
-    assert all(row["seconds"] > 0 and not row["skipped"] for row in phases)
-    ours = phases[2]["seconds"] + phases[3]["seconds"]
-    assert found["ratio_to_plain_loop"] == pytest.approx(phases[4]["seconds"] / ours)
-    assert found["ratio_to_published_steps"] == pytest.approx(phases[5]["seconds"] / ours)
-    assert found["share_outside_drawing"] == pytest.approx(
-        1 - phases[2]["seconds"] / sum(row["seconds"] for row in phases[:4])
-    )
-    assert found["memory"] == "not measured on a CPU"
-    assert len(capsys.readouterr().out.splitlines()) > len(found["rows"])
-
-
-def test_pictures_that_random_weights_spoil_give_no_figures(monkeypatch):
-    monkeypatch.setattr(local, "_to_picture", lambda pixels: "non-finite pixels")
-    found = bench_gpu.bench_gpu(bench_models.TINY, 1, torch.device("cpu"))
-    (row,) = (row for row in found["rows"] if row["what"] == "render")
-    assert row["skipped"] == "not drawn: {'non-finite pixels': 6}" and row["seconds"] is None
-    assert found["ratio_to_plain_loop"] is None and found["share_outside_drawing"] is None
-
-
-def test_what_does_not_fit_is_a_row_with_its_reason(monkeypatch):
-    device = torch.device("cpu")
-    found = bench_gpu.bench_gpu(bench_models.TINY, 0, device)
-    late = [row for row in found["rows"] if row["what"] == "draw"]
-    assert late and all("are left" in row["skipped"] and row["seconds"] is None for row in late)
-    monkeypatch.setattr(bench_models, "free", lambda device: 1000)
-    found = bench_gpu.bench_gpu(bench_models.TINY, 1, device)
-    (row,) = found["rows"]
-    assert row["skipped"].startswith("FLUX needs 0.0 GB of weights, has 0.0")
-    assert "skipped" in bench_gpu.table(found["rows"])
-
-
-def test_the_table_of_levers_has_gains_differences_and_reasons():
-    chosen = ["VAE in slices", "quantised, fp8", "half the steps", "attention flash"]
-    found = bench_levers.bench_levers("tiny", 1, torch.device("cpu"), chosen)
-    rows = {row["name"]: row for row in found["rows"]}
-    assert set(rows) == {"as it is", *chosen, "few-step LoRA"}
-    assert rows["VAE in slices"]["gain"] > 0 and rows["VAE in slices"]["most"] < 20  # bfloat16
-    assert np.isfinite(rows["half the steps"]["mean"])
-    assert "needs" in rows["quantised, fp8"]["skipped"] and "install" in rows["attention flash"]["skipped"]
-    assert "skipped" in bench_levers.table(found["rows"])
 
 
 def test_a_renderer_takes_a_pipeline_that_is_ready():
