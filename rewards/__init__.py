@@ -57,7 +57,9 @@ class RewardOptions:
     gdino_path: str | None = option(
         None, "GroundingDINO folder; unset: IDEA-Research/grounding-dino-tiny.", changes="run"
     )
-    orm_path: str | None = option(None, "ORM folder; unset: CaraJ/ORM-T2I-R1.", changes="run")
+    orm_path: str | None = option(
+        None, "ORM folder, from scripts/convert_orm.py; unset: CaraJ/ORM-T2I-R1, if it is converted.", changes="run"
+    )
     orm_dtype: str = option(
         "bfloat16", "Weights and arithmetic of the ORM, 8 billion parameters.", changes="run", choices=DTYPES
     )

@@ -117,7 +117,11 @@ def _locate(path: str | Path) -> Path:
     """The checkpoint file or folder on this disk. Nothing is fetched: that is a person's call."""
     if str(path) == DEFAULT:
         return resolve(PUBLISHED.repo, (DEFAULT_FILE,)) / DEFAULT_FILE
-    return Path(path) if Path(path).is_file() else resolve(path, (CONFIG, WEIGHTS))
+    if Path(path).is_dir():
+        return resolve(path, (CONFIG, WEIGHTS))
+    if not Path(path).is_file():
+        raise UserError(f"no HPS checkpoint at {path}: give a .pt file, a folder with {CONFIG}, or {DEFAULT!r}")
+    return Path(path)
 
 
 def _load_file(path: Path, model_name: str) -> Loaded:

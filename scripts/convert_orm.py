@@ -64,7 +64,7 @@ def convert(folder: Path, out: Path) -> None:
         UserError: another kind of model, a weight that is missing or unknown, or `out` exists.
     """
     original = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    original["mm_vision_tower"] = Path(original["mm_vision_tower"]).name  # it may be a path of the authors
+    original["mm_vision_tower"] = Path(original.get("mm_vision_tower", "")).name  # it may be a path of the authors
     for key, value in KIND.items():
         if original.get(key, value) != value:
             raise UserError(f"{folder / 'config.json'} has {key} {original[key]!r}: only {value!r} can be converted")
