@@ -9,9 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from clients.chat import VLMClient
 from evaluation.benchmark import Benchmark
-from rewards import RewardOptions
+from rewards import RewardOptions, judge_client
 from run.options import option
 
 
@@ -70,19 +69,19 @@ def _compbench(options: BenchmarkOptions, reward: RewardOptions, device: str) ->
 def _unigenbench(options: BenchmarkOptions, reward: RewardOptions, device: str) -> Benchmark:
     from evaluation.unigenbench import UniGenBench
 
-    return UniGenBench(_client(reward), revision=options.judge_revision)
+    return UniGenBench(judge_client(reward), revision=options.judge_revision)
 
 
 def _wise(options: BenchmarkOptions, reward: RewardOptions, device: str) -> Benchmark:
     from evaluation.wise import WISE
 
-    return WISE(_client(reward), version=options.wise_version, revision=options.judge_revision)
+    return WISE(judge_client(reward), version=options.wise_version, revision=options.judge_revision)
 
 
 def _dpg(options: BenchmarkOptions, reward: RewardOptions, device: str) -> Benchmark:
     from evaluation.dpg import DPG
 
-    return DPG(_client(reward), revision=options.judge_revision)
+    return DPG(judge_client(reward), revision=options.judge_revision)
 
 
 def _geneval2(options: BenchmarkOptions, reward: RewardOptions, device: str) -> Benchmark:
@@ -90,21 +89,7 @@ def _geneval2(options: BenchmarkOptions, reward: RewardOptions, device: str) -> 
 
     if options.vlm_path:
         return GenEval2(LocalVLM(options.vlm_path, device=device, batch_size=options.judge_batch_size))
-    return GenEval2(ServedVLM(_client(reward), revision=options.judge_revision))
-
-
-def _client(reward: RewardOptions) -> VLMClient:
-    """The judge's client, once the judge has answered."""
-    client = VLMClient(
-        reward.judge_url,
-        reward.judge_model,
-        concurrency=reward.judge_concurrency,
-        call_timeout=reward.judge_timeout,
-        batch_timeout=reward.judge_batch_timeout,
-        cache=reward.judge_cache,
-    )
-    client.check()
-    return client
+    return GenEval2(ServedVLM(judge_client(reward), revision=options.judge_revision))
 
 
 Constructor = Callable[[BenchmarkOptions, RewardOptions, str], Benchmark]

@@ -50,16 +50,9 @@ def cleaned(question: str) -> str:
 
 
 class BlipVQA:
-    """p(yes) of questions about pictures.
+    """p(yes) of questions about pictures, in float32; a batch is of pictures, or of (picture, question) pairs.
 
-    Args:
-        path: a folder with a `BlipForQuestionAnswering` and its BERT tokenizer (safetensors, or `pytorch_model.bin`,
-            of which only tensors are unpickled), or `PUBLISHED.repo`, from the hub's local cache.
-        device: where the model runs, in float32.
-        batch_size: pictures, or (picture, question) pairs, per forward pass.
-
-    Raises:
-        UserError: no checkpoint at `path`, or one that cannot be used.
+    `path` is a folder with a `BlipForQuestionAnswering` and its BERT tokenizer, or `PUBLISHED.repo`.
     """
 
     def __init__(self, path: str | Path = PUBLISHED.repo, *, device: str | torch.device, batch_size: int = 32):

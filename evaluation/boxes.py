@@ -21,7 +21,6 @@ from torchvision.ops import batched_nms, box_convert
 from transformers import AutoTokenizer, Owlv2ForObjectDetection
 from transformers.models.owlv2.image_processing_pil_owlv2 import Owlv2ImageProcessorPil
 
-from errors import UserError
 from models.frozen import load
 from models.hub import read, resolve
 from models.weights import locked
@@ -60,33 +59,21 @@ def frame_size(size: tuple[int, int]) -> tuple[int, int]:
 
 
 class Owlv2:
-    """Labelled boxes of pictures.
+    """Labelled boxes of pictures, one by one, in float32 without TF32.
 
     Args:
-        path: a folder with an `Owlv2ForObjectDetection`, its tokenizer and image processor (safetensors, or
-            `pytorch_model.bin`, of which only tensors are unpickled), or `PUBLISHED.repo`, from the hub's local cache.
-        device: where the model runs, in float32 without TF32, picture by picture.
+        path: a folder with an `Owlv2ForObjectDetection`, its tokenizer and image processor, or `PUBLISHED.repo`.
         threshold: a box counts if its score is above this.
-
-    Raises:
-        UserError: no checkpoint at `path`, or one that cannot be used.
     """
 
     name = "OWLv2"
 
-    def __init__(
-        self,
-        path: str | Path = PUBLISHED.repo,
-        *,
-        device: str | torch.device,
-        threshold: float = THRESHOLD,
-    ):
+    def __init__(self, path: str | Path = PUBLISHED.repo, *, device: str | torch.device, threshold: float = THRESHOLD):
         self.device, self.threshold = torch.device(device), threshold
         self.folder = resolve(path, NEEDS, pickles=True)
         self.model = load(Owlv2ForObjectDetection, self.folder, self.device)
         self.tokenizer = read(AutoTokenizer, self.folder)
         self.processor = read(Owlv2ImageProcessorPil, self.folder)
-        _check_size(self.model, self.processor, self.folder)
         self.longest = self.model.config.text_config.max_position_embeddings
 
     @torch.inference_mode()
@@ -121,12 +108,3 @@ class Owlv2:
         rows = ((score_N > self.threshold) & inside).nonzero()[:, 0]
         kept = rows[batched_nms(boxes_N4[rows], score_N[rows], label_N[rows], NMS_IOU)].tolist()
         return [LabelledBox(nouns[label_N[row]], score_N[row].item(), tuple(boxes_N4[row].tolist())) for row in kept]
-
-
-def _check_size(model: Owlv2ForObjectDetection, processor: Owlv2ImageProcessorPil, folder: Path) -> None:
-    side, asked = model.config.vision_config.image_size, processor.size
-    if (asked["height"], asked["width"]) != (side, side):
-        raise UserError(
-            f"the image processor in {folder} resizes to {asked['height']}x{asked['width']}, the model reads "
-            f"{side}x{side}: give the preprocessor_config.json that it was trained with"
-        )

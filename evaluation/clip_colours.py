@@ -47,15 +47,8 @@ def crop_of(image: Image.Image, detection: Detection) -> Image.Image | None:
 class ClipColours:
     """Questions -> colours; an instance goes into `GenEval` as `colours`.
 
-    Args:
-        path: the published repo (read from the hub's local cache, never fetched unasked), or a folder with any
-            transformers `CLIPModel` with QuickGELU in safetensors, and its tokenizer.
-        device: where the model runs.
-        batch_size: crops, or texts, per forward pass.
-
-    Raises:
-        UserError: no checkpoint at `path`, or one that cannot be used.
-        ValueError: a `batch_size` below 1.
+    `path` is the published repo, or a folder with a `CLIPModel` with QuickGELU in safetensors, and its tokenizer. A
+    batch is of crops, or of texts.
     """
 
     def __init__(self, path: str | Path = PUBLISHED.repo, *, device: str | torch.device, batch_size: int = 64):

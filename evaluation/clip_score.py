@@ -26,16 +26,9 @@ NEEDS = ("config.json", "preprocessor_config.json", "tokenizer_config.json")
 
 
 class ClipScore:
-    """Raw cosines of pictures and texts.
+    """Raw cosines of pictures and texts, in float32.
 
-    Args:
-        path: a folder with a `CLIPModel`, its tokenizer and image processor (safetensors, or `pytorch_model.bin`, of
-            which only tensors are unpickled), or `PUBLISHED.repo`, from the hub's local cache.
-        device: where the model runs, in float32.
-        batch_size: pictures, or texts, per forward pass.
-
-    Raises:
-        UserError: no checkpoint at `path`, or one that cannot be used.
+    `path` is a folder with a `CLIPModel`, its tokenizer and image processor, or `PUBLISHED.repo`.
     """
 
     def __init__(self, path: str | Path = PUBLISHED.repo, *, device: str | torch.device, batch_size: int = 32):

@@ -30,17 +30,7 @@ _READ = Compose([Resize((SIDE, SIDE)), ToTensor(), Normalize(0.5, 0.5)])
 
 
 class Depth:
-    """Depth maps of pictures.
-
-    Args:
-        path: a folder with a `DPTForDepthEstimation` (safetensors, or `pytorch_model.bin`, of which only tensors are
-            unpickled), or `PUBLISHED.repo`, from the hub's local cache.
-        device: where the model runs, in float32.
-        batch_size: pictures per forward pass.
-
-    Raises:
-        UserError: no checkpoint at `path`, or one that cannot be used.
-    """
+    """Depth maps of pictures, in float32; `path` is a folder with a `DPTForDepthEstimation`, or `PUBLISHED.repo`."""
 
     name = "DPT"
 

@@ -23,7 +23,7 @@ from PIL import Image
 from clients.chat import Question, Template, VLMClient
 from errors import one_line
 from evaluation.benchmark import Benchmark, Item, Verdict
-from evaluation.judged import RowErrors, ask, csv_rows, one_word, required_texts, settings_of
+from evaluation.judged import ask, check_rows, csv_rows, one_word, required_texts, settings_of
 from interfaces import Prompt
 
 FILE = "dpg_bench.csv"
@@ -52,12 +52,7 @@ Answer by what can be seen, with one word and nothing else: yes or no.""",
 
 
 class DPG(Benchmark):
-    """DPG-graph; see the module.
-
-    Args:
-        client: of the server that judges.
-        revision: of the judge's model and server, for the settings.
-    """
+    """DPG-graph, judged through `client`; `revision` is recorded."""
 
     name = "dpg"
     categories = (SCORE, *CATEGORIES)
@@ -69,24 +64,20 @@ class DPG(Benchmark):
         self.settings = settings_of(client, revision, question=TEMPLATE)
 
     def load(self, path: Path) -> list[Item]:
-        """The prompts of `dpg_bench.csv`, or of the folder that it is in.
-
-        Raises:
-            UserError: see `Benchmark`.
-        """
+        """The prompts of `dpg_bench.csv`, or of the folder that it is in."""
         path = Path(path) / FILE if Path(path).is_dir() else Path(path)
-        errors = RowErrors()
+        errors: list[str] = []
         prompts: dict[str, tuple[int, str, list[dict[str, Any]]]] = {}  # id -> first line, text, questions
         for line, row in csv_rows(path, errors, COLUMNS):
             try:
                 _add(prompts, line, row)
             except ValueError as error:
-                errors.add(path, line, one_line(error))
+                errors.append(f"{path}, line {line}: {one_line(error)}")
         for id, (line, _, questions) in prompts.items():
             parents = {parent for question in questions for parent in question["parents"]}
             if lost := parents - {question["id"] for question in questions}:
-                errors.add(path, line, f"{id} has no question {sorted(lost)}, on which others hang")
-        errors.check()
+                errors.append(f"{path}, line {line}: {id} has no question {sorted(lost)}, on which others hang")
+        check_rows(errors)
         return [
             Item(id, Prompt(text), "", {"questions": sorted(questions, key=lambda question: question["id"])})
             for id, (_, text, questions) in prompts.items()

@@ -25,7 +25,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import transformers
@@ -72,21 +72,7 @@ class Asked:
 Score = tuple[float | None, str]  # in [0, 1], or None and the reason why there is none
 
 
-class VLM(Protocol):
-    """Answers the questions.
-
-    Attributes:
-        model: its name.
-        settings: all that its scores depend on, JSON-able.
-    """
-
-    model: str
-    settings: Mapping[str, Any]
-
-    def __call__(self, asked: Sequence[Asked]) -> list[Score]: ...
-
-
-class ServedVLM(VLM):
+class ServedVLM:
     """A VLM behind an OpenAI-compatible API.
 
     Args:
@@ -115,7 +101,7 @@ class ServedVLM(VLM):
         ]
 
 
-class LocalVLM(VLM):
+class LocalVLM:
     """A VLM of transformers (Qwen3-VL, Qwen2.5-VL and others with a chat template for pictures), loaded here.
 
     Args:
@@ -123,10 +109,6 @@ class LocalVLM(VLM):
         device: where the model runs.
         dtype: of weights and arithmetic; "bfloat16" as published.
         batch_size: questions per forward pass.
-
-    Raises:
-        UserError: no checkpoint at `path`, or one that cannot be used.
-        ValueError: an unknown `dtype`, or a `batch_size` below 1.
     """
 
     def __init__(
@@ -184,17 +166,13 @@ class LocalVLM(VLM):
 
 
 class GenEval2(Benchmark):
-    """GenEval 2 with Soft-TIFA; see the module.
-
-    Args:
-        vlm: that is asked.
-    """
+    """GenEval 2 with Soft-TIFA by the VLM that is asked."""
 
     name = "geneval2"
     categories = CATEGORIES
     images_per_prompt = 1
 
-    def __init__(self, vlm: VLM):
+    def __init__(self, vlm: ServedVLM | LocalVLM):
         self.vlm, self.settings = vlm, vlm.settings
         self.title = f"GenEval 2, Soft-TIFA (judge={vlm.model})"
 

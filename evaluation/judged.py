@@ -20,27 +20,14 @@ from evaluation.benchmark import Item
 _AROUND = ".,;:!?*_`\"'()"
 
 
-class RowErrors:
-    """The problems in a benchmark's files, row by row."""
-
-    def __init__(self):
-        self.found: list[str] = []
-
-    def add(self, path: Path, line: int, what: str) -> None:
-        self.found.append(f"{path}, line {line}: {what}")
-
-    def check(self) -> None:
-        """Raise UserError with all problems, if there are any."""
-        if self.found:
-            raise UserError(f"{len(self.found)} malformed rows: {'; '.join(self.found)}; correct or remove them")
+def check_rows(errors: Sequence[str]) -> None:
+    """Raise UserError with the problems of all malformed rows, if there are any."""
+    if errors:
+        raise UserError(f"{len(errors)} malformed rows: {'; '.join(errors)}; correct or remove them")
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, with or without BOM.
-
-    Raises:
-        UserError: it is missing, unreadable, empty, or not UTF-8.
-    """
+    """The text of a UTF-8 file, with or without BOM; UserError if it cannot be read or is empty."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -50,7 +37,7 @@ def read_text(path: Path) -> str:
     return text
 
 
-def csv_rows(path: Path, errors: RowErrors, *choices: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+def csv_rows(path: Path, errors: list[str], *choices: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
     """(number of its first line, column -> cell) of each row; rows of another width go to `errors`.
 
     Raises:
@@ -67,7 +54,7 @@ def csv_rows(path: Path, errors: RowErrors, *choices: Sequence[str]) -> Iterator
         line = reader.line_num + 1
         for cells in reader:
             if cells and len(cells) != len(header):
-                errors.add(path, line, f"{len(cells)} cells, not {len(header)}")
+                errors.append(f"{path}, line {line}: {len(cells)} cells, not {len(header)}")
             elif cells:
                 yield line, dict(zip(header, cells, strict=True))
             line = reader.line_num + 1
@@ -76,21 +63,13 @@ def csv_rows(path: Path, errors: RowErrors, *choices: Sequence[str]) -> Iterator
 
 
 def json_list(path: Path) -> list[tuple[str, Any]]:
-    """(its place, element) of each element of the JSON list in a file.
-
-    Raises:
-        UserError: the file cannot be read, or is not JSON.
-    """
+    """(its place, element) of each element of the JSON list in a file; UserError if it is not JSON."""
     rows = _json(read_text(path), str(path))
     return [(f"{path}, element {number}", row) for number, row in enumerate(rows, 1)]
 
 
 def json_lines(path: Path) -> list[tuple[str, Any]]:
-    """(its place, the value in it) of each line of JSON Lines that is not blank.
-
-    Raises:
-        UserError: the file cannot be read, or has a line that is no JSON.
-    """
+    """(its place, the value in it) of each line that is not blank; UserError if one is not JSON."""
     lines = enumerate(read_text(path).split("\n"), 1)
     return [(f"{path}, line {line}", _json(text, f"{path}, line {line}")) for line, text in lines if text.strip()]
 
@@ -103,7 +82,7 @@ def _json(text: str, place: str) -> Any:
 
 
 def items_of(
-    rows: Iterable[tuple[str, Any]], make: Callable[[Any, int], Item], errors: RowErrors | None = None
+    rows: Iterable[tuple[str, Any]], make: Callable[[Any, int], Item], errors: list[str] | None = None
 ) -> list[Item]:
     """`make(row, its number from 0)` of each (place, row).
 
@@ -111,7 +90,7 @@ def items_of(
         UserError: rows that are no objects, that `make` cannot read (ValueError, TypeError or KeyError), or whose id
             comes twice; all of them in one message, after what is in `errors` already.
     """
-    errors = errors or RowErrors()
+    errors = [] if errors is None else errors
     items: dict[str, Item] = {}
     for number, (place, row) in enumerate(rows):
         try:
@@ -121,19 +100,15 @@ def items_of(
             if items.setdefault(item.id, item) is not item:
                 raise ValueError(f"the number {item.id} comes twice")
         except KeyError as error:
-            errors.found.append(f"{place}: {error} is missing")
+            errors.append(f"{place}: {error} is missing")
         except (ValueError, TypeError) as error:
-            errors.found.append(f"{place}: {one_line(error)}")
-    errors.check()
+            errors.append(f"{place}: {one_line(error)}")
+    check_rows(errors)
     return list(items.values())
 
 
 def required_texts(row: Mapping[str, object], *names: str) -> list[str]:
-    """The text of each field of a row, without outer blanks.
-
-    Raises:
-        ValueError: one is missing, is no text, or is blank.
-    """
+    """The text of each field of a row, without outer blanks; ValueError if one is no text, or blank."""
     texts = [row.get(name) for name in names]
     for name, text in zip(names, texts, strict=True):
         if not isinstance(text, str) or not text.strip():

@@ -36,7 +36,7 @@ from transformers import Mask2FormerForUniversalSegmentation
 
 from errors import UserError
 from evaluation.geneval import CLASS_NAMES, DETECTOR, RULES, Box, Detection
-from models.frozen import arithmetic, batches, load
+from models.frozen import batches, load
 from models.hub import resolve
 from models.weights import locked
 
@@ -146,17 +146,10 @@ class Mask2Former:
     """Pictures -> detections; an instance goes into `GenEval` as `detect`.
 
     Args:
-        path: the published repo (read from the hub's local cache, never fetched unasked), or a folder with any
-            `Mask2FormerForUniversalSegmentation` of COCO's 80 classes in safetensors.
-        device: where the model runs.
-        batch_size: pictures per forward pass.
+        path: the published repo, or a folder with a `Mask2FormerForUniversalSegmentation` of COCO's 80 classes.
         threshold: only detections with a score above it are given.
         short_side: pixels to which a picture's shorter side is brought;
         long_side: and the most that its longer side may have.
-
-    Raises:
-        UserError: no checkpoint at `path`, one that is not whole, or one of other classes.
-        ValueError: a `batch_size` below 1.
     """
 
     def __init__(
@@ -169,7 +162,6 @@ class Mask2Former:
         short_side: int = 800,
         long_side: int = 1333,
     ):
-        arithmetic("float32", batch_size)
         self.device, self.batch_size, self.threshold = torch.device(device), batch_size, threshold
         self.short_side, self.long_side = short_side, long_side
         folder = resolve(path, PUBLISHED.include)

@@ -31,7 +31,7 @@ from PIL import Image
 
 from clients.chat import Question, Template, VLMClient, after_thinking
 from evaluation.benchmark import Benchmark, Item, Verdict
-from evaluation.judged import RowErrors, ask, csv_rows, items_of, required_texts, settings_of
+from evaluation.judged import ask, csv_rows, items_of, required_texts, settings_of
 from interfaces import Prompt
 
 log = logging.getLogger(__name__)
@@ -138,12 +138,7 @@ def template(count: int) -> Template:
 
 
 class UniGenBench(Benchmark):
-    """UniGenBench, any of its four files; see the module.
-
-    Args:
-        client: of the server that judges; `client.check()` says whether it can be reached.
-        revision: of the judge's model and server, for the settings.
-    """
+    """UniGenBench, any of its four files, judged through `client`; `revision` is recorded."""
 
     name = "unigenbench"
     categories = CATEGORIES
@@ -156,7 +151,7 @@ class UniGenBench(Benchmark):
 
     def load(self, path: Path) -> list[Item]:
         """The rows of `test_prompts_{en,en_long,zh,zh_long}.csv`; `settings` gets its name and its repaired rows."""
-        path, errors, repaired = Path(path), RowErrors(), []
+        path, errors, repaired = Path(path), [], []
         rows = ((f"{path}, line {line}", row) for line, row in csv_rows(path, errors, *COLUMNS.values()))
         items = items_of(rows, lambda row, _: _item(row, path.name, repaired), errors)
         for repair in repaired:

@@ -130,13 +130,7 @@ TEMPLATES = {"verified": VERIFIED, "legacy": LEGACY}
 
 
 class WISE(Benchmark):
-    """WISE_Verified, or the legacy WISE with its WiScore; see the module.
-
-    Args:
-        client: of the server that judges; `client.check()` says whether it can be reached.
-        version: "verified" or "legacy".
-        revision: of the judge's model and server, for the settings.
-    """
+    """WISE_Verified, or the "legacy" WISE with its WiScore, judged through `client`; `revision` is recorded."""
 
     categories = CATEGORIES
     images_per_prompt = 1

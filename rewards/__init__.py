@@ -19,8 +19,6 @@ from run.options import option
 
 if TYPE_CHECKING:
     from clients.chat import VLMClient
-    from rewards.judge import Judge
-    from rewards.preference import Preference
 
 
 DTYPES = ["float32", "bfloat16", "float16"]
@@ -164,33 +162,34 @@ def _pickscore(options: RewardOptions, context: RewardContext) -> Reward:
 def _judge(options: RewardOptions, context: RewardContext) -> Reward:
     from rewards.judge import Judge
 
-    return _reached(Judge(_client(options, context)))
+    return Judge(judge_client(options, context.judge_cache))
 
 
 def _preference(options: RewardOptions, context: RewardContext) -> Reward:
     from rewards.preference import Preference
 
-    pairs, both = options.preference_pairs, options.preference_both_orders
-    return _reached(Preference(_client(options, context), pairs=pairs, both_orders=both, seed=context.seed))
+    client, pairs = judge_client(options, context.judge_cache), options.preference_pairs
+    return Preference(client, pairs=pairs, both_orders=options.preference_both_orders, seed=context.seed)
 
 
-def _reached(reward: Judge | Preference) -> Reward:
-    """`reward`, once its judge has answered: a run must not find out after an hour that nobody is there."""
-    reward.client.check()
-    return reward
+def judge_client(options: RewardOptions, cache: Path | None = None) -> VLMClient:
+    """The judge's client, once the judge has answered: a run must not find out after an hour that nobody is there.
 
-
-def _client(options: RewardOptions, context: RewardContext) -> VLMClient:
+    Args:
+        cache: where verdicts are kept if the options name no file; None keeps none.
+    """
     from clients.chat import VLMClient
 
-    return VLMClient(
+    client = VLMClient(
         options.judge_url,
         options.judge_model,
         concurrency=options.judge_concurrency,
         call_timeout=options.judge_timeout,
         batch_timeout=options.judge_batch_timeout,
-        cache=options.judge_cache or context.judge_cache,
+        cache=options.judge_cache or cache,
     )
+    client.check()
+    return client
 
 
 def _format(options: RewardOptions, context: RewardContext) -> Reward:
