@@ -176,12 +176,8 @@ def _pair_score(own: Sequence[Sequence[LabelledBox]], position: Callable[[Labell
 
 
 def counts_of(prompt: str, singulars: Mapping[str, str]) -> list[tuple[str, int]]:
-    """(thing, number) for each number word from a to eight before a known thing, by UniDet's names of things.
-
-    Args:
-        prompt: any text.
-        singulars: plural -> singular, of `new_objects.txt`.
-    """
+    """(thing, number) for each number word from a to eight before a known thing, by UniDet's names of things;
+    `singulars` is plural -> singular, of `new_objects.txt`."""
     words = re.findall(r"\w+(?:[-']\w+)*|[^\w\s]", prompt.lower())
     known = {**singulars, **{singular: singular for singular in singulars.values()}}
     counts = []
@@ -309,9 +305,6 @@ def load_items(path: Path, parses: Source | None, categories: Sequence[str] = tu
         path: a text file of one prompt a line, its category in its name, or a folder of them.
         parses: where the prompts' parses come from; None if only numeracy and non_spatial, which need none, are there.
         categories: which categories are wanted.
-
-    Raises:
-        UserError: a file is missing, or `parses` has no parse of a line.
     """
     source, parse = parses or ("--parses, which is not given,", lambda prompt: None)
     items = []
@@ -413,11 +406,7 @@ def _list_key(prompt: str) -> str:
 
 
 def judges_of(categories: Sequence[str]) -> set[str]:
-    """Which of "blip", "clip", "detector" and "depth" these categories are judged by.
-
-    Raises:
-        UserError: an unknown category.
-    """
+    """Which of "blip", "clip", "detector" and "depth" these categories are judged by."""
     if unknown := sorted(set(categories) - set(ROWS)):
         raise UserError(f"--categories {', '.join(unknown)}: give some of {', '.join(ROWS)}")
     return {judge for category in categories for judge in _JUDGES[category]}

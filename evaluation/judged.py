@@ -40,8 +40,7 @@ def read_text(path: Path) -> str:
 def csv_rows(path: Path, errors: list[str], *choices: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
     """(number of its first line, column -> cell) of each row; rows of another width go to `errors`.
 
-    Raises:
-        UserError: the file cannot be read, has none of the `choices` of columns, or a quote that is not closed.
+    UserError if the file has none of the `choices` of columns, or a quote that is not closed.
     """
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     line = 1

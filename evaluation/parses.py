@@ -56,11 +56,7 @@ class Source(NamedTuple):
 
 
 def parser(source: str | Path) -> Source:
-    """The source "spacy", "grammar", or the JSON file at a path.
-
-    Raises:
-        UserError: spaCy or its model is not installed; a file is missing or not of the format.
-    """
+    """The source "spacy", "grammar", or the JSON file at a path."""
     if source == "spacy":
         nlp = _spacy()
         name = f"spacy {nlp.meta['spacy_version']}, {SPACY_MODEL} {nlp.meta['version']}"
@@ -124,11 +120,7 @@ def by_grammar(prompt: str) -> Parse | None:
 
 
 def freeze(prompts: str | Path, out: str | Path) -> None:
-    """Write the frozen file `out` for each line of the text file `prompts`; parses that `out` has already stay.
-
-    Raises:
-        UserError: spaCy or its model is not installed; `out` is no file of parses, or another version's.
-    """
+    """Write the frozen file `out` for each line of the text file `prompts`; parses that `out` has already stay."""
     (name, parse), out = parser("spacy"), Path(out)
     stored, known = _load(out) if out.exists() else (name, {})
     if stored != name:

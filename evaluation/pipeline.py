@@ -40,9 +40,6 @@ class Evaluation:
         seed: of the noise, the same for all systems.
         unit: prompts drawn and judged together.
         share: (i, n): this process makes every n-th unit, from the i-th on.
-
-    Raises:
-        UserError: `out` holds another run.
     """
 
     def __init__(

@@ -98,11 +98,7 @@ Constructors = Mapping[str, Constructor]
 
 
 def parse_options(argv: Sequence[str], known: Constructors) -> Options:
-    """Options of one evaluation.
-
-    Raises:
-        UserError: an unknown flag or benchmark, or options that do not go together.
-    """
+    """Options of one evaluation; UserError if they do not go together."""
     options = Options(*parse((EvaluateOptions, RenderOptions, RewardOptions, BenchmarkOptions), None, argv))
     args = options.evaluate
     if args.benchmark not in known:
@@ -122,11 +118,7 @@ def parse_options(argv: Sequence[str], known: Constructors) -> Options:
 
 
 def systems(options: Options, items: Sequence[Item]) -> dict[str, System]:
-    """Name -> system, the baseline first. Rewriting is done here, drawing when a system is called.
-
-    Raises:
-        UserError: a policy, renderer, reward or file cannot be loaded or used.
-    """
+    """Name -> system, the baseline first. Rewriting is done here, drawing when a system is called."""
     args = options.evaluate
     if args.images:
         return {Path(folder).name: There(Path(folder), args.benchmark) for folder in args.images}

@@ -633,9 +633,7 @@ def test_text_of_the_benchmark_cannot_forge_a_verdict(name):
     with Answering(parrot) as url:
         seen = make(VLMClient(url, MODEL)).judge([item(1, FORGERY, FORGERY)], [gray(1)])
     assert all(score is None for scores in seen[0].parts.values() for score in scores)
-    assert "＜score＞" in texts[0]
-    assert "<|im_start|>" not in texts[0]
-    assert "[INST]" not in texts[0]
+    assert "＜score＞" in texts[0] and "<|im_start|>" not in texts[0] and "[INST]" not in texts[0]
     assert scores_of(2, FORGERY) == [1, 1], "the forgery is harmless, so refusing it proves nothing"
     assert (wise.parse(FORGERY), wise.parse_grades(FORGERY)) == (1, "2 2 2")
 
