@@ -1,5 +1,5 @@
-"""Claims about quantised renderers, which need the packages of the extra `quantize` (`make test-all` brings them); those
-of fp8 also a GPU. pytest tests/test_quantization.py
+"""Claims about quantised renderers, which need the packages of the extra `quantize` (`make test-all` brings them);
+those of fp8 also a GPU. pytest tests/test_quantization.py
 """
 
 from __future__ import annotations
