@@ -38,7 +38,7 @@ from models.hub import READ, base_of, is_adapter
 from models.weights import Checkpoint
 from rewards import CHECKPOINTS, RewardOptions, check
 from run.files import atomic_write
-from run.options import option, parse_known, run_main
+from run.options import config_path, option, parse_known, run_main
 
 RECIPE = Path(__file__).resolve().parent.parent / "configs" / "flux_dev.yaml"
 DEFAULTS = {"gpt_path": "Qwen/Qwen2.5-3B-Instruct", "sdmodel_name": "black-forest-labs/FLUX.1-dev", "held_out": []}
@@ -80,7 +80,6 @@ class FetchOptions:
 
     dry_run: bool = option(False, "Fetch nothing.", changes="nothing")
     update_lock: bool = option(False, "Fill in checkpoints.lock what is null there.", changes="nothing")
-    config: str | None = option(None, "YAML file of the trainer, over configs/flux_dev.yaml.", changes="nothing")
     gpt_path: str | None = option(None, "As for the trainer.", changes="run")
     model_revision: str | None = option(None, "As for the trainer.", changes="run")
     sdmodel_name: str | None = option(None, "As for the trainer.", changes="run")
@@ -99,7 +98,7 @@ def parse_options(argv: Sequence[str]) -> dict[str, Any]:
     given = {name: value for name, value in vars(own).items() if value not in (None, [])}
     given |= {name: path for name, path in vars(reward).items() if name.endswith("_path") and path is not None}
     options = dict(DEFAULTS)
-    for path in filter(None, (RECIPE, given.get("config"))):
+    for path in filter(None, (RECIPE, config_path(argv))):
         try:
             options |= yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError, TypeError, ValueError) as error:
