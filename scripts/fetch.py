@@ -93,12 +93,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_options(argv: Sequence[str]) -> dict[str, Any]:
-    """What the trainer would read of the same command: defaults < recipe < --config < flags; others are its own."""
-    own, reward, _ = parse_known((FetchOptions, RewardOptions), argv)
+    """What the trainer would read of the same command: defaults < recipe < --config < flags."""
+    own, reward, others = parse_known((FetchOptions, RewardOptions), argv)
+    config = config_path(argv)
+    if unknown := [word for word in others if not word.startswith("--config") and word != config]:
+        raise UserError(f"unknown argument {unknown[0]!r}: give --config and the flags that name checkpoints")
     given = {name: value for name, value in vars(own).items() if value not in (None, [])}
     given |= {name: path for name, path in vars(reward).items() if name.endswith("_path") and path is not None}
     options = dict(DEFAULTS)
-    for path in filter(None, (RECIPE, config_path(argv))):
+    for path in filter(None, (RECIPE, config)):
         try:
             options |= yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError, TypeError, ValueError) as error:
