@@ -1,207 +1,114 @@
-"""Will this run work? What can be known before the queue: `examine` looks, `report` says it, `as_json` as data.
+"""Everything that can be known of a run before it starts. Nothing is written; only `--probe true` may fetch a model.
 
-For python -m doctor and `r1_prompter.py --dry_run true`. Nothing is written and nothing is fetched. What can only be
-estimated is called so (doctor/memory.py); what was not looked at is "not run", never "ok". Advice is a set of flags
-whose own estimate fits: each is parsed and estimated again before it is given.
+A check that fails does not stop the others; what was not looked at is "not run", never "ok".
 """
 
 from __future__ import annotations
 
+import json
 import os
-import platform
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
 
 import torch
+from safetensors import SafetensorError
 
 from data.prompts import load_prompts
-from doctor import shapes
-from doctor.memory import GB, Policy, Run, Table
-from doctor.models import named_models, names_of
+from doctor.memory import checkpoint_bytes, estimate, folder_of, scorers_of
 from doctor.probes import probe_all
-from doctor.report import (
-    NOT_RUN,
-    OK,
-    PROBLEM,
-    WARNING,
-    Check,
-    Launch,
-    Machine,
-    Report,
-    as_json,
-    capacity,
-    device_name,
-    fits,
-    readable,
-    report,
-)
-from doctor.sizing import ELEMENT, Advisor, Parse, Plan, describe, tables_of
+from doctor.report import GB, NOT_RUN, OK, PROBLEM, WARNING, Check, Plan, Report, readable
 from errors import UserError
 from interfaces import Prompt
+from models.hub import base_of, is_adapter
+from models.weights import absent_shards, locked, verify
 from prompting import MAX_PROMPT_CHARS
-from rewards import check
+from r1_prompter import Options
 from run.folder import RunFolder
 from run.options import may_differ
-from run.progress import warn_if_bf16_loses_updates
-
-if TYPE_CHECKING:
-    from r1_prompter import Options
-
-__all__ = ["Launch", "Machine", "as_json", "examine", "report", "this_machine"]
+from run.trainer import warn_if_bf16_loses_updates
 
 LOCK = Path(__file__).resolve().parent.parent / "requirements.lock"
-PACKAGES = ("torch", "transformers", "trl", "accelerate", "deepspeed", "diffusers", "peft", "open_clip_torch")
-NEED_NOUNS = ("git", "gdino")
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "deepspeed", "diffusers", "peft")
+WEIGHTS = {".safetensors", ".bin", ".pt", ".pth"}
 PNG = 1.5  # bytes of a pixel: 64 pictures of 512 px are about 25 MB
-PROBE_WITHOUT_GPU = 2 * GB  # weights above this are not loaded to look at them where there is no GPU
+PROBE_WITHOUT_GPU = 4 * GB  # a run that needs more is not probed where there is no GPU
 
 
-def examine(
-    argv: Sequence[str],
-    parse_options: Parse,
-    plan: Plan,
-    all_options: Callable[[Options], dict[str, Any]],
-    machine: Machine,
-    launch: Launch,
-    probe: bool | None = None,
-) -> Report:
-    """Look at everything that can be looked at; a check that fails does not stop the others.
-
-    Args:
-        argv: the run's flags.
-        parse_options, plan, all_options: the trainer's own: flags -> options, batch numbers, configuration.
-        machine: what the run is planned for.
-        launch: how it is started.
-        probe: load the models and use each once; None: where they are on this disk and this machine is meant.
-
-    Raises:
-        UserError: `argv` cannot be parsed.
-    """
-    options, found = parse_options(argv), Report(machine, launch)
-    script, training = options.script, options.training
+def examine(trainer: ModuleType, options: Options, plan: Plan, probe: bool | None) -> Report:
+    """Check all that can be checked of a run; `probe` None loads models where all are here and small or on a GPU."""
+    training, found = options.training, Report(plan)
     say = found.checks.extend
-    say(versions())
-    say(devices(machine, launch, training.bf16))
+    say([versions(), *devices(plan, training.bf16)])
     data, prompts = read_data(options)
     say(data)
-    batch, found.numbers = batch_numbers(options, plan, max(len(prompts), 1), launch)
-    say(batch)
-    say(outdir(options, all_options, found.numbers))
-    say([Check("rounding", WARNING, line.removeprefix("note: ")) for line in rounded(options, launch)])
-    say(rewards(options))
-    models = named_models(options)
-    there = [model.check() for model in models]
-    say(there)
-    say(memory(found, argv, parse_options, plan, options, prompts))
-    if found.numbers:
-        say(disk(options, launch, found.numbers, free=shutil.disk_usage(_existing(Path(script.outdir))).free))
-    reason = _not_probed(machine, there, sum(model.bytes for model in models), probe)
-    if reason:
-        say([Check("probe", NOT_RUN, f"no model was loaded: {reason}")])
-    say(probe_all(options, found.numbers, prompts or [Prompt("a photo of a red circle")], not reason))
+    if prompts:
+        say([_checked("batch", lambda: batch(trainer, options, found, len(prompts)))])
+        say([_checked("outdir", lambda: outdir(trainer, options, found))])
+    say([_checked("rewards", lambda: rewards(trainer, options))])
+    if not plan.zero:
+        say(Check("rounding", WARNING, line) for line in warn_if_bf16_loses_updates(training, options.model))
+    checkpoints = [checkpoint(role, path) for role, path in named_models(options)]
+    say(checkpoints)
+    say(memory_and_disk(found, options))
+    if probe is None:
+        complete = all(check.state == OK for check in checkpoints)
+        probe = complete and plan.here and (plan.gpus > 0 or 0 < sum(found.memory.values()) < PROBE_WITHOUT_GPU)
+    if not probe:
+        text = "no model was loaded: weights are missing, this machine is not meant, or it has no GPU for them"
+        say([Check("probe", NOT_RUN, text, "--probe true loads them all the same")])
+    say(probe_all(options, prompts or [Prompt("a photo of a red circle")], probe))
     return found
 
 
-def _not_probed(machine: Machine, models: Sequence[Check], size: int, asked: bool | None) -> str:
-    """Why models, of `size` bytes together, are not loaded; "" if they are."""
-    if asked is not None:
-        return "" if asked else "--probe false"
-    if any(model.state != OK for model in models):
-        return "weights are missing"
-    if not machine.here:
-        return "this is not the machine that is planned for"
-    if not machine.gpus and size > PROBE_WITHOUT_GPU:
-        return f"{readable(size)} of weights and no GPU here; --probe true does it all the same"
-    return ""
+def _checked(name: str, check: Callable[[], str]) -> Check:
+    try:
+        return Check(name, OK, check())
+    except UserError as error:
+        return Check(name, PROBLEM, str(error))
 
 
-def this_machine() -> Machine:
-    """What is here."""
-    gpus = torch.cuda.device_count()
-    memory = min((torch.cuda.get_device_properties(i).total_memory for i in range(gpus)), default=None)
-    return Machine(
-        gpus, memory, len(os.sched_getaffinity(0)), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    )
+def this_machine() -> Plan:
+    if gpus := torch.cuda.device_count():
+        return Plan(gpus, min(torch.cuda.get_device_properties(i).total_memory for i in range(gpus)))
+    return Plan(0, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
-# Versions, devices, options --------------------------------------------------------------------------------------
-
-
-def versions(lock: Path = LOCK) -> list[Check]:
+def versions(lock: Path = LOCK) -> Check:
     """The packages that decide what a run does, against those that were tested together."""
-    locked = {}
-    if lock.is_file():
-        lines = [line.split() for line in lock.read_text(encoding="utf-8").splitlines() if "==" in line]
-        locked = dict(words[0].split("==", 1) for words in lines if words and "==" in words[0])
-    here, absent = {"python": platform.python_version()}, []
-    for name in PACKAGES:
-        try:
-            here[name] = version(name)
-        except PackageNotFoundError:
-            absent.append(name)
-    shown = ", ".join(f"{name} {value}" for name, value in here.items())
-    differing = [
-        f"{name} {value} (locked: {locked[key]})"
-        for name, value in here.items()
-        if (key := name.replace("_", "-")) in locked and value.split("+")[0] != locked[key]
-    ]
-    if absent:
-        return [Check("versions", PROBLEM, f"not installed: {', '.join(absent)}", "install from requirements.lock")]
-    if differing:
-        return [
-            Check("versions", WARNING, f"not those of {lock.name}: {', '.join(differing)}", "make test sets it up")
-        ]
-    return [Check("versions", OK, f"{shown}; {f'as in {lock.name}' if locked else f'no {lock.name} to compare with'}")]
+    lines = lock.read_text(encoding="utf-8").splitlines()
+    locked = dict(line.split()[0].split("==") for line in lines if "==" in line)
+    here = {name: version(name).split("+")[0] for name in PACKAGES}
+    wanted = {name: locked.get(name, value) for name, value in here.items()}
+    if differing := [f"{name} {here[name]} ({wanted[name]})" for name in here if here[name] != wanted[name]]:
+        return Check("versions", WARNING, f"not as in {lock.name}: {', '.join(differing)}", "make test sets it up")
+    return Check("versions", OK, ", ".join(f"{name} {value}" for name, value in here.items()))
 
 
-def devices(machine: Machine, launch: Launch, bf16: bool) -> list[Check]:
-    """GPUs, their memory and bfloat16; cores and threads; main memory."""
-    checks = []
-    ram = f"{machine.ram / GB:.0f} GB main memory"
-    if not machine.here:
-        size = f"{(machine.memory or 0) / GB:g} GB"
-        checks.append(
-            Check("devices", OK, f"planned for {machine.gpus} GPU(s) of {size}; this machine is not looked at")
-        )
-    elif machine.gpus:
-        names = Counter(torch.cuda.get_device_name(i) for i in range(machine.gpus))
-        shown = ", ".join(f"{count} x {name}" for name, count in names.items())
-        checks.append(
-            Check("devices", OK, f"{shown}, {machine.memory / GB:.1f} GB each; {machine.cores} cores, {ram}")
-        )
-        for i in range(machine.gpus):
-            free, total = torch.cuda.mem_get_info(i)
-            if total - free > 2 * GB:
-                text = f"GPU {i}: {(total - free) / GB:.1f} of {total / GB:.1f} GB are taken by others"
-                checks.append(Check("devices", WARNING, text, "see nvidia-smi; the estimate below assumes a free GPU"))
-        if bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
-            text = "bf16 is true, but a GPU here has no bfloat16"
-            checks.append(Check("devices", PROBLEM, text, "give --bf16 false --dtype float32 --render_dtype float16"))
-    else:
-        checks.append(Check("devices", OK, f"no GPU, everything on {machine.cores} cores; {ram}"))
-    if machine.gpus and launch.processes > machine.gpus:
-        text = f"{launch.processes} processes for {machine.gpus} GPU(s)"
-        checks.append(Check("devices", PROBLEM, text, f"launch {machine.gpus}, or raise --gpus"))
-    return [*checks, *_threads(machine, launch)]
-
-
-def _threads(machine: Machine, launch: Launch) -> list[Check]:
-    threads = int(os.environ.get("OMP_NUM_THREADS") or 0)
-    if not machine.here or launch.processes == 1 or launch.processes * (threads or machine.cores) <= machine.cores:
-        return []
-    text = (
-        f"OMP_NUM_THREADS is {threads or 'unset'}: {launch.processes} processes x {threads or machine.cores} threads "
-        f"on {machine.cores} cores"
-    )
-    return [Check("threads", WARNING, text, f"OMP_NUM_THREADS={max(1, machine.cores // launch.processes)}")]
+def devices(plan: Plan, bf16: bool) -> list[Check]:
+    """The GPUs, their free memory and their bfloat16."""
+    device, checks = f"{plan.gpus} GPU(s)" if plan.gpus else "the CPU", []
+    text = f"{plan.processes} process(es) on {device} with {readable(plan.memory)}"
+    if plan.processes > plan.gpus > 0:
+        return [Check("devices", PROBLEM, text, "launch one process for each GPU")]
+    if not plan.here or not plan.gpus:
+        return [Check("devices", OK, text if plan.here else f"{text}, which are not those of this machine")]
+    for i in range(plan.gpus):
+        free, total = torch.cuda.mem_get_info(i)
+        if total - free > 2 * GB:
+            used = f"{readable(total - free)} of GPU {i} are in use, which the estimate does not count"
+            checks.append(Check("devices", WARNING, used, "see nvidia-smi"))
+    if bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        action = "give --bf16 false --dtype float32 --render_dtype float16"
+        checks.append(Check("devices", PROBLEM, "--bf16 true, but a GPU here has no bfloat16", action))
+    return checks or [Check("devices", OK, f"{text}, {torch.cuda.get_device_name()}")]
 
 
 def read_data(options: Options) -> tuple[list[Check], list[Prompt]]:
-    """The prompt file, its tasks, and what of it cannot be judged or will be cut."""
+    """The prompt file, its tasks, and its prompts that cannot be judged or will be cut."""
     path = options.script.data
     try:
         prompts = load_prompts(path)
@@ -210,189 +117,107 @@ def read_data(options: Options) -> tuple[list[Check], list[Prompt]]:
     tasks = Counter(prompt.task or "unknown" for prompt in prompts)
     shown = ", ".join(f"{name} {count}" for name, count in tasks.most_common())
     checks = [Check("data", OK, f"{len(prompts)} prompts in {path}: {shown}")]
-    judges = [name for name in NEED_NOUNS if name in names_of(options)]
     blank = sum(not prompt.nouns for prompt in prompts)
-    if judges and blank:
-        text = f"{blank} of {len(prompts)} prompts name no thing that {' and '.join(judges)} could look for"
-        checks.append(Check("data", WARNING, text, "they score a constant there: give them as .jsonl with nouns"))
-    long = sum(len(prompt.text) > MAX_PROMPT_CHARS for prompt in prompts)
-    if long:
-        text = f"{long} prompts are longer than {MAX_PROMPT_CHARS} characters; what is beyond is not read"
-        checks.append(Check("data", WARNING, text, "shorten them"))
+    if blank and {"git", "gdino"}.intersection(scorers_of(options)):
+        text = f"{blank} of {len(prompts)} prompts have no nouns, so git and gdino give each a constant score"
+        checks.append(Check("data", WARNING, text, "give them as .jsonl with nouns"))
+    if long := sum(len(prompt.text) > MAX_PROMPT_CHARS for prompt in prompts):
+        checks.append(Check("data", WARNING, f"{long} prompts are cut after {MAX_PROMPT_CHARS} characters"))
     return checks, prompts
 
 
-def batch_numbers(options: Options, plan: Plan, prompts: int, launch: Launch) -> tuple[list[Check], dict[str, int]]:
-    """The trainer's own arithmetic."""
-    script, training = options.script, options.training
+def batch(trainer: ModuleType, options: Options, found: Report, prompts: int) -> str:
+    """The trainer's own numbers; fills `found.batch`."""
+    found.batch = trainer.plan(options.script, options.training, prompts)
+    return ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in found.batch.items())
+
+
+def rewards(trainer: ModuleType, options: Options) -> str:
+    """Names, weights and time limits that the trainer accepts."""
+    trainer.check_rewards(options, options.training.reward_weights)
+    return f"{', '.join(options.script.rewards)}; held out {', '.join(options.script.held_out) or 'none'}"
+
+
+def outdir(trainer: ModuleType, options: Options, found: Report) -> str:
+    """Whether this run may write there, and whether it can."""
+    path, allowed = options.script.outdir, may_differ(*vars(options).values())
+    folder = RunFolder(path, trainer.all_options(options), may_differ=allowed, resume=options.script.resume)
+    resume = folder.plan(found.batch.get("optimizer_steps"))
+    if not os.access(_existing(path), os.W_OK):
+        raise UserError(f"{_existing(path)} cannot be written to: choose another --outdir")
+    return f"{path} is free for this run" + (f", after step {resume.step}" if resume.step else "")
+
+
+def _existing(path: str) -> Path:
+    """`path`, or the nearest folder above it that exists."""
+    absolute = Path(path).absolute()
+    return next(one for one in (absolute, *absolute.parents) if one.is_dir())
+
+
+def named_models(options: Options) -> list[tuple[str, str]]:
+    """Role and path of every model that the options name and whose weights must be on this disk."""
+    policy, render = options.script.gpt_path, options.render
+    return [
+        ("policy", policy),
+        *([("base model", base_of(policy, None)[0])] if is_adapter(policy) else []),
+        *([] if render.remote else [("renderer", render.sdmodel_name)]),
+        *[(f"reward {name}", path) for name, path in scorers_of(options).items()],
+    ]
+
+
+def checkpoint(role: str, path: str) -> Check:
+    """Whether a checkpoint is on this disk, complete, and as it is locked."""
+    known, folder = locked(path), folder_of(path)
+    facts = "".join(f", {fact}" for fact in (known.size, known.licence) if fact)
+    action = known.command if path.count("/") == 1 else "check the path"
+    if folder is None:
+        return Check(role, PROBLEM, f"{path} is not on this disk{facts}", action)
     try:
-        numbers = plan(script, training, prompts)
-    except UserError as error:
-        return [Check("batch", PROBLEM, str(error))], {}
-    weights = training.reward_weights
-    if weights is not None and len(weights) != len(script.rewards):
-        text = f"reward_weights {weights} for rewards {script.rewards}"
-        return [Check("batch", PROBLEM, text, "give one weight for each reward")], numbers
-    text = (
-        f"{numbers['prompts_per_generation']} prompts x {training.num_generations} completions = "
-        f"{numbers['completions_per_generation']} rollouts, up to {numbers['images_per_generation']} pictures a "
-        f"generation, on {launch.processes} process(es); {numbers['optimizer_steps']} steps, "
-        f"up to {numbers['images']} pictures in all"
-    )
-    return [Check("batch", OK, text)], numbers
+        if lacking := missing_files(folder):
+            return Check(role, PROBLEM, f"{path} lacks {', '.join(lacking)}", action)
+        verify(folder)
+    except (UserError, ValueError) as error:
+        return Check(role, PROBLEM, str(error), action)
+    size = sum(file.stat().st_size for file in (folder, *folder.rglob("*")) if file.is_file())
+    return Check(role, OK, f"{path} is here, {readable(size)}{facts}")
 
 
-def outdir(options: Options, all_options: Callable[[Options], dict[str, Any]], numbers: dict[str, int]) -> list[Check]:
-    """Whether this run may write there. Reads only."""
-    script = options.script
-    folder = RunFolder(
-        script.outdir, all_options(options), may_differ=may_differ(*vars(options).values()), resume=script.resume
-    )
-    refused = _refused("outdir", UserError, lambda: folder.plan(numbers.get("optimizer_steps")))
-    if refused:
-        return refused
-    parent = _existing(Path(script.outdir))
-    if not os.access(parent, os.W_OK):
-        return [Check("outdir", PROBLEM, f"{parent} cannot be written to", "choose another --outdir")]
-    resume_messages = ""
-    return [Check("outdir", OK, f"{script.outdir} is free for this run{resume_messages}")]
+def missing_files(folder: Path) -> list[str]:
+    """What a checkpoint lacks: parts of a pipeline, files that an index names, or any weights."""
+    index = folder / "model_index.json"
+    parts = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
+    named = [name for name, kind in parts.items() if isinstance(kind, list) and kind[0]]
+    lacking = [f"{name}/" for name in named if not (folder / name).is_dir()]
+    lacking += [shard for part in (folder, *folder.glob("*/")) for shard in absent_shards(part)]
+    weights = any(file.suffix in WEIGHTS for file in (folder, *folder.rglob("*")))
+    return lacking if weights else [*lacking, "weights"]
 
 
-def rewards(options: Options) -> list[Check]:
-    """Names, and whether judges can hold a process for longer than the others wait."""
-    script, training = options.script, options.training
-    refused = _refused("rewards", UserError, lambda: check(names_of(options), options.reward, training.ddp_timeout))
-    shown = f"{', '.join(script.rewards)}; held out {', '.join(script.held_out) or 'none'}"
-    return refused or [Check("rewards", OK, f"{shown}; processes wait {training.ddp_timeout} s for each other")]
-
-
-def rounded(options: Options, launch: Launch) -> list[str]:
-    """The trainer's warning of steps that are too small for its weights; DeepSpeed may be only planned here."""
-    return [] if launch.zero else warn_if_bf16_loses_updates(options.training, options.model)
-
-
-def _refused(name: str, kind: type[Exception], attempt: Callable[[], object]) -> list[Check]:
+def memory_and_disk(found: Report, options: Options) -> list[Check]:
+    """Fills `found.memory`; a line for it and one for the disk."""
     try:
-        attempt()
-    except kind as error:
-        return [Check(name, PROBLEM, str(error))]
-    return []
+        found.memory = estimate(options, found.plan)
+        size = checkpoint_bytes(options, found.plan)
+    except (UserError, OSError, ValueError, KeyError, SafetensorError) as error:  # of a model's files
+        return [Check("memory", NOT_RUN, f"no estimate, the size of a model is not known: {error}")]
+    total, room = sum(found.memory.values()), found.plan.memory
+    state = PROBLEM if total > room else WARNING if 1.2 * total > room else OK
+    text = f"about {readable(total)} and activations, of {readable(room)}"
+    memory = Check("memory", state, text, "" if state == OK else "see docs/scaling.md")
+    return [memory, _disk(options, found.batch, size)] if found.batch else [memory]
 
 
-def _existing(path: Path) -> Path:
-    """`path`, or the nearest folder above it that is there."""
-    path = path.absolute()
-    return next(one for one in (path, *path.parents) if one.is_dir())
-
-
-# Disk and memory -------------------------------------------------------------------------------------------------
-
-
-def disk(options: Options, launch: Launch, numbers: dict[str, int], free: int) -> list[Check]:
-    """Free space against two checkpoints and the pictures that are kept; `free` bytes are left."""
-    script, training = options.script, options.training
-    try:
-        policy = shapes.policy(script.gpt_path)
-    except shapes.UserError:
-        policy = None
-    if policy is None:
-        return [Check("disk", NOT_RUN, f"{readable(free)} free; nothing is known of {script.gpt_path}'s size")]
-    run = describe(options, launch, policy, prompt=0)
-    checkpoint = _checkpoint(run, policy, training.save_only_model)
-    steps, every = numbers["optimizer_steps"], max(1, script.save_images_every)
-    side = options.render.resolution or 1024
-    pictures = int(
-        (steps // every + 2) * min(script.save_images_max, numbers["images_per_generation"]) * side**2 * PNG
+def _disk(options: Options, numbers: dict[str, int], size: int) -> Check:
+    """Free space against the pictures that are kept and the checkpoints, of `size` bytes each."""
+    script, training, steps = options.script, options.training, numbers["optimizer_steps"]
+    free = shutil.disk_usage(_existing(script.outdir)).free
+    kept = min(script.save_images_max, numbers["images_per_generation"]) * (
+        2 + steps // max(1, script.save_images_every)
     )
+    pictures = int(kept * (options.render.resolution or 1024) ** 2 * PNG)
     saves = steps // max(1, int(training.save_steps)) if training.save_strategy == "steps" else 1
-    most = min(training.save_total_limit or saves, saves) + 1  # a new one is whole before the oldest goes
-    need, all_of_it = 2 * checkpoint + pictures, most * checkpoint + pictures
-    text = (
-        f"{readable(free)} free at {script.outdir}; 2 checkpoints of {readable(checkpoint)} and "
-        f"{readable(pictures)} of pictures are {readable(need)}"
-    )
-    if free < need:
-        return [Check("disk", PROBLEM, text, "free some, choose another --outdir, or lower --save_images_max")]
-    if free < all_of_it:
-        more = f"; the {most} that are there at once need {readable(all_of_it)}"
-        return [Check("disk", WARNING, text + more, "lower --save_total_limit")]
-    return [Check("disk", OK, text)]
-
-
-def _checkpoint(run: Run, policy: Policy, weights_only: bool) -> int:
-    """Bytes: weights as they are loaded, and what the optimiser holds of what is trained, of all processes."""
-    trained = run.adapter or policy.parameters
-    weights = 4 * run.adapter if run.adapter else policy.parameters * (2 if run.zero and run.mixed else run.size)
-    states = 12 if run.zero else 8 if run.adapter else 2 * run.size
-    return weights + (0 if weights_only else states * trained)
-
-
-def memory(
-    found: Report,
-    argv: Sequence[str],
-    parse_options: Parse,
-    plan: Plan,
-    options: Options,
-    prompts: Sequence[Prompt],
-) -> list[Check]:
-    """Fills `found.tables`, and `found.advice` where they do not fit; one line for each device."""
-    machine, launch = found.machine, found.launch
-    try:
-        tables = tables_of(options, machine, launch, prompts)
-    except shapes.UserError as error:
-        return [Check("memory", NOT_RUN, f"no estimate: {error}")]
-    found.tables = tables
-    checks = [*(_room(table, machine) for table in tables), *_loading(options, machine, launch)]
-    if fits(tables, machine) or not found.numbers:  # what the trainer refuses is not improved
-        return checks
-    advisor = Advisor(argv, parse_options, plan, machine, launch, prompts)
-    kept = advisor.improve()
-    found.advice = [kept] if kept else []
-    found.advice += advisor.other_renderers(options.render.sdmodel_name)
-    if not kept:
-        checks.append(_hopeless(options, machine, found.advice != []))
-    return checks
-
-
-def _room(table: Table, machine: Machine) -> Check:
-    phase, most = table.fullest
-    room = capacity(table, machine)
-    text = f"{device_name(table)}: fullest in {phase}, {readable(most)}"
-    if room is None:
-        return Check("memory", NOT_RUN, f"{text} (estimate); what there is was not looked at")
-    if most > room:
-        return Check(
-            "memory", PROBLEM, f"{text} of {readable(room)} (estimate): does not fit", "the flags below, if any"
-        )
-    return Check("memory", OK, f"{text} of {readable(room)} (estimate): fits")
-
-
-def _loading(options: Options, machine: Machine, launch: Launch) -> list[Check]:
-    """All processes load at once, and weights pass through main memory; the renderer's are the most."""
-    pipeline = shapes.pipeline(options.render.sdmodel_name)
-    most = launch.processes * pipeline.parameters * ELEMENT[options.render.render_dtype]
-    text = f"{launch.processes} process(es) load the renderer at once, {readable(most)} of main memory (derived)"
-    if not launch.gpu or options.render.remote:
-        return []
-    if machine.here and most > machine.ram:
-        return [
-            Check("loading", WARNING, f"{text} of {readable(machine.ram)}", "give the node more, or fewer processes")
-        ]
-    return [Check("loading", OK, text)]
-
-
-def _hopeless(options: Options, machine: Machine, others: bool) -> Check:
-    """Said plainly; `others`: whether another renderer fits."""
-    if options.render.remote:
-        return Check(
-            "memory", PROBLEM, "no flags that were tried make the run fit, though servers draw", "larger GPUs"
-        )
-    name, pipeline = options.render.sdmodel_name, shapes.pipeline(options.render.sdmodel_name)
-    weights = pipeline.parameters * ELEMENT[options.render.render_dtype]
-    alone = f"its weights alone are {readable(weights)} in {options.render.render_dtype}"
-    text = f"no flags that were tried make {name} fit: {alone}"
-    if weights <= (machine.memory or 0):
-        text += ", and what the rest needs at least does not fit beside them"
-    else:
-        text += f", the GPU has {readable(machine.memory or 0)}"
-    return Check("memory", PROBLEM, text, "another renderer, as below, or a larger GPU" if others else "a larger GPU")
+    most = min(training.save_total_limit or saves, saves) + 1  # a new one is written before the oldest is deleted
+    need = f"{most} checkpoints of {readable(size)} and {readable(pictures)} of pictures"
+    state = OK if free > most * size + pictures else WARNING if free > 2 * size + pictures else PROBLEM
+    action = "free some, choose another --outdir, or lower --save_total_limit or --save_images_max"
+    return Check("disk", state, f"{readable(free)} free for {need}", "" if state == OK else action)

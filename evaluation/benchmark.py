@@ -69,7 +69,7 @@ class Benchmark(Protocol):
         """The prompts in the file or folder at `path`; needs no model.
 
         Raises:
-            data.prompts.UserError: malformed rows, named with their line number; all of them in one message.
+            UserError: malformed rows, named with their line number; all of them in one message.
         """
         ...
 

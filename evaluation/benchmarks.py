@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from clients.chat import VLMClient
 from evaluation.benchmark import Benchmark
@@ -31,7 +32,6 @@ class BenchmarkOptions:
     )
     parses: str | None = option(None, "compbench: frozen parses (.json), spacy, or grammar.", changes="run")
     categories: list[str] = option([], "compbench: which files of the folder are judged; unset: all.", changes="run")
-    official_bugs: bool = option(False, "compbench, dpg: keep the bugs that published numbers have.", changes="run")
     wise_version: str = option("verified", "wise: which protocol.", changes="run", choices=["verified", "legacy"])
     judge_revision: str = option("", "Revision of judge and server, for the record.", changes="run")
     judge_batch_size: int = option(8, "Pictures per forward pass of a judge on this machine.", changes="run")
@@ -49,18 +49,22 @@ def _geneval(options: BenchmarkOptions, reward: RewardOptions, device: str) -> B
 
 
 def _compbench(options: BenchmarkOptions, reward: RewardOptions, device: str) -> Benchmark:
-    from evaluation.compbench import ROWS, CompBench
+    from evaluation import blip_vqa, boxes, clip_score, depth
+    from evaluation.compbench import ROWS, CompBench, judges_of
+    from evaluation.parses import parser
 
-    paths = {f"{name}_path": path for name in ("detector", "clip", "blip", "depth")
-             if (path := vars(options)[f"{name}_path"])}  # fmt: skip
-    return CompBench(
-        options.parses,
-        categories=options.categories or tuple(ROWS),
-        official_bugs=options.official_bugs,
-        device=device,
-        batch_size=options.judge_batch_size,
-        **paths,
-    )
+    categories = options.categories or list(ROWS)
+    needed, computing = judges_of(categories), {"device": device, "batch_size": options.judge_batch_size}
+    judges: dict[str, Any] = {}
+    if "blip" in needed:
+        judges["blip"] = blip_vqa.BlipVQA(options.blip_path or blip_vqa.PUBLISHED.repo, **computing)
+    if "clip" in needed:
+        judges["clip"] = clip_score.ClipScore(options.clip_path or clip_score.PUBLISHED.repo, **computing)
+    if "detector" in needed:
+        judges["detector"] = boxes.Owlv2(options.detector_path or boxes.PUBLISHED.repo, device=device)
+    if "depth" in needed:
+        judges["depth"] = depth.Depth(options.depth_path or depth.PUBLISHED.repo, **computing)
+    return CompBench(parser(options.parses) if options.parses else None, categories, judges)
 
 
 def _unigenbench(options: BenchmarkOptions, reward: RewardOptions, device: str) -> Benchmark:
@@ -78,7 +82,7 @@ def _wise(options: BenchmarkOptions, reward: RewardOptions, device: str) -> Benc
 def _dpg(options: BenchmarkOptions, reward: RewardOptions, device: str) -> Benchmark:
     from evaluation.dpg import DPG
 
-    return DPG(_client(reward), official_bugs=options.official_bugs, revision=options.judge_revision)
+    return DPG(_client(reward), revision=options.judge_revision)
 
 
 def _geneval2(options: BenchmarkOptions, reward: RewardOptions, device: str) -> Benchmark:

@@ -1,12 +1,12 @@
-"""BLIP-VQA as T2I-CompBench asks it: p(yes) of "a red car?" about a picture, read off the decoder's first step.
+"""BLIP-VQA as T2I-CompBench asks it: p(yes) of "a red car?" about a picture, from the decoder's first step.
 
     p = P(yes) / (P(yes) + P(no))
 
 The picture is squashed to 480x480 (bicubic); the question is lower-cased, loses `. ! " ( ) * # : ; ~`, is cut to 50
 words and 35 tokens, and its first token becomes [ENC]; the decoder is given [DEC] alone. Source: BLIPvqa_eval of
 github.com/Karine-Huang/T2I-CompBench, weights model_base_vqa_capfilt_large.pth; here transformers'
-`BlipForQuestionAnswering`, of which two defaults are set back to the original's: layer norms of the vision tower have
-eps 1e-6, and a text model of width 768 has 12 heads (the first published conversions said 8, transformers #22625).
+`BlipForQuestionAnswering`, with the original's eps of 1e-6 in the layer norms of the vision tower and its 12 heads in
+the text model (the first published conversions said 8, transformers #22625).
 
 Not exact: transformers' conversion stored the 30x30 position embedding as 24x24 (its script builds the model for 384
 pixels), and here it is interpolated to 30x30 again. How far that moves scores was not measured.
@@ -16,19 +16,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections.abc import Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from torchvision.transforms import Compose, InterpolationMode, Normalize, Resize, ToTensor
 from transformers import AutoTokenizer, BlipConfig, BlipForQuestionAnswering
 
-from errors import UserError, one_line
-from models.frozen import batches, check_loaded, folder_of, freeze, known_token
+from errors import UserError
+from models.frozen import batches, known_token, load
+from models.hub import read, resolve
 from models.weights import locked
 from prompting import well_formed
 
@@ -36,7 +34,6 @@ PUBLISHED = locked("Salesforce/blip-vqa-capfilt-large")
 NEEDS = ("config.json", "tokenizer_config.json")
 SIDE = 480  # pixels
 MOST_WORDS, MOST_TOKENS = 50, 35
-VOCABULARY, DEC, YES, NO = 30524, 30522, 2748, 2053  # of BERT's uncased vocabulary with [DEC] and [ENC] added
 _DROPPED = re.compile(r"[.!\"()*#:;~]")
 _READ = Compose(
     [
@@ -67,14 +64,13 @@ class BlipVQA:
 
     def __init__(self, path: str | Path = PUBLISHED.repo, *, device: str | torch.device, batch_size: int = 32):
         self.device, self.batch_size = torch.device(device), batch_size
-        self.folder = folder_of(path, PUBLISHED, NEEDS)
-        model, self.tokenizer = _load(self.folder)
-        self.model = freeze(model, self.device, self.folder)
-        self.dec = model.config.text_config.bos_token_id
+        self.folder = resolve(path, NEEDS, pickles=True)
+        self.model = _load(self.folder, self.device)
+        self.tokenizer = read(AutoTokenizer, self.folder)
+        self.dec = self.model.config.text_config.bos_token_id
         self.enc = self.dec + 1
         self.yes, self.no = (known_token(self.tokenizer, word, self.folder, "BLIP") for word in ("yes", "no"))
-        _check_ids(self.folder, model.config.text_config.vocab_size, self.dec, self.yes, self.no)
-        vision = model.config.vision_config
+        vision = self.model.config.vision_config
         stored, asked = vision.image_size // vision.patch_size, SIDE // vision.patch_size
         self.positions = f"{stored}x{stored}" + (f" interpolated to {asked}x{asked}" if stored != asked else "")
 
@@ -82,15 +78,19 @@ class BlipVQA:
     def ask(self, rows: Sequence[tuple[Image.Image, Sequence[str]]]) -> list[list[float]]:
         """For each (picture, questions) p(yes) of each question; NaN where the model's output is not finite.
 
-        Each picture is encoded once, whatever the number of its questions.
+        Each picture is encoded once. Questions are asked in batches of one length, because transformers' BLIP does not
+        hide padding from its decoder (5.17 passes the mask of cross attention under the name of the other one).
         """
         read = [[self.question_ids(question) for question in questions] for _, questions in rows]
         answers = [[math.nan] * len(questions) for questions in read]
         asked = [row for row in range(len(rows)) if read[row]]
         for some in batches(asked, self.batch_size):
             seen_PND = self._look([rows[row][0] for row in some])
-            pairs = [(place, row, number) for place, row in enumerate(some) for number in range(len(read[row]))]
-            for few in self._alike(pairs, read):
+            by_length: dict[int, list[tuple[int, int, int]]] = {}
+            for place, row in enumerate(some):
+                for number, ids in enumerate(read[row]):
+                    by_length.setdefault(len(ids), []).append((place, row, number))
+            for few in [few for same in by_length.values() for few in batches(same, self.batch_size)]:
                 places = torch.tensor([place for place, _, _ in few], device=self.device)
                 yes = self._answer(seen_PND[places], [read[row][number] for _, row, number in few])
                 for (_, row, number), p in zip(few, yes, strict=True):
@@ -104,18 +104,6 @@ class BlipVQA:
         )
         return [self.enc, *read.input_ids[1:]]
 
-    def _alike(self, pairs: Sequence[tuple[int, int, int]], read: Sequence[Sequence[list[int]]]) -> Iterator[list]:
-        """The pairs in batches of questions of one length: transformers' BLIP does not hide padding from its decoder.
-
-        (5.17 hands the mask of cross attention on under the name of the other one, which is then not looked at.)
-        """
-
-        def length(pair: tuple[int, int, int]) -> int:
-            return len(read[pair[1]][pair[2]])
-
-        for _, same in groupby(sorted(pairs, key=length), key=length):
-            yield from batches(list(same), self.batch_size)
-
     def _look(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
         """(P, N, D) visual tokens."""
         pixels = torch.stack([_READ(picture.convert("RGB")) for picture in pictures]).to(self.device)
@@ -127,47 +115,19 @@ class BlipVQA:
             input_ids=torch.tensor(ids, device=self.device), encoder_hidden_states=seen_QND
         ).last_hidden_state
         start = torch.full((len(ids), 1), self.dec, device=self.device)
-        logits_QV = self.model.text_decoder(input_ids=start, encoder_hidden_states=states, use_cache=False).logits[
-            :, 0
-        ]
+        out = self.model.text_decoder(input_ids=start, encoder_hidden_states=states, use_cache=False)
+        logits_QV = out.logits[:, 0]
         return torch.sigmoid(logits_QV[:, self.yes] - logits_QV[:, self.no]).tolist()
 
 
-def _load(folder: Path):
-    """(model, tokenizer) of a folder, set as the original; every weight must be there."""
-    try:
-        config = BlipConfig.from_pretrained(folder, local_files_only=True)
-        config.vision_config.layer_norm_eps = 1e-6
-        model, report = BlipForQuestionAnswering.from_pretrained(
-            folder,
-            config=config,
-            local_files_only=True,
-            dtype=torch.float32,
-            weights_only=True,
-            output_loading_info=True,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, EOFError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
-        raise UserError(f"cannot read {folder} as a BLIP-VQA checkpoint ({one_line(error)})") from error
-    check_loaded(report["missing_keys"], folder, "BlipForQuestionAnswering", PUBLISHED)
+def _load(folder: Path, device: torch.device) -> BlipForQuestionAnswering:
+    """The model of a folder, set as the original."""
+    config = read(BlipConfig, folder)
+    config.vision_config.layer_norm_eps = 1e-6
     text = config.text_config
     if text.hidden_size == 768 and text.num_attention_heads != 12:
         raise UserError(
             f"{folder}/config.json gives BLIP's text model {text.num_attention_heads} heads, it was trained with 12: "
             "set text_config.num_attention_heads to 12 (the hub's current revision has it)"
         )
-    return model, tokenizer
-
-
-def _check_ids(folder: Path, vocabulary: int, dec: int, yes: int, no: int) -> None:
-    """[DEC] and [ENC] end the vocabulary; in the published one all ids are known numbers."""
-    if dec + 2 != vocabulary:
-        raise UserError(
-            f"{folder}/config.json has bos_token_id {dec} in a vocabulary of {vocabulary}: [DEC] and [ENC] must be "
-            "its last two ids; set text_config.bos_token_id and vocab_size as the model was trained"
-        )
-    if vocabulary == VOCABULARY and (dec, yes, no) != (DEC, YES, NO):
-        raise UserError(
-            f"{folder} has [DEC], yes and no at {(dec, yes, no)}, BLIP-VQA was trained with {(DEC, YES, NO)}: put the "
-            "tokenizer of bert-base-uncased there"
-        )
+    return load(BlipForQuestionAnswering, folder, device, config=config)

@@ -14,17 +14,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from torchvision.ops import box_convert, nms
+from torchvision.ops import batched_nms, box_convert
 from transformers import AutoTokenizer, Owlv2ForObjectDetection
 from transformers.models.owlv2.image_processing_pil_owlv2 import Owlv2ImageProcessorPil
 
-from errors import UserError, one_line
-from models.frozen import batches, check_loaded, folder_of, freeze
+from errors import UserError
+from models.frozen import load
+from models.hub import read, resolve
 from models.weights import locked
 from prompting import well_formed
 
@@ -66,8 +65,7 @@ class Owlv2:
     Args:
         path: a folder with an `Owlv2ForObjectDetection`, its tokenizer and image processor (safetensors, or
             `pytorch_model.bin`, of which only tensors are unpickled), or `PUBLISHED.repo`, from the hub's local cache.
-        device: where the model runs, in float32 without TF32.
-        batch_size: pictures, or nouns, per forward pass.
+        device: where the model runs, in float32 without TF32, picture by picture.
         threshold: a box counts if its score is above this.
 
     Raises:
@@ -81,93 +79,54 @@ class Owlv2:
         path: str | Path = PUBLISHED.repo,
         *,
         device: str | torch.device,
-        batch_size: int = 8,
         threshold: float = THRESHOLD,
     ):
-        self.device, self.batch_size, self.threshold = torch.device(device), batch_size, threshold
-        self.folder = folder_of(path, PUBLISHED, NEEDS)
-        model, self.tokenizer, self.processor = _load(self.folder)
-        self.model = freeze(model, self.device, self.folder)
-        self.longest = model.config.text_config.max_position_embeddings
-        self._nouns: dict[str, torch.Tensor] = {}
+        self.device, self.threshold = torch.device(device), threshold
+        self.folder = resolve(path, NEEDS, pickles=True)
+        self.model = load(Owlv2ForObjectDetection, self.folder, self.device)
+        self.tokenizer = read(AutoTokenizer, self.folder)
+        self.processor = read(Owlv2ImageProcessorPil, self.folder)
+        _check_size(self.model, self.processor, self.folder)
+        self.longest = self.model.config.text_config.max_position_embeddings
 
     @torch.inference_mode()
     def detect(self, rows: Sequence[tuple[Image.Image, Sequence[str]]]) -> list[list[LabelledBox] | None]:
         """The boxes of each (picture, its distinct nouns), best first; None if the model's output is not finite."""
-        self._learn([noun for _, nouns in rows for noun in nouns])
-        found: list[list[LabelledBox] | None] = [[] for _ in rows]
-        asked = [row for row in range(len(rows)) if rows[row][1]]
-        for some in batches(asked, self.batch_size):
-            few = [rows[row] for row in some]
-            scores_BNQ, boxes_BN4 = self._forward(few)
-            for row, (image, nouns), scores, boxes in zip(some, few, scores_BNQ, boxes_BN4, strict=True):
-                found[row] = self._boxes(scores[:, : len(nouns)], boxes, nouns, image.size)
-        return found
+        return [self._detect(image, nouns) if nouns else [] for image, nouns in rows]
 
-    def _learn(self, nouns: Sequence[str]) -> None:
-        """Encode the nouns that were not met before, each once."""
-        new = [noun for noun in dict.fromkeys(nouns) if noun not in self._nouns]
-        for some in batches(new, self.batch_size):
-            read = self.tokenizer(
-                [QUERY.format(well_formed(noun)) for noun in some],
-                padding="max_length",
-                truncation=True,
-                max_length=self.longest,
-                return_tensors="pt",
-            ).to(self.device)
-            out = self.model.owlv2.get_text_features(input_ids=read.input_ids, attention_mask=read.attention_mask)
-            unit = out.pooler_output / torch.linalg.norm(out.pooler_output, dim=-1, keepdim=True)
-            self._nouns.update(zip(some, unit, strict=True))
-
-    def _forward(self, rows: Sequence[tuple[Image.Image, Sequence[str]]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, N, Q) probabilities and (B, N, 4) boxes as centre and size, shares of the padded square."""
-        pixels = self.processor([image.convert("RGB") for image, _ in rows], return_tensors="pt")["pixel_values"]
-        queries = [torch.stack([self._nouns[noun] for noun in nouns]) for _, nouns in rows]
-        queries_BQD = torch.nn.utils.rnn.pad_sequence(queries, batch_first=True)
-        there = [torch.ones(len(nouns), dtype=torch.bool, device=self.device) for _, nouns in rows]
-        there_BQ = torch.nn.utils.rnn.pad_sequence(there, batch_first=True)
+    def _detect(self, image: Image.Image, nouns: Sequence[str]) -> list[LabelledBox] | None:
+        read = self.tokenizer(
+            [QUERY.format(well_formed(noun)) for noun in nouns],
+            padding="max_length",
+            truncation=True,
+            max_length=self.longest,
+            return_tensors="pt",
+        )
+        pixels = self.processor([image.convert("RGB")], return_tensors="pt")["pixel_values"]
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 moves boxes across thresholds
-            features_BHWD, _ = self.model.image_embedder(pixel_values=pixels.to(self.device, torch.float32))
-            features_BND = features_BHWD.flatten(1, 2)
-            logits_BNQ, _ = self.model.class_predictor(features_BND, queries_BQD, there_BQ)
-            boxes_BN4 = self.model.box_predictor(features_BND, features_BHWD)
-        return logits_BNQ.sigmoid().cpu(), boxes_BN4.cpu()
-
-    def _boxes(
-        self, scores_NQ: torch.Tensor, boxes_N4: torch.Tensor, nouns: Sequence[str], size: tuple[int, int]
-    ) -> list[LabelledBox] | None:
+            out = self.model(
+                input_ids=read.input_ids.to(self.device),
+                attention_mask=read.attention_mask.to(self.device),
+                pixel_values=pixels.to(self.device, torch.float32),
+            )
+        scores_NQ, boxes_N4 = out.logits[0].sigmoid().cpu(), out.pred_boxes[0].cpu()
         if not (scores_NQ.isfinite().all() and boxes_N4.isfinite().all()):
             return None
         score_N, label_N = scores_NQ.max(dim=1)
-        boxes_N4 = box_convert(boxes_N4, "cxcywh", "xyxy") * max(size)
-        width, height = frame_size(size)
-        boxes_N4 *= torch.tensor([width / size[0], height / size[1]] * 2)
+        boxes_N4 = box_convert(boxes_N4, "cxcywh", "xyxy") * max(image.size)  # shares of the padded square
+        width, height = frame_size(image.size)
+        boxes_N4 *= torch.tensor([width / image.width, height / image.height] * 2)
         boxes_N4 = torch.minimum(boxes_N4.clamp(min=0), torch.tensor([width, height] * 2))
         inside = ((boxes_N4[:, 2:] - boxes_N4[:, :2]) > 0).all(dim=1)  # the others lie in the padding
         rows = ((score_N > self.threshold) & inside).nonzero()[:, 0]
-        kept = []
-        for label in range(len(nouns)):
-            own = rows[label_N[rows] == label]
-            kept += own[nms(boxes_N4[own], score_N[own], NMS_IOU)].tolist()
-        found = [LabelledBox(nouns[label_N[row]], score_N[row].item(), tuple(boxes_N4[row].tolist())) for row in kept]
-        return sorted(found, key=lambda one: -one.score)
+        kept = rows[batched_nms(boxes_N4[rows], score_N[rows], label_N[rows], NMS_IOU)].tolist()
+        return [LabelledBox(nouns[label_N[row]], score_N[row].item(), tuple(boxes_N4[row].tolist())) for row in kept]
 
 
-def _load(folder: Path):
-    """(model, tokenizer, image processor) of a folder; every weight must be there."""
-    try:
-        model, report = Owlv2ForObjectDetection.from_pretrained(
-            folder, local_files_only=True, dtype=torch.float32, weights_only=True, output_loading_info=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        processor = Owlv2ImageProcessorPil.from_pretrained(folder, local_files_only=True)
-    except (OSError, EOFError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
-        raise UserError(f"cannot read {folder} as an OWLv2 checkpoint ({one_line(error)})") from error
-    check_loaded(report["missing_keys"], folder, "Owlv2ForObjectDetection", PUBLISHED)
+def _check_size(model: Owlv2ForObjectDetection, processor: Owlv2ImageProcessorPil, folder: Path) -> None:
     side, asked = model.config.vision_config.image_size, processor.size
     if (asked["height"], asked["width"]) != (side, side):
         raise UserError(
             f"the image processor in {folder} resizes to {asked['height']}x{asked['width']}, the model reads "
             f"{side}x{side}: give the preprocessor_config.json that it was trained with"
         )
-    return model, tokenizer, processor

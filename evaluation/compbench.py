@@ -8,19 +8,12 @@
     complex                  mean of color's rule and, by the prompt's list, spatial's, non_spatial's or both
 
 Source: arXiv 2307.06350 (TPAMI version: "++") and github.com/Karine-Huang/T2I-CompBench at 1b70949. Officially UniDet
-finds the things; here OWLv2 does (`boxes.py`), so three rows carry its name and are not comparable with published
-ones. The prompts are the benchmark's own files, given by path. The original reads a prompt off a picture's file name
-and aligns scores by file number; here both come from the item.
+finds the things; here OWLv2 does (`boxes.py`), so four rows carry its name and are not comparable with published
+ones. The prompts are the benchmark's own files, given by path.
 
-`official_bugs=True` keeps what enters published numbers and is not the rule as described:
-
-    any             two things of one name are one and the same box (here: the two best, in the order that suits)
-    attributes      a prompt without noun chunks scores 1 (here: it cannot be judged)
-    spatial         "on top of" is recognised and never holds (here: it is "on the top of")
-    3d_spatial      the (H, W) depth map is cut [left:right, top:bottom], transposed; an overlap of exactly 0.5 scores
-                    0; of several boxes of the thing found first, the last before the other thing's first is taken
-
-The detail of a spatial verdict has both numbers, whichever counts.
+Bugs of the released code are mended: two things of one name are two boxes, in the order that suits; a prompt without
+noun chunks cannot be judged (there it scores 1); "on top of" is "on the top of" (there it never holds); the depth map
+is not transposed; an overlap of exactly 0.5 is full (there it scores 0); 3d_spatial takes the best box of a thing too.
 """
 
 from __future__ import annotations
@@ -30,17 +23,17 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from errors import UserError
-from evaluation import blip_vqa, boxes, clip_score, depth
-from evaluation.benchmark import Item, Verdict
-from evaluation.boxes import LabelledBox
-from evaluation.parses import HOW_TO_FREEZE, Parse, Source, parser
+from evaluation.benchmark import Benchmark, Item, Verdict
+from evaluation.boxes import NMS_IOU, QUERY, LabelledBox, Owlv2
+from evaluation.depth import Depth
+from evaluation.judged import read_text
+from evaluation.parses import HOW_TO_FREEZE, Parse, Source
 from interfaces import Prompt
 from rewards.gdino import iou
 
@@ -52,11 +45,19 @@ ROWS = {  # category of the files -> row of the table
     "color": "color",
     "shape": "shape",
     "texture": "texture",
-    "spatial": f"CompBench-2D ({boxes.Owlv2.name})",
-    "3d_spatial": f"CompBench-3D ({boxes.Owlv2.name}, {depth.Depth.name})",
-    "numeracy": f"CompBench-numeracy ({boxes.Owlv2.name})",
+    "spatial": f"CompBench-2D ({Owlv2.name})",
+    "3d_spatial": f"CompBench-3D ({Owlv2.name}, {Depth.name})",
+    "numeracy": f"CompBench-numeracy ({Owlv2.name})",
     "non_spatial": "non_spatial",
-    "complex": f"complex ({boxes.Owlv2.name})",
+    "complex": f"complex ({Owlv2.name})",
+}
+_JUDGES = {
+    **dict.fromkeys(ATTRIBUTES, ("blip",)),
+    "spatial": ("detector",),
+    "3d_spatial": ("detector", "depth"),
+    "numeracy": ("detector",),
+    "non_spatial": ("clip",),
+    "complex": ("blip", "detector", "clip"),
 }
 DROPPED_CHUNKS = ("top", "the side", "the left", "the right")
 MOST_CHUNKS = 8
@@ -70,27 +71,12 @@ _DIRECTIONS = {  # axis and sign of centre 2 - centre 1, y growing downward
     "on the left of": (0, 1),
     "on the right of": (0, -1),
     "on the top of": (1, 1),
+    "on top of": (1, 1),
     "on the bottom of": (1, -1),
 }
 _PERSONS = dict.fromkeys(("girl", "boy", "man", "woman"), "person")
 _ALIASES = {**_PERSONS, "ship": "boat", "telivision": "tv", "goldfish": "fish", "painting": "picture"}
 _NUMBERS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8}
-_NEEDS = {
-    **dict.fromkeys(ATTRIBUTES, ("blip",)),
-    "spatial": ("detector",),
-    "3d_spatial": ("detector", "depth"),
-    "numeracy": ("detector",),
-    "non_spatial": ("clip",),
-    "complex": ("blip", "detector", "clip"),
-}
-_MOST_PROBLEMS = 20  # of a file, that one message names
-
-
-class Judged(NamedTuple):
-    """A score, None if there is none to be had, and what led to it."""
-
-    score: float | None
-    detail: dict[str, Any]
 
 
 # ----- rules: attributes
@@ -117,19 +103,17 @@ def relation_of(prompt: str, relations: Sequence[str]) -> str | None:
     return next((relation for relation in relations if relation in prompt), None)
 
 
-def position_2d(relation: str | None, first: LabelledBox, second: LabelledBox, official_bugs: bool = False) -> float:
+def position_2d(relation: str | None, first: LabelledBox, second: LabelledBox) -> float:
     """How far "first [is] relation second" holds, in [0, 1]; 0 for no known relation.
 
-    Near are centres that differ by less than 150 pixels of the frame along x or along y, others get 150 over the
-    larger difference. A direction holds if the centres differ more along its axis than across; an IoU from 0.1 then
-    divides 0.1.
+    Two things are near if their centres differ by less than 150 pixels of the frame along x or along y; else they get
+    150 over the larger difference. A direction holds if the centres differ more along its axis than across; an IoU
+    from 0.1 then gives 0.1 / IoU.
     """
     offset = [(second.box[k] + second.box[k + 2] - first.box[k] - first.box[k + 2]) / 2 for k in (0, 1)]
     if relation in ("next to", "on side of", "near"):
         near = min(map(abs, offset)) < NEAR
         return 1.0 if near else NEAR / max(map(abs, offset))
-    if relation == "on top of" and not official_bugs:
-        relation = "on the top of"
     if relation not in _DIRECTIONS:
         return 0.0
     axis, sign = _DIRECTIONS[relation]
@@ -139,68 +123,51 @@ def position_2d(relation: str | None, first: LabelledBox, second: LabelledBox, o
     return 1.0 if overlap < MOST_OVERLAP else MOST_OVERLAP / overlap
 
 
-def position_3d(
-    relation: str | None, first: LabelledBox, second: LabelledBox, nearness: np.ndarray, official_bugs: bool = False
-) -> float:
+def position_3d(relation: str | None, first: LabelledBox, second: LabelledBox, nearness: np.ndarray) -> float:
     """How far "first [is] relation second" holds, in [0, 1], by the mean nearness (H, W) in their boxes.
 
-    The nearer thing must be the right one, strictly; then an IoU above 0.5 gives 1, a smaller one IoU / 0.5, none 0. A
-    box without a whole pixel has no mean, and nothing holds.
+    The right thing must be nearer; then the score is IoU / 0.5, at most 1. A box without a pixel has no mean, and no
+    relation holds.
     """
     if relation not in RELATIONS_3D:
         return 0.0
-    nearer = _mean_inside(nearness, first, official_bugs) - _mean_inside(nearness, second, official_bugs)
-    overlap = iou(first.box, second.box)
-    if not (nearer > 0 if relation == "in front of" else nearer < 0) or (official_bugs and overlap == FULL_OVERLAP):
+    nearer = _mean_inside(nearness, first) - _mean_inside(nearness, second)
+    if not (nearer > 0 if relation == "in front of" else nearer < 0):
         return 0.0
-    return min(overlap / FULL_OVERLAP, 1.0)
+    return min(iou(first.box, second.box) / FULL_OVERLAP, 1.0)
 
 
-def _mean_inside(nearness: np.ndarray, one: LabelledBox, transposed: bool) -> float:
+def _mean_inside(nearness: np.ndarray, one: LabelledBox) -> float:
     left, top, right, bottom = map(int, one.box)
-    inside = nearness[left:right, top:bottom] if transposed else nearness[top:bottom, left:right]
+    inside = nearness[top:bottom, left:right]
     return float(inside.mean(dtype=np.float64)) if inside.size else math.nan
 
 
-def score_2d(
-    objects: Sequence[str], relation: str | None, found: Sequence[LabelledBox], official_bugs: bool = False
-) -> float:
-    """Score of a picture in [0, 1]: labels must be equal to the objects' names, below 0.5 all is 0."""
-    rows = [[row for row, one in enumerate(found) if one.label == name] for name in objects]
-    score = _pair_score(rows, found, lambda a, b: position_2d(relation, a, b, official_bugs), official_bugs)
+def score_2d(objects: Sequence[str], relation: str | None, found: Sequence[LabelledBox]) -> float:
+    """Score of a picture in [0, 1]: a label must be equal to the thing's name; below 0.5 the score is 0."""
+    own = [[one for one in found if one.label == name] for name in objects]
+    score = _pair_score(own, lambda a, b: position_2d(relation, a, b))
     return 0.0 if score < FLOOR else score
 
 
 def score_3d(
-    objects: Sequence[str],
-    relation: str | None,
-    found: Sequence[LabelledBox],
-    nearness: np.ndarray,
-    official_bugs: bool = False,
+    objects: Sequence[str], relation: str | None, found: Sequence[LabelledBox], nearness: np.ndarray
 ) -> float:
-    """Score of a picture in [0, 1]: labels must hold the objects' names ("lamp" in "desk lamp")."""
-    rows = [[row for row, one in enumerate(found) if name in one.label] for name in objects]
-    if official_bugs and all(rows):
-        both_seen = max(own[0] for own in rows)
-        rows = [[max(row for row in own if row <= both_seen)] for own in rows]
-    return _pair_score(
-        rows, found, lambda a, b: position_3d(relation, a, b, nearness, official_bugs), official_bugs
-    )  # fmt: skip
+    """Score of a picture in [0, 1]: a label must contain the thing's name ("lamp" in "desk lamp")."""
+    own = [[one for one in found if name in one.label] for name in objects]
+    return _pair_score(own, lambda a, b: position_3d(relation, a, b, nearness))
 
 
-def _pair_score(
-    rows: Sequence[Sequence[int]],
-    found: Sequence[LabelledBox],
-    position: Callable[[LabelledBox, LabelledBox], float],
-    official_bugs: bool,
-) -> float:
-    """0.25 for the score of each of two things found, and 0.5 for their position; `rows` in `found` are best first."""
-    first, second = rows
-    if first == second and not official_bugs:
-        two = [found[row] for row in first[:2]]
-        pairs = [two, two[::-1]]
+def _pair_score(own: Sequence[Sequence[LabelledBox]], position: Callable[[LabelledBox, LabelledBox], float]) -> float:
+    """0.25 for the score of each of two things, and 0.5 for their position; `own` has each thing's boxes, best first.
+
+    Two things of one name have the same boxes: they are the two best of them, in the order that suits.
+    """
+    first, second = own
+    if first == second:
+        pairs = [first[:2], first[:2][::-1]]
     else:
-        pairs = [[found[own[0]] for own in rows if own]]
+        pairs = [[some[0] for some in own if some]]
     places = [position(*pair) for pair in pairs if len(pair) == 2]
     return 0.25 * sum(one.score for one in pairs[0]) + 0.5 * max(places, default=0.0)
 
@@ -209,7 +176,7 @@ def _pair_score(
 
 
 def counts_of(prompt: str, singulars: Mapping[str, str]) -> list[tuple[str, int]]:
-    """(thing, number) for each number word from a to eight that stands before a known thing, by the rule's names.
+    """(thing, number) for each number word from a to eight before a known thing, by UniDet's names of things.
 
     Args:
         prompt: any text.
@@ -229,7 +196,7 @@ def counts_of(prompt: str, singulars: Mapping[str, str]) -> list[tuple[str, int]
 def count_score(counts: Sequence[tuple[str, int]], found: Sequence[LabelledBox]) -> float:
     """Mean over the things of half for being there and half for the exact number.
 
-    A thing that has no box of its name takes those whose label holds it, for good ("fish" takes a "fish tank").
+    A thing without a box of its name takes, for good, the boxes whose label contains it ("fish" takes a "fish tank").
     """
     labels = [one.label for one in distinct(found)]
     score = 0.0
@@ -241,7 +208,8 @@ def count_score(counts: Sequence[tuple[str, int]], found: Sequence[LabelledBox])
 
 
 def distinct(found: Sequence[LabelledBox]) -> list[LabelledBox]:
-    """The boxes, in order, that no earlier one of their label covers by more than 0.9 (IoU, or either's share)."""
+    """The boxes, in order, without those that an earlier one of their label covers by more than 0.9 (IoU, or the share
+    of either)."""
     kept: list[LabelledBox] = []
     for one in found:
         if not any(one.label == other.label and _copies(one.box, other.box) for other in kept):
@@ -258,118 +226,142 @@ def _copies(one: Sequence[float], other: Sequence[float]) -> bool:
     return max(common / (sum(areas) - common), common / areas[0], common / areas[1]) > COPY
 
 
-# ----- rules: all at once
+# ----- one picture
 
 
-def three_in_one(parts: Sequence[float]) -> float:
-    """The mean of attribute score and spatial score, action score or both: what a complex prompt is judged by."""
-    return sum(parts) / len(parts)
+def verdict(
+    meta: Mapping[str, Any],
+    answers: Sequence[float] | None = None,
+    found: Sequence[LabelledBox] | None = None,
+    nearness: np.ndarray | None = None,
+    cosine: float | None = None,
+) -> Verdict:
+    """The mean of the parts that a prompt is judged by, None if one of them could not be judged.
+
+    Args:
+        meta: of the item; it has "questions", "objects" and "relation", "counts" or "clip_text" for each part.
+        answers: p(yes) of each question.
+        found: boxes of all things; None, like `nearness`, where the model's output was not finite.
+        nearness: for 3d_spatial.
+        cosine: of the picture and "clip_text".
+    """
+    parts = {}
+    if "questions" in meta:
+        parts["attribute"] = _attribute(meta["questions"], answers)
+    if "objects" in meta:
+        parts["spatial"] = _place(meta, found, nearness)
+    if "counts" in meta:
+        parts["numeracy"] = _number(meta["counts"], found)
+    if "clip_text" in meta:
+        parts["action"] = {"score": cosine} if math.isfinite(cosine) else _none("CLIP's output is not finite")
+    scores = [part["score"] for part in parts.values()]
+    return Verdict({ROWS[meta["kind"]]: [None if None in scores else sum(scores) / len(scores)]}, parts)
 
 
-def list_key(line: str) -> str:
-    """By what a prompt is found in `complex_val_spatial.txt` and `complex_val_action.txt`."""
-    return line.strip().split(".")[0].lower()
+def _attribute(questions: Sequence[str], answers: Sequence[float] | None) -> dict[str, Any]:
+    if not questions:
+        return _none("the prompt has no noun chunk to ask about")
+    if not all(map(math.isfinite, answers)):
+        return _none("BLIP's output is not finite")
+    return {"score": attribute_score(answers), "answers": [*map(list, zip(questions, answers, strict=True))]}
+
+
+def _place(
+    meta: Mapping[str, Any], found: Sequence[LabelledBox] | None, nearness: np.ndarray | None
+) -> dict[str, Any]:
+    objects, relation, in_depth = meta["objects"], meta["relation"], meta["kind"] == "3d_spatial"
+    if not objects and meta["kind"] == "complex":
+        return {"score": 0.0, "reason": "the prompt has no two things around a place word"}
+    if not objects:
+        return _none("the parse names no thing")
+    if found is None or (in_depth and nearness is None):
+        return _none("the output of the detector or of the depth model is not finite")
+    score = score_3d(objects, relation, found, nearness) if in_depth else score_2d(objects, relation, found)
+    return {"score": score, "objects": objects, "relation": relation, "boxes": _plain(found)}
+
+
+def _number(counts: Sequence[tuple[str, int]], found: Sequence[LabelledBox] | None) -> dict[str, Any]:
+    if not counts:
+        return _none("the prompt counts nothing that new_objects.txt names")
+    if found is None:
+        return _none("the detector's output is not finite")
+    return {"score": count_score(counts, found), "counts": [*map(list, counts)], "boxes": _plain(found)}
+
+
+def _none(reason: str) -> dict[str, Any]:
+    return {"score": None, "reason": reason}
+
+
+def _plain(found: Sequence[LabelledBox]) -> list[list]:
+    return [[one.label, round(one.score, 4), *(round(side, 1) for side in one.box)] for one in found]
 
 
 # ----- files
 
 
-def load_items(
-    path: Path,
-    parses: Source | None,
-    categories: Sequence[str] = tuple(ROWS),
-    split: str = "val",
-) -> list[Item]:
-    """The prompts of one file, or of `{category}_{split}.txt` of a folder; ids are category and line.
+def load_items(path: Path, parses: Source | None, categories: Sequence[str] = tuple(ROWS)) -> list[Item]:
+    """The prompts of one file, or of `{category}_val.txt` of a folder; ids are category and line.
 
-    Beside a numeracy file its `new_objects.txt` is read, beside `complex_val.txt` the lists `complex_val_spatial.txt`
-    and `complex_val_action.txt`. A line that comes twice is kept twice and logged.
+    Beside a numeracy file `new_objects.txt` is read, beside `complex_val.txt` the lists `complex_val_spatial.txt` and
+    `complex_val_action.txt`.
 
     Args:
-        path: a text file of one prompt a line (UTF-8, any line ends), its category in its name, or a folder of them.
+        path: a text file of one prompt a line, its category in its name, or a folder of them.
         parses: where the prompts' parses come from; None if only numeracy and non_spatial, which need none, are there.
-        categories: which of the files' categories are wanted.
-        split: "val" for the benchmark.
+        categories: which categories are wanted.
 
     Raises:
-        UserError: no such file, a line that is no text, or one that the source has no parse of, with line numbers.
+        UserError: a file is missing, or `parses` has no parse of a line.
     """
-    files = _files(Path(path), categories, split)
-    source, parse = parses or ("no parses given", lambda prompt: None)
-    items, problems, hint = [], [], ""
-    for category, file in files.items():
-        meta, lines = _meta_of(category, file), _lines(file, problems)
-        doubled = len(lines) - len({prompt for _, prompt in lines})
-        if doubled:
-            log.warning("%s: %d lines repeat an earlier one and are kept", file, doubled)
+    source, parse = parses or ("--parses, which is not given,", lambda prompt: None)
+    items = []
+    for category, file in _files(Path(path), categories).items():
+        meta, lines, missing = _meta_of(category, file), _lines(file), []
         for number, prompt in lines:
             parsed = None if category in UNPARSED else parse(prompt)
-            wrong = _lacking(category, parsed)
-            if wrong:
-                hint = f". For parses: {HOW_TO_FREEZE}"
-                problems.append(f"{file.name}, line {number}: {prompt!r} {wrong} in {source}")
-            else:
+            if _suffices(parsed, category):
                 fields = {"kind": category, "line": number, **meta(prompt, parsed)}
                 items.append(Item(f"{category}_{number:05d}", Prompt(prompt), ROWS[category], fields))
-    if problems:
-        more = f"; and {len(problems) - _MOST_PROBLEMS} more" if len(problems) > _MOST_PROBLEMS else ""
-        raise UserError(f"{path}: {'; '.join(problems[:_MOST_PROBLEMS])}{more}{hint}")
+            else:
+                missing.append(f"line {number} {prompt!r}")
+        if missing:
+            raise UserError(
+                f"{file}: {source} has no parse of {len(missing)} prompts: {', '.join(missing[:10])}. For parses "
+                f"(complex prompts also need 'pair' and 'clip_text'): {HOW_TO_FREEZE}"
+            )
     return items
 
 
-def _files(path: Path, categories: Sequence[str], split: str) -> dict[str, Path]:
+def _files(path: Path, categories: Sequence[str]) -> dict[str, Path]:
     """category -> file."""
     if path.is_dir():
-        files = {category: path / f"{category}_{split}.txt" for category in categories}
+        files = {category: path / f"{category}_val.txt" for category in categories}
         there = {category: file for category, file in files.items() if file.is_file()}
         if not there:
-            raise UserError(f"{path}: has none of {', '.join(file.name for file in files.values())}; name a file")
+            raise UserError(f"{path} has none of {', '.join(file.name for file in files.values())}: name a file")
         if len(there) < len(files):
             log.warning("%s has no %s: not in the table", path, ", ".join(sorted(set(files) - set(there))))
         return there
-    told = [category for category in ROWS if path.stem == category or path.stem.startswith(f"{category}_")]
-    if not told and len(categories) == 1:
-        told = list(categories)
-    if not told or told[0] not in categories:
+    named = [name for name in ROWS if path.stem == name or path.stem.startswith(f"{name}_")] or list(categories)
+    if len(named) > 1 or named[0] not in categories:
         raise UserError(
-            f"{path}: its name tells {told[0] if told else 'no category'}, wanted is one of {', '.join(categories)}; "
-            "name it as in the benchmark (color_val.txt), or ask for its category"
+            f"{path}: its name does not say which of {', '.join(categories)} it is: name it as in the benchmark "
+            "(color_val.txt), or give its category with --categories"
         )
-    return {told[0]: path}
+    return {named[0]: path}
 
 
-def _lines(file: Path, problems: list[str]) -> list[tuple[int, str]]:
-    """(line number from 1, text) of the lines that are not blank; what is wrong with others goes to `problems`."""
-    try:
-        raw = file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}); check the path") from error
-    lines: list[tuple[int, str]] = []
-    before = len(problems)
-    for number, line in enumerate(raw, 1):
-        try:
-            text = line.decode("utf-8").strip()
-        except UnicodeDecodeError as error:
-            problems.append(f"{file.name}, line {number}: not UTF-8 (byte {error.start} of {line[:40]!r})")
-            continue
-        if any(ord(character) < 32 and character != "\t" for character in text):
-            problems.append(f"{file.name}, line {number}: has a control character ({text[:40]!r})")
-        elif text:
-            lines.append((number, text))
-    if not lines and len(problems) == before:
-        problems.append(f"{file.name}: no prompts in it")
-    return lines
+def _lines(file: Path) -> list[tuple[int, str]]:
+    """(line number from 1, text) of the lines that are not blank."""
+    lines = enumerate(map(str.strip, read_text(file).split("\n")), 1)
+    return [(number, text) for number, text in lines if text]
 
 
-def _lacking(category: str, parse: Parse | None) -> str:
-    """What a category needs of a prompt's parse and is not there; "" if nothing."""
-    if category in UNPARSED:
-        return ""
-    if parse is None:
-        return "is not"
-    if category == "complex" and (parse.pair is None or parse.clip_text is None):
-        return "has no 'pair' and 'clip_text', which complex prompts need,"
-    return ""
+def _suffices(parse: Parse | None, category: str) -> bool:
+    """Whether a prompt's parse says all that judging a category needs."""
+    if category == "complex":
+        return parse is not None and parse.pair is not None and parse.clip_text is not None
+    return parse is not None or category in UNPARSED
 
 
 def _meta_of(category: str, file: Path) -> Callable[[str, Parse | None], dict[str, Any]]:
@@ -378,112 +370,90 @@ def _meta_of(category: str, file: Path) -> Callable[[str, Parse | None], dict[st
         return lambda prompt, parse: {"questions": questions_of(parse.chunks)}
     if category in ("spatial", "3d_spatial"):
         relations = RELATIONS_2D if category == "spatial" else RELATIONS_3D
-        return lambda prompt, parse: _place(prompt, relations, (*parse.nouns[:1], *parse.nouns[-1:]))
+        return lambda prompt, parse: _relation(prompt, relations, (*parse.nouns[:1], *parse.nouns[-1:]))
     if category == "numeracy":
         singulars = _singulars(file.parent / "new_objects.txt")
         return lambda prompt, parse: {"counts": counts_of(prompt, singulars)}
     if category == "non_spatial":
         return lambda prompt, parse: {"clip_text": prompt}
-    spatial, action = (_list(file.with_name(f"{file.stem}_{kind}.txt")) for kind in ("spatial", "action"))
+    spatial, action = (
+        {_list_key(text) for _, text in _lines(file.with_name(f"{file.stem}_{kind}.txt"))}
+        for kind in ("spatial", "action")
+    )
 
     def complex_prompt(prompt: str, parse: Parse) -> dict[str, Any]:
-        only_spatial = list_key(prompt) in spatial
-        only_action = not only_spatial and list_key(prompt) in action
-        place = {} if only_action else _place(prompt, RELATIONS_2D, parse.pair)
+        only_spatial = _list_key(prompt) in spatial
+        only_action = not only_spatial and _list_key(prompt) in action
+        place = {} if only_action else _relation(prompt, RELATIONS_2D, parse.pair)
         text = {} if only_spatial else {"clip_text": parse.clip_text}
         return {"questions": questions_of(parse.chunks), **place, **text}
 
     return complex_prompt
 
 
-def _place(prompt: str, relations: Sequence[str], objects: Sequence[str]) -> dict[str, Any]:
+def _relation(prompt: str, relations: Sequence[str], objects: Sequence[str]) -> dict[str, Any]:
     named = [_PERSONS.get(name, name) for name in objects]
     return {"relation": relation_of(prompt, relations), "objects": named}
 
 
 def _singulars(file: Path) -> dict[str, str]:
-    problems: list[str] = []
-    lines = _lines(file, problems)
-    problems += [f"line {number}: {text!r} is not 'singular - plural'" for number, text in lines if " - " not in text]
-    if problems:
-        raise UserError(f"{file}: {'; '.join(problems)}")
-    pairs = [[name.strip().lower() for name in text.split(" - ")[:2]] for _, text in lines]
-    return {plural: singular for singular, plural in reversed(pairs)}  # the first of equal plurals wins
+    """plural -> singular; the first of equal plurals counts."""
+    pairs = [[name.strip().lower() for name in text.split(" - ")] for _, text in _lines(file)]
+    if bad := [pair for pair in pairs if len(pair) < 2]:
+        raise UserError(f"{file}: {bad[0][0]!r} is not 'singular - plural': fetch the file again")
+    return {pair[1]: pair[0] for pair in reversed(pairs)}
 
 
-def _list(file: Path) -> set[str]:
-    if not file.is_file():
-        raise UserError(
-            f"{file}: missing; complex prompts are judged by the benchmark's lists: put its file beside the prompts"
-        )
-    problems: list[str] = []
-    lines = _lines(file, problems)
-    if problems:
-        raise UserError(f"{file}: {'; '.join(problems)}")
-    return {list_key(text) for _, text in lines}
+def _list_key(prompt: str) -> str:
+    """How a prompt is looked up in `complex_val_spatial.txt` and `complex_val_action.txt`."""
+    return prompt.strip().split(".")[0].lower()
 
 
 # ----- benchmark
 
 
-class CompBench:
-    """T2I-CompBench with the models that `categories` need; all in float32.
-
-    Args:
-        parses: "spacy", "grammar" or the path of a frozen file, see `evaluation.parses`; None if no category needs it.
-        categories: which of `ROWS` are judged; only their models are loaded.
-        blip_path, clip_path, detector_path, depth_path: folders, or the published repos from the hub's local cache.
-        device: where the models run.
-        batch_size: pictures per forward pass.
-        detection_threshold: of OWLv2's scores, not calibrated to UniDet's 0.5.
-        official_bugs: keep the original's, see the module.
-        split: which files of a folder are read.
+def judges_of(categories: Sequence[str]) -> set[str]:
+    """Which of "blip", "clip", "detector" and "depth" these categories are judged by.
 
     Raises:
-        UserError: a checkpoint that is missing or cannot be used.
-        UserError: "spacy" where it is not installed.
-        UserError: a file of parses that cannot be used.
-        ValueError: an unknown category.
+        UserError: an unknown category.
+    """
+    if unknown := sorted(set(categories) - set(ROWS)):
+        raise UserError(f"--categories {', '.join(unknown)}: give some of {', '.join(ROWS)}")
+    return {judge for category in categories for judge in _JUDGES[category]}
+
+
+class CompBench(Benchmark):
+    """T2I-CompBench with the models that `categories` need, all in float32.
+
+    Args:
+        parses: see `load_items`.
+        categories: which of `ROWS` are judged.
+        judges: each of `judges_of(categories)` by its name.
     """
 
     name = "compbench"
+    title = "T2I-CompBench"
     images_per_prompt = 10
 
-    def __init__(
-        self,
-        parses: str | Path | None,
-        *,
-        categories: Sequence[str] = tuple(ROWS),
-        blip_path: str | Path = blip_vqa.PUBLISHED.repo,
-        clip_path: str | Path = clip_score.PUBLISHED.repo,
-        detector_path: str | Path = boxes.PUBLISHED.repo,
-        depth_path: str | Path = depth.PUBLISHED.repo,
-        device: str | torch.device = "cpu",
-        batch_size: int = 8,
-        detection_threshold: float = boxes.THRESHOLD,
-        official_bugs: bool = False,
-        split: str = "val",
-    ):
-        unknown = sorted(set(categories) - set(ROWS))
-        if unknown or not categories:
-            raise ValueError(f"categories {list(categories)!r}: give some of {', '.join(ROWS)}")
-        needed = {judge for category in categories for judge in _NEEDS[category]}
-        where = {"device": device, "batch_size": batch_size}
-        self.blip = blip_vqa.BlipVQA(blip_path, **where) if "blip" in needed else None
-        self.clip = clip_score.ClipScore(clip_path, **where) if "clip" in needed else None
-        self.detector = None
-        if "detector" in needed:
-            self.detector = boxes.Owlv2(detector_path, threshold=detection_threshold, **where)
-        self.depth = depth.Depth(depth_path, **where) if "depth" in needed else None
-        self._wanted, self._split, self.official_bugs = tuple(categories), split, official_bugs
-        self._parses = None if parses is None else parser(parses)
+    def __init__(self, parses: Source | None, categories: Sequence[str], judges: Mapping[str, Any]):
+        self.parses, self.wanted, self.judges = parses, tuple(categories), judges
         self.categories = tuple(ROWS[category] for category in ROWS if category in categories)
-        self.title = "T2I-CompBench, official bugs " + ("kept" if official_bugs else "mended")
-        self.settings = self._settings()
+        self.settings = {
+            "weights": {name: str(judge.folder) for name, judge in judges.items()},
+            "precision": "float32",
+            "parses": parses.name if parses else "none",
+            "overall": "unweighted mean of the categories present; T2I-CompBench itself has no overall",
+        }
+        if "blip" in judges:
+            self.settings["blip_positions"] = judges["blip"].positions
+        if "detector" in judges:
+            threshold = f"score > {judges['detector'].threshold}, not calibrated to UniDet"
+            self.settings["detector"] = f"{Owlv2.name}, {QUERY!r}, {threshold}, suppression at {NMS_IOU}"
 
     def load(self, path: Path) -> list[Item]:
         """See `load_items`."""
-        return load_items(path, self._parses, self._wanted, self._split)
+        return load_items(path, self.parses, self.wanted)
 
     def judge(self, items: Sequence[Item], images: Sequence[Image.Image]) -> list[Verdict]:
         """A verdict per (item, image), in order; each model looks once at each picture that it is needed for."""
@@ -491,108 +461,19 @@ class CompBench:
         asked = [(image, meta["questions"]) if meta.get("questions") else None for meta, image in rows]
         sought = [(image, names) if (names := _names(meta)) else None for meta, image in rows]
         deep = [image if meta["kind"] == "3d_spatial" else None for meta, image in rows]
-        told = [(image, meta["clip_text"]) if "clip_text" in meta else None for meta, image in rows]
+        described = [(image, meta["clip_text"]) if "clip_text" in meta else None for meta, image in rows]
         seen = zip(
-            _in_place(asked, lambda some: self.blip.ask(some)),
-            _in_place(sought, lambda some: self.detector.detect(some)),
-            _in_place(deep, lambda some: self.depth.maps(some)),
-            _in_place(told, lambda some: self.clip.cosines(some)),
+            _in_place(asked, lambda some: self.judges["blip"].ask(some)),
+            _in_place(sought, lambda some: self.judges["detector"].detect(some)),
+            _in_place(deep, lambda some: self.judges["depth"].maps(some)),
+            _in_place(described, lambda some: self.judges["clip"].cosines(some)),
             strict=True,
         )
-        judged = [self._judged(item.meta, *one) for item, one in zip(items, seen, strict=True)]
-        return [Verdict({item.category: [one.score]}, one.detail) for item, one in zip(items, judged, strict=True)]
+        return [verdict(item.meta, *one) for item, one in zip(items, seen, strict=True)]
 
     def overall(self, means: Mapping[str, float], points: Mapping[str, int]) -> float:
         """The unweighted mean of the categories that are there; the benchmark itself has no such number."""
         return sum(means.values()) / len(means)
-
-    def _judged(
-        self,
-        meta: Mapping[str, Any],
-        answers: list[float] | None,
-        found: list[LabelledBox] | None,
-        nearness: np.ndarray | None,
-        cosine: float | None,
-    ) -> Judged:
-        kind = meta["kind"]
-        if kind in ATTRIBUTES:
-            return self._attribute(meta["questions"], answers)
-        if kind == "spatial":
-            return self._place(meta, found, score_2d)
-        if kind == "3d_spatial":
-            return self._place_in_depth(meta, found, nearness)
-        if kind == "numeracy":
-            return _number(meta["counts"], found)
-        if kind == "non_spatial":
-            return _action(cosine)
-        return self._complex(meta, answers, found, cosine)
-
-    def _attribute(self, questions: Sequence[str], answers: Sequence[float] | None) -> Judged:
-        if not questions:
-            return Judged(1.0 if self.official_bugs else None, {"reason": "the prompt has no noun chunk to ask about"})
-        if not all(map(math.isfinite, answers)):
-            return Judged(None, {"reason": "BLIP's answer is not finite"})
-        return Judged(
-            attribute_score(answers), {"answers": [list(pair) for pair in zip(questions, answers, strict=True)]}
-        )
-
-    def _place(
-        self,
-        meta: Mapping[str, Any],
-        found: list[LabelledBox] | None,
-        score: Callable[..., float],
-        *more: np.ndarray,
-    ) -> Judged:
-        objects, relation = meta["objects"], meta["relation"]
-        if not objects:
-            return Judged(None, {"reason": "the parse names no thing"})
-        if found is None:
-            return Judged(None, {"reason": "the detector's output is not finite"})
-        kept, mended = (score(objects, relation, found, *more, official_bugs=bugs) for bugs in (True, False))
-        detail = {"objects": objects, "relation": relation, "boxes": _plain(found)}
-        detail |= {"score_bugs_kept": kept, "score_bugs_mended": mended}
-        return Judged(kept if self.official_bugs else mended, detail)
-
-    def _place_in_depth(
-        self, meta: Mapping[str, Any], found: list[LabelledBox] | None, nearness: np.ndarray | None
-    ) -> Judged:
-        if nearness is None:
-            return Judged(None, {"reason": "the depth model's output is not finite"})
-        return self._place(meta, found, score_3d, nearness)
-
-    def _complex(
-        self,
-        meta: Mapping[str, Any],
-        answers: list[float] | None,
-        found: list[LabelledBox] | None,
-        cosine: float | None,
-    ) -> Judged:
-        parts = {"attribute": self._attribute(meta["questions"], answers)}
-        if "objects" in meta:
-            nowhere = Judged(0.0, {"reason": "the prompt has no two things around a place word"})
-            parts["spatial"] = self._place(meta, found, score_2d) if meta["objects"] else nowhere
-        if "clip_text" in meta:
-            parts["action"] = _action(cosine)
-        detail = {name: {"score": part.score, **part.detail} for name, part in parts.items()}
-        scores = [part.score for part in parts.values()]
-        return Judged(None if None in scores else three_in_one(scores), detail)
-
-    def _settings(self) -> dict[str, Any]:
-        judges = {"blip": self.blip, "clip": self.clip, "detector": self.detector, "depth": self.depth}
-        settings = {
-            "weights": {name: str(judge.folder) for name, judge in judges.items() if judge},
-            "precision": "float32",
-            "parses": self._parses.name if self._parses else "none",
-            "official_bugs": self.official_bugs,
-            "split": self._split,
-            "overall": "unweighted mean of the categories present; T2I-CompBench itself has no overall",
-        }
-        if self.blip:
-            settings["blip_positions"] = self.blip.positions
-        if self.detector:
-            threshold = f"score > {self.detector.threshold}, not calibrated to UniDet"
-            settings["detector"] = f"{boxes.Owlv2.name}, {boxes.QUERY!r}, {threshold}, suppression at {boxes.NMS_IOU}"
-        return settings
 
 
 def _names(meta: Mapping[str, Any]) -> list[str]:
@@ -605,21 +486,3 @@ def _in_place(rows: Sequence[Any], look: Callable[[list], list]) -> list:
     some = [row for row in rows if row is not None]
     answers = iter(look(some) if some else ())
     return [None if row is None else next(answers) for row in rows]
-
-
-def _number(counts: Sequence[tuple[str, int]], found: list[LabelledBox] | None) -> Judged:
-    if not counts:
-        return Judged(None, {"reason": "the prompt counts nothing that new_objects.txt names"})
-    if found is None:
-        return Judged(None, {"reason": "the detector's output is not finite"})
-    return Judged(count_score(counts, found), {"counts": [list(count) for count in counts], "boxes": _plain(found)})
-
-
-def _action(cosine: float) -> Judged:
-    if not math.isfinite(cosine):
-        return Judged(None, {"reason": "CLIP's cosine is not finite"})
-    return Judged(cosine, {})
-
-
-def _plain(found: Sequence[LabelledBox]) -> list[list]:
-    return [[one.label, round(one.score, 4), *(round(side, 1) for side in one.box)] for one in found]

@@ -2,10 +2,9 @@
 
 geneval             NNNNN/samples/*.png                            in the order of the names
 compbench           samples/{prompt}_{number:06d}.png              by the prompt, in the order of the numbers
-unigenbench         {id}_{n}.png
 wise, geneval2      {id}.png
 dpg                 {id}.png, a grid of 2 x 2, cut into four
-any                 ID_SAMPLE.png, as this project writes them
+unigenbench, any    {id}_{n}.png, as this project writes them
 """
 
 from __future__ import annotations
@@ -14,40 +13,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from errors import UserError
 from evaluation.benchmark import Item
-from evaluation.pipeline import open_picture
 from evaluation.systems import Drawn
 
 
-def _geneval(folder: Path, item: Item) -> list[Path]:
-    return sorted((folder / item.id / "samples").glob("*.png"))
-
-
-def _compbench(folder: Path, item: Item) -> list[Path]:
-    """Names are compared, never built: a prompt with a slash is in no name."""
-    names = (folder / "samples").glob("*.png")
-    return sorted((p for p in names if p.stem.rpartition("_")[0] == item.prompt.text), key=lambda p: p.stem[-6:])
-
-
-def _numbered(folder: Path, item: Item) -> list[Path]:
-    return sorted(folder.glob(f"{item.id}_*.png"), key=lambda path: int(path.stem.rpartition("_")[2]))
-
-
-def _single(folder: Path, item: Item) -> list[Path]:
-    return [path for path in (folder / f"{item.id}.png",) if path.is_file()]
-
-
-LAYOUTS: dict[str, Callable[[Path, Item], list[Path]]] = {
-    "geneval": _geneval,
-    "compbench": _compbench,
-    "unigenbench": _numbered,
-    "wise": _single,
-    "geneval2": _single,
-    "dpg": _single,
-}
+def paths_of(folder: Path, benchmark: str, item: Item) -> list[Path]:
+    """The pictures of a prompt, in the order of their samples."""
+    if benchmark == "geneval":
+        paths = sorted((folder / item.id / "samples").glob("*.png"))
+    elif benchmark == "compbench":  # names are compared, never built: a prompt with a slash is in no name
+        named = [
+            path for path in (folder / "samples").glob("*.png") if path.stem.rpartition("_")[0] == item.prompt.text
+        ]
+        paths = sorted(named, key=lambda path: path.stem[-6:])
+    else:
+        paths = [path for path in (folder / f"{item.id}.png",) if path.is_file()]
+    return paths or sorted(folder.glob(f"{item.id}_*.png"), key=lambda path: int(path.stem.rpartition("_")[2]))
 
 
 @dataclass(frozen=True)
@@ -65,8 +49,7 @@ class There:
         ]
 
     def _pictures(self, item: Item, count: int) -> list[Image.Image]:
-        paths = LAYOUTS.get(self.benchmark, _numbered)(self.folder, item) or _numbered(self.folder, item)
-        pictures = [open_picture(path) for path in paths]
+        pictures = [_open(path) for path in paths_of(self.folder, self.benchmark, item)]
         if self.benchmark == "dpg" and len(pictures) == 1:
             pictures = quarters(pictures[0])
         if len(pictures) < count:
@@ -81,3 +64,12 @@ def quarters(grid: Image.Image) -> list[Image.Image]:
     """A 2 x 2 grid as four pictures, row by row."""
     width, height = grid.width // 2, grid.height // 2
     return [grid.crop((x, y, x + width, y + height)) for y in (0, height) for x in (0, width)]
+
+
+def _open(path: Path) -> Image.Image:
+    """A picture from disk as RGB, upright."""
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except OSError as error:
+        raise UserError(f"{path} is no picture ({error}): draw it again, or leave it out") from error

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.grammar import canonical, normalize, read
-from data.prompts import load_prompts
 from evaluation.benchmark import Item
 from interfaces import Prompt
 
@@ -35,23 +34,23 @@ def leaks(items: Sequence[Item], training: Sequence[Prompt]) -> Leak:
     return Leak(len(training), exact, same)
 
 
-def training_file(policy: str) -> Path | None:
-    """The prompts that the policy in a run folder of this project was trained on, as its `run.json` says, if it is
-    there; None of any other policy."""
-    record = Path(policy, "run.json")
-    if not record.is_file():
-        return None
+def training_files(policy: str | None) -> list[Path]:
+    """The file of prompts that the run in the folder `policy` was trained on; [] if that is not known."""
+    record = Path(policy or "", "run.json")
+    if policy is None or not record.is_file():
+        return []
     path = Path(json.loads(record.read_text(encoding="utf-8"))["config"]["data"])
-    return path if path.is_file() else None
+    return [path] if path.is_file() else []
 
 
-def of_policy(items: Sequence[Item], files: Sequence[Path]) -> Leak:
-    """`leaks` against the prompts of all files.
-
-    Raises:
-        UserError: a file that cannot be read.
-    """
-    return leaks(items, [prompt for path in files for prompt in load_prompts(path)])
+def summary(found: Leak | None) -> str:
+    """One line; None: what the policy was trained on is not known."""
+    if found is None:
+        return "leak check: NOT DONE, because no training prompts are known: give --training_prompts"
+    line = f"leak check: {len(found.exact)} prompts are among the {found.training_prompts} trained on, "
+    line += f"{len(found.same_request)} more ask for the same in other words"
+    named = ", ".join([*found.exact, *found.same_request][:10])
+    return f"{line}: {named}" if named else line
 
 
 def _requests(prompt: Prompt) -> set[tuple]:

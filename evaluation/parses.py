@@ -18,10 +18,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from data.grammar import read
-from errors import UserError
+from errors import UserError, one_line
 
 SPACY_MODEL = "en_core_web_sm"
 HOW_TO_FREEZE = (
@@ -59,8 +59,7 @@ def parser(source: str | Path) -> Source:
     """The source "spacy", "grammar", or the JSON file at a path.
 
     Raises:
-        UserError: spaCy or its model is not installed.
-        UserError: a file that is missing or not of the format.
+        UserError: spaCy or its model is not installed; a file is missing or not of the format.
     """
     if source == "spacy":
         nlp = _spacy()
@@ -68,8 +67,8 @@ def parser(source: str | Path) -> Source:
         return Source(name, lambda prompt: tagged(nlp(prompt)))
     if source == "grammar":
         return Source("grammar", by_grammar)
-    said, frozen = _load(Path(source))
-    return Source(f"{Path(source).name} by {said}", frozen.get)
+    name, frozen = _load(Path(source))
+    return Source(f"{Path(source).name} by {name}", frozen.get)
 
 
 # ----- from tokens
@@ -128,32 +127,27 @@ def freeze(prompts: str | Path, out: str | Path) -> None:
     """Write the frozen file `out` for each line of the text file `prompts`; parses that `out` has already stay.
 
     Raises:
-        UserError: spaCy or its model is not installed.
-        UserError: an `out` that is not of the format, or was written by another version.
+        UserError: spaCy or its model is not installed; `out` is no file of parses, or another version's.
     """
     (name, parse), out = parser("spacy"), Path(out)
-    said, known = _load(out) if out.exists() else (name, {})
-    if said != name:
-        raise UserError(f"{out} was written by {said!r}, this is {name!r}: give another file")
+    stored, known = _load(out) if out.exists() else (name, {})
+    if stored != name:
+        raise UserError(f"{out} was written by {stored!r}, this is {name!r}: give another file")
     lines = [line.strip() for line in Path(prompts).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     known |= {line: parse(line) for line in lines if line not in known}
     rows = {prompt: asdict(one) for prompt, one in known.items()}
-    out.write_text(json.dumps({"source": said, "prompts": rows}, indent=1, ensure_ascii=False), encoding="utf-8")
+    out.write_text(json.dumps({"source": name, "prompts": rows}, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def _spacy():
     try:
         import spacy
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"spaCy is not installed, which parses 'spacy' needs: install it with its model {SPACY_MODEL}, or give a "
-            "frozen file of parses"
-        ) from error
-    try:
+
         return spacy.load(SPACY_MODEL)
-    except OSError as error:
+    except (ModuleNotFoundError, OSError) as error:
         raise UserError(
-            f"spaCy has no model {SPACY_MODEL}: run `python -m spacy download {SPACY_MODEL}`, or give a frozen file"
+            f"--parses spacy needs spaCy and its model: pip install spacy; python -m spacy download {SPACY_MODEL}; or "
+            "give a frozen file of parses"
         ) from error
 
 
@@ -161,34 +155,13 @@ def _load(path: Path) -> tuple[str, dict[str, Parse]]:
     """(who parsed, parses by prompt) of a frozen file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: no file of parses can be read there ({error}); {HOW_TO_FREEZE}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("prompts"), dict):
-        raise UserError(f"{path}: not an object with 'source' and 'prompts'; {HOW_TO_FREEZE}")
-    problems = [f"{prompt!r} {wrong}" for prompt, row in content["prompts"].items() if (wrong := _wrong(row))]
-    if problems:
-        raise UserError(f"{path}: {'; '.join(problems[:10])}; the format is in evaluation/parses.py")
-    rows = content["prompts"].items()
-    return str(content.get("source", "an unnamed source")), {prompt: _parse(row) for prompt, row in rows}
+        return content["source"], {prompt: _parse(row) for prompt, row in content["prompts"].items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is no file of parses ({one_line(error)}): {HOW_TO_FREEZE}") from error
 
 
-def _wrong(row: object) -> str:
-    if not isinstance(row, dict):
-        return f"is {row!r}, not an object"
-    for field in ("chunks", "nouns", "pair"):
-        value = row.get(field)
-        missing_pair = field == "pair" and value is None
-        if not missing_pair and not (isinstance(value, list) and all(isinstance(one, str) and one for one in value)):
-            return f"has {field} {value!r}, not a list of strings"
-    if row.get("pair") and len(row["pair"]) != 2:
-        return f"has pair {row['pair']!r}, not two things or none"
-    if not isinstance(row.get("clip_text"), str | None):
-        return f"has clip_text {row['clip_text']!r}, not a string"
-    return ""
-
-
-def _parse(row: dict) -> Parse:
-    pair = row.get("pair")
-    return Parse(
-        tuple(row["chunks"]), tuple(row["nouns"]), None if pair is None else tuple(pair), row.get("clip_text")
-    )
+def _parse(row: dict[str, Any]) -> Parse:
+    chunks, nouns, pair = row["chunks"], row["nouns"], row.get("pair")
+    if not all(isinstance(words, list) for words in (chunks, nouns, pair or [])) or len(pair or []) not in (0, 2):
+        raise ValueError(f"{row} needs lists 'chunks' and 'nouns', and a 'pair' of two things or none")
+    return Parse(tuple(chunks), tuple(nouns), None if pair is None else tuple(pair), row.get("clip_text"))

@@ -1,8 +1,8 @@
-"""items -> pictures -> verdicts -> rows, unit by unit; rows are the source of truth, and what a table is made from.
+"""items -> pictures -> verdicts -> rows, unit by unit; the table is made from the rows.
 
-A unit is a few prompts with all their samples, made by one system and judged in one batch. Units are cut from the
-list of prompts alone, so neither an interruption nor the number of processes changes a batch, a score or the table. A
-unit's rows are written at once; a unit that a kill tore is made again. Of several processes each takes every n-th unit
+A unit is a few prompts with all their samples, made by one system and judged in one batch. Units depend on the list of
+prompts alone, so neither an interruption nor the number of processes changes a batch, a score or the table. A unit's
+rows are written at once; a unit whose rows are not all there is made again. Each of n processes takes every n-th unit
 and writes a file of its own.
 
     OUT/settings.json        what the rows depend on; another run's folder is refused
@@ -13,29 +13,20 @@ and writes a file of its own.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from errors import UserError
 from evaluation.benchmark import Benchmark, Item, Verdict
 from evaluation.systems import Drawn, System
-from run.files import atomic_write, complete_lines, differences, save_png
+from run.files import atomic_write, check_settings, complete_lines, save_png
 from run.seeds import render_seed
 
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Share:
-    """This process of `count`."""
-
-    index: int = 0
-    count: int = 1
 
 
 class Evaluation:
@@ -48,7 +39,7 @@ class Evaluation:
         samples: pictures a prompt.
         seed: of the noise, the same for all systems.
         unit: prompts drawn and judged together.
-        share: which units are this process's.
+        share: (i, n): this process makes every n-th unit, from the i-th on.
 
     Raises:
         UserError: `out` holds another run.
@@ -56,42 +47,37 @@ class Evaluation:
 
     def __init__(
         self, out: Path, settings: Mapping[str, Any], items: Sequence[Item], samples: int, seed: int, unit: int,
-        share: Share,
+        share: tuple[int, int] = (0, 1),
     ):  # fmt: skip
-        self.out, self.items, self.samples, self.seed, self.share = out, list(items), samples, seed, share
+        if not (out / "settings.json").exists() and out.exists() and any(out.iterdir()):
+            raise UserError(f"--out {out} is not empty and has no settings.json: name another folder")
+        check_settings(out / "settings.json", settings)
+        self.out, self.settings, self.items, self.samples, self.seed = out, settings, list(items), samples, seed
         self.units = [self.items[i : i + unit] for i in range(0, len(self.items), unit)]
-        _check_settings(out, settings)
+        self.share = share
 
-    def open(self, settings: Mapping[str, Any]) -> None:
+    def open(self) -> None:
         """Make the folder; for one process."""
         (self.out / "images").mkdir(parents=True, exist_ok=True)
-        atomic_write(self.out / "settings.json", json.dumps(settings, indent=1, sort_keys=True).encode())
+        atomic_write(self.out / "settings.json", json.dumps(self.settings, indent=1, sort_keys=True).encode())
 
     def run(self, name: str, system: System, benchmark: Benchmark) -> None:
         """Make, judge and write down this process's units of one system that are not there yet."""
-        done = self._whole_units(name)
-        mine = [n for n in range(len(self.units)) if n % self.share.count == self.share.index and n not in done]
+        counts = Counter(row["unit"] for row in self.rows(name))
+        first, step = self.share
+        share = range(first, len(self.units), step)
+        todo = [n for n in share if counts[n] < len(self.units[n]) * self.samples]
         (self.out / "images" / name).mkdir(parents=True, exist_ok=True)
-        quiet = self.share.index > 0
-        with open(self.out / f"rows_{self.share.index}.jsonl", "a", encoding="utf-8") as file:
-            for n in tqdm(mine, desc=f"{benchmark.title}: {name}", unit="unit", disable=quiet):
+        with open(self.out / f"rows_{first}.jsonl", "a", encoding="utf-8") as file:
+            for n in tqdm(todo, desc=f"{benchmark.title}: {name}", unit="unit", disable=first > 0):
                 file.write("".join(json.dumps(row) + "\n" for row in self._unit(n, name, system, benchmark)))
                 file.flush()
 
     def verdicts(self, name: str) -> dict[str, list[Verdict]]:
-        """Item id -> its verdicts in the order of the samples.
-
-        Raises:
-            UserError: rows are missing.
-        """
+        """Item id -> its verdicts in the order of the samples."""
         found: dict[str, list[Verdict]] = {item.id: [] for item in self.items}
         for row in self.rows(name):
             found[row["id"]].append(Verdict(row["parts"], row["detail"]))
-        short = [id for id, of in found.items() if len(of) != self.samples]
-        if short:
-            raise UserError(
-                f"{self.out}: {name} lacks rows of {len(short)} prompts, the first {short[0]}: run it again"
-            )
         return found
 
     def rows(self, name: str) -> list[Row]:
@@ -107,8 +93,8 @@ class Evaluation:
         judged = iter(benchmark.judge([item for item, _ in there], [one.image for _, one in there]) if there else ())
         rows = []
         for (item, k), one in zip(pairs, drawn, strict=True):
-            verdict = _undrawn(item) if one.image is None else next(judged)
-            rows.append(self._row(n, name, item, k, one, verdict))
+            undrawn = Verdict({item.category: [None]}, {"reason": "could not be drawn"})
+            rows.append(self._row(n, name, item, k, one, undrawn if one.image is None else next(judged)))
         return rows
 
     def _row(self, n: int, name: str, item: Item, sample: int, drawn: Drawn, verdict: Verdict) -> Row:
@@ -127,49 +113,11 @@ class Evaluation:
     def _seed_of(self, item: Item, sample: int) -> int:
         return render_seed(self.seed, item.prompt.id, 0, sample)
 
-    def _whole_units(self, name: str) -> set[int]:
-        counts: dict[int, int] = {}
-        for row in self.rows(name):
-            counts[row["unit"]] = counts.get(row["unit"], 0) + 1
-        return {n for n, unit in enumerate(self.units) if counts.get(n, 0) == len(unit) * self.samples}
-
     def _read(self) -> Iterator[Row]:
         for path in sorted(self.out.glob("rows_*.jsonl")):
-            for line in complete_lines(path, cut=path.name == f"rows_{self.share.index}.jsonl"):
-                yield json.loads(line)
+            yield from map(json.loads, complete_lines(path, cut=path.name == f"rows_{self.share[0]}.jsonl"))
 
 
 def unjudged(rows: Sequence[Row]) -> list[Row]:
     """Rows with a part that could not be judged: they count as failures, and are listed."""
     return [row for row in rows if any(score is None for scores in row["parts"].values() for score in scores)]
-
-
-def _undrawn(item: Item) -> Verdict:
-    return Verdict({item.category: [None]}, {"reason": "could not be drawn"})
-
-
-def _check_settings(out: Path, settings: Mapping[str, Any]) -> None:
-    path = out / "settings.json"
-    if not path.exists():
-        if out.exists() and any(out.iterdir()):
-            raise UserError(f"--out {out} is not empty and holds no evaluation: name another folder")
-        return
-    try:
-        old = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON ({error}): name another --out") from error
-    if changed := differences(old, json.loads(json.dumps(settings))):
-        raise UserError(f"--out {out} holds another evaluation ({changed}): name another folder")
-
-
-def open_picture(path: Path) -> Image.Image:
-    """A picture from disk as RGB, upright.
-
-    Raises:
-        UserError: it is none.
-    """
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise UserError(f"{path} is no picture ({error}): draw it again, or leave it out") from error

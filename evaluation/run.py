@@ -10,8 +10,8 @@
     accelerate launch --num_processes 8 scripts/evaluate.py ...                    the same, shared; the same table
 
 Run it again to continue where it stopped. OUT/results.json has every number with all that it depends on, results.txt
-what was printed, examples.png a prompt of each category, rows_R.jsonl a row per picture. Exit code 2 and one line on
-stderr for whatever is wrong.
+the table, examples.png a prompt of each category, rows_R.jsonl a row per picture. A user's error is one line on stderr
+and exit code 2.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -29,20 +30,22 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from errors import UserError
+from data.prompts import load_prompts
+from errors import UserError, one_line
 from evaluation import leak
 from evaluation.benchmark import Benchmark, Item
-from evaluation.benchmarks import BENCHMARKS, BenchmarkOptions
+from evaluation.benchmarks import BENCHMARKS, BenchmarkOptions, Constructor
 from evaluation.layouts import There
-from evaluation.pipeline import Evaluation, Share, unjudged
+from evaluation.pipeline import Evaluation, unjudged
 from evaluation.sheet import draw_examples
-from evaluation.statistics import Table, measure
+from evaluation.statistics import measure
 from evaluation.systems import BestOf, Chooser, Fixed, Revise, System
 from evaluation.table import cost, cost_table, text_table
 from inference import Reprompter, Rewrite
-from interfaces import Prompt, Renderer
+from interfaces import Renderer
+from models.policy import DTYPES
 from prompting import well_formed
-from rendering import RenderOptions
+from rendering import RenderOptions, load_renderer
 from rewards import REWARDS, RewardContext, RewardOptions, build
 from run.files import atomic_write, complete_lines, git_commit, installed_versions
 from run.options import may_differ, option, parse, run_main
@@ -77,7 +80,7 @@ class EvaluateOptions:
     temperature: float = option(1.0, "Of the rewrites to choose from; the other is greedy.", changes="run")
     max_new_tokens: int = option(512, "Of one answer of the policy.", changes="run")
     rewrite_batch_size: int = option(16, "Prompts rewritten at once.", changes="run")
-    policy_dtype: str = option("auto", "Of the policy: auto, bfloat16 or float32.", changes="run")
+    dtype: str = option("auto", "Of the policy.", changes="run", choices=list(DTYPES))
     reasoning: bool = option(True, "false for a policy trained with --reasoning false.", changes="run")
 
 
@@ -91,14 +94,14 @@ class Options:
     benchmark: BenchmarkOptions
 
 
-Constructors = Mapping[str, Callable[[BenchmarkOptions, RewardOptions, str], Benchmark]]
+Constructors = Mapping[str, Constructor]
 
 
 def parse_options(argv: Sequence[str], known: Constructors) -> Options:
     """Options of one evaluation.
 
     Raises:
-        UserError: an unknown flag or benchmark (with the nearest one), or options that do not go together.
+        UserError: an unknown flag or benchmark, or options that do not go together.
     """
     options = Options(*parse((EvaluateOptions, RenderOptions, RewardOptions, BenchmarkOptions), None, argv))
     args = options.evaluate
@@ -118,57 +121,50 @@ def parse_options(argv: Sequence[str], known: Constructors) -> Options:
 # What is drawn -----------------------------------------------------------------------------------------------------
 
 
-def systems(options: Options, items: Sequence[Item], share: Share, wait: Callable[[], None]) -> dict[str, System]:
-    """Name -> system, the baseline first. Rewriting is done here, all else when a system is asked.
+def systems(options: Options, items: Sequence[Item]) -> dict[str, System]:
+    """Name -> system, the baseline first. Rewriting is done here, drawing when a system is called.
 
     Raises:
-        UserError: something named cannot be had.
-        UserError: the renderer does not take what it is asked for.
+        UserError: a policy, renderer, reward or file cannot be loaded or used.
     """
     args = options.evaluate
     if args.images:
         return {Path(folder).name: There(Path(folder), args.benchmark) for folder in args.images}
     device = str(PartialState().device)
-    try:
-        renderer = options.render.load(device)
-    except ValueError as error:  # a setting that this pipeline does not take
-        raise UserError(f"renderer: {error}") from error
+    renderer = load_renderer(options.render, device)
     made: dict[str, System] = {"raw": Fixed(renderer, {i.id: (well_formed(i.prompt.text), True) for i in items}, {})}
     if args.rewrites:
         made["given"] = Fixed(renderer, _given(Path(args.rewrites), items), {})
     if not args.gpt_path:
         return made
     policy = Reprompter(
-        args.gpt_path, args.rewrite_batch_size, args.max_new_tokens, 0.0, args.seed, args.policy_dtype, device,
-        args.reasoning,
-    )  # fmt: skip
-    greedy, seconds = rewritten(policy, Path(args.out), items, share, wait)
+        args.gpt_path, args.rewrite_batch_size, args.max_new_tokens, 0.0, args.seed, args.dtype, device, args.reasoning
+    )
+    greedy, seconds = rewritten(policy, Path(args.out), items)
     made["rewrite"] = Fixed(renderer, {id: (one.rewrite, one.readable) for id, one in greedy.items()}, seconds)
     if args.select:
         choose = _chooser(options, device, renderer, items)
-        asking = {"reasoning": args.reasoning, "temperature": args.temperature}
         if args.n > 1:
-            made[f"best_of_{args.n}"] = BestOf(renderer, policy.sample, choose, args.n, **asking)
+            made[f"best_of_{args.n}"] = BestOf(renderer, policy, choose, args.n, args.temperature)
         if args.revise:
-            made[f"revise_{args.revise}"] = Revise(renderer, policy.sample, choose, args.revise, greedy, **asking)
+            made[f"revise_{args.revise}"] = Revise(renderer, policy, choose, args.revise, greedy, args.temperature)
     return made
 
 
-def rewritten(
-    policy: Reprompter, out: Path, items: Sequence[Item], share: Share, wait: Callable[[], None]
-) -> tuple[dict[str, Rewrite], dict[str, float]]:
-    """Item id -> greedy rewrite, and seconds that it took; those of all processes, kept in `rewrites_R.jsonl`."""
+def rewritten(policy: Reprompter, out: Path, items: Sequence[Item]) -> tuple[dict[str, Rewrite], dict[str, float]]:
+    """Item id -> greedy rewrite, and the seconds that it took; those of all processes, kept in `rewrites_R.jsonl`."""
+    state = PartialState()
     texts = list(dict.fromkeys(item.prompt.text for item in items))
-    done = _read_rewrites(out, mine=share.index)
+    done = _read_rewrites(out, mine=state.process_index)
     started = time.perf_counter()
-    with open(out / f"rewrites_{share.index}.jsonl", "a", encoding="utf-8") as file:
-        for batch in policy.stream(texts, skip=done, share=(share.index, share.count)):
+    with open(out / f"rewrites_{state.process_index}.jsonl", "a", encoding="utf-8") as file:
+        for batch in policy.stream(texts, skip=done, share=(state.process_index, state.num_processes)):
             each = (time.perf_counter() - started) / len(batch)
             rows = [{"seconds": round(each, 4), **asdict(one)} for one in batch]
             file.write("".join(json.dumps(row) + "\n" for row in rows))
             file.flush()
             started = time.perf_counter()
-    wait()
+    state.wait_for_everyone()
     known = _read_rewrites(out)
     rows = {item.id: dict(known[item.prompt.text]) for item in items}
     seconds = {id: row.pop("seconds") for id, row in rows.items()}
@@ -188,16 +184,15 @@ def _given(path: Path, items: Sequence[Item]) -> dict[str, tuple[str, bool]]:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         known = {row["prompt"]: row["rewrite"] for row in rows}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not rows of `prompt` and `rewrite` ({type(error).__name__} {error})") from error
-    missing = [item for item in items if not str(known.get(item.prompt.text) or "").strip()]
+        raise UserError(f"--rewrites {path}: not rows of `prompt` and `rewrite` ({one_line(error)})") from error
+    missing = [item.prompt.text for item in items if not known.get(item.prompt.text)]
     if missing:
-        raise UserError(f"{path} has no rewrite of {len(missing)} prompts, the first {missing[0].prompt.text[:80]!r}")
+        raise UserError(f"--rewrites {path} has none of {len(missing)} prompts, the first {missing[0][:80]!r}")
     return {item.id: (known[item.prompt.text], True) for item in items}
 
 
 def _chooser(options: Options, device: str, renderer: Renderer, items: Sequence[Item]) -> Chooser:
-    name = options.evaluate.select
-    prompts: list[Prompt] = [item.prompt for item in items]
+    name, prompts = options.evaluate.select, [item.prompt for item in items]
     context = RewardContext(options.reward.reward_device or device, renderer, prompts, options.evaluate.seed)
     (reward,) = build([name], options.reward, context)
     if not reward.needs_images:
@@ -212,32 +207,33 @@ def evaluate(options: Options, known: Constructors) -> None:
     """One evaluation, from options to table."""
     args = options.evaluate
     state = PartialState(not torch.cuda.is_available(), timeout=timedelta(days=1))  # processes finish hours apart
-    share = Share(state.process_index, state.num_processes)
     benchmark = known[args.benchmark](options.benchmark, options.reward, str(state.device))
     items = _limited(benchmark.load(Path(args.metadata)), args.limit)
     samples = args.samples or benchmark.images_per_prompt
     settings = _settings(options, benchmark, items, samples)
+    share = (state.process_index, state.num_processes)
     run = Evaluation(Path(args.out), settings, items, samples, args.seed, args.unit, share)
-    files = [Path(path) for path in args.training_prompts] or _trained_on(args.gpt_path)
-    found = leak.of_policy(items, files) if files else None
+    files = args.training_prompts or leak.training_files(args.gpt_path)
+    found = leak.leaks(items, [prompt for path in files for prompt in load_prompts(path)]) if files else None
     state.wait_for_everyone()  # all have looked at the folder
     if state.is_main_process:
-        run.open(settings)
-        print(_leak_line(found, len(items), args.gpt_path), flush=True)
+        run.open()
+        print(leak.summary(found), flush=True)
     state.wait_for_everyone()
-    made = systems(options, items, share, state.wait_for_everyone)
+    made = systems(options, items)
     for name, system in made.items():
         run.run(name, system, benchmark)
     state.wait_for_everyone()
     if state.is_main_process:
-        _report(run, list(made), benchmark, settings, found)
+        _report(run, list(made), benchmark, found)
 
 
 def _limited(items: Sequence[Item], limit: int | None) -> list[Item]:
-    seen: dict[str, int] = {}
+    """The first `limit` items of each category, in their order."""
+    seen: Counter[str] = Counter()
     kept = []
     for item in items:
-        seen[item.category] = seen.get(item.category, 0) + 1
+        seen[item.category] += 1
         if limit is None or seen[item.category] <= limit:
             kept.append(item)
     return kept
@@ -257,36 +253,18 @@ def _settings(options: Options, benchmark: Benchmark, items: Sequence[Item], sam
     }
 
 
-def _trained_on(policy: str | None) -> list[Path]:
-    path = leak.training_file(policy) if policy else None
-    return [path] if path else []
-
-
-def _leak_line(found: leak.Leak | None, prompts: int, policy: str | None) -> str:
-    if policy is None:
-        return "leak check: no policy, nothing to check"
-    if found is None:
-        return "leak check: NOT DONE, what the policy was trained on is not known: give --training_prompts"
-    line = f"leak check: of {prompts} prompts {len(found.exact)} are among the {found.training_prompts} trained on, "
-    line += f"{len(found.same_request)} more ask for the same in other words"
-    named = ", ".join([*found.exact, *found.same_request][:10])
-    return f"{line}: {named}" if named else line
-
-
-def _report(
-    run: Evaluation, names: Sequence[str], benchmark: Benchmark, settings: Mapping[str, Any], found: leak.Leak | None
-) -> None:
+def _report(run: Evaluation, names: Sequence[str], benchmark: Benchmark, found: leak.Leak | None) -> None:
     table = measure(run.items, {n: run.verdicts(n) for n in names}, benchmark.categories, benchmark.overall)
     rows = {name: run.rows(name) for name in names}
     costs = {name: cost(of) for name, of in rows.items()}
     text = "\n\n".join([text_table(benchmark.title, table), cost_table(costs)])
     results = {
         "title": benchmark.title,
-        "settings": settings,
+        "settings": run.settings,
         "commit": git_commit(ROOT),
         "versions": installed_versions(),
         "leak": None if found is None else asdict(found),
-        **_numbers(table),
+        **asdict(table),
         "cost": costs,
         "not_judged": {
             n: [{"id": r["id"], "sample": r["sample"], "detail": r["detail"]} for r in unjudged(of)]
@@ -297,13 +275,6 @@ def _report(
     atomic_write(run.out / "results.txt", f"{text}\n".encode())
     sheet = draw_examples(rows, run.out)
     print(f"\n{text}\n\nexamples: {sheet}\nrows, pictures and results.json: {run.out}", flush=True)
-
-
-def _numbers(table: Table) -> dict[str, Any]:
-    def plain(systems: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        return {system: {name: asdict(value) for name, value in of.items()} for system, of in systems.items()}
-
-    return {"scores": plain(table.scores), "differences": plain(table.differences), "points": table.points}
 
 
 def main(argv: Sequence[str] | None = None, known: Constructors = BENCHMARKS) -> int:

@@ -8,8 +8,8 @@
                 k times; the picture that the reward likes best is kept, and once nothing is missing no more is drawn
     drawn       pictures that are there already, in the benchmark's own layout (layouts.py)
 
-A reward that selects sees the ORIGINAL prompt and the picture. What it must not be is the benchmark's own judge: then
-the score says how well the judge was pleased.
+A reward that selects sees the ORIGINAL prompt and the picture. It must not be the benchmark's own judge, because the
+score would then say how well the judge was pleased.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from PIL import Image
 
 from data.grammar import article
 from evaluation.benchmark import Item
+from inference import Reprompter, Rewrite
 from interfaces import Prompt, Renderer, Reward, Sample
 from prompting import messages, revision
 
-SATISFIED = 0.5  # of a reward's range: below, a thing is missing; above in all, nothing is
+SATISFIED = 0.5  # share of a reward's range: a thing that scores less is missing from the picture
 
 
 @dataclass(frozen=True)
@@ -46,22 +46,6 @@ class Drawn:
     image: Image.Image | None
     pictures: int
     seconds: float
-
-
-class Answer(Protocol):
-    """One of the policy's answers, as `inference.Rewrite`."""
-
-    rewrite: str
-    readable: bool
-    completion: str
-
-
-class Sampler(Protocol):
-    """A policy that can be asked again, as `inference.Reprompter.sample`."""
-
-    def __call__(
-        self, text: str, conversation: list[dict[str, str]], count: int, temperature: float
-    ) -> Sequence[Answer]: ...
 
 
 System = Callable[[Sequence[Item], Sequence[int], Callable[[Item, int], int]], list[Drawn]]
@@ -106,7 +90,7 @@ class Chooser:
         return [self.reward.range[0] if score is None else score for score in found]
 
     def missing(self, rows: Sequence[tuple[Prompt, Image.Image | None]]) -> list[list[str]]:
-        """Of the things that each prompt names those that the reward does not find in its picture, in words."""
+        """For each row the things of its prompt that the reward does not find in its picture, in words."""
         asked = [(i, name, thing) for i, (prompt, _) in enumerate(rows) for name, thing in _things(prompt)]
         scores = self([(_alone(name, thing), rows[i][1]) for i, name, thing in asked])
         lacking: list[list[str]] = [[] for _ in rows]
@@ -137,11 +121,10 @@ class BestOf:
     """`n` sampled rewrites of a prompt, for each sample drawn from its noise; the best picture of them."""
 
     renderer: Renderer
-    sampler: Sampler
+    policy: Reprompter
     choose: Chooser
     n: int
-    reasoning: bool = True
-    temperature: float = 1.0
+    temperature: float
 
     def __call__(self, items: Sequence[Item], samples: Sequence[int], seed: Callable) -> list[Drawn]:
         started = time.perf_counter()
@@ -153,19 +136,20 @@ class BestOf:
         each = (time.perf_counter() - started) / len(best)
         return [Drawn(rows[i][2].rewrite, rows[i][2].readable, images[i], self.n, each) for i in best]
 
-    def _ask(self, text: str) -> Sequence[Answer]:
-        return self.sampler(text, messages(text, self.reasoning), self.n, self.temperature)
+    def _ask(self, text: str) -> Sequence[Rewrite]:
+        return self.policy.sample(text, messages(text, self.policy.reasoning), self.n, self.temperature)
 
 
 @dataclass
 class _Try:
-    """One (prompt, sample) on its way: the answer to be drawn next, and the best so far."""
+    """One (prompt, sample): the answer that is drawn next, what its picture lacks, and the best picture so far."""
 
     prompt: Prompt
     seed: int
-    answer: Answer
+    answer: Rewrite
+    missing: Sequence[str] = ()
     score: float = float("-inf")
-    best: Answer | None = None
+    best: Rewrite | None = None
     image: Image.Image | None = None
     pictures: int = 0
 
@@ -175,44 +159,41 @@ class Revise:
     """Draw, look, tell the policy what is missing, draw again: at most `rounds` more pictures a sample."""
 
     renderer: Renderer
-    sampler: Sampler
+    policy: Reprompter
     choose: Chooser
     rounds: int
-    first: Mapping[str, Answer]  # item id -> the greedy answer that the first picture is drawn from
-    reasoning: bool = True
-    temperature: float = 1.0
+    first: Mapping[str, Rewrite]  # item id -> the greedy answer that the first picture is drawn from
+    temperature: float
 
     def __call__(self, items: Sequence[Item], samples: Sequence[int], seed: Callable) -> list[Drawn]:
         started = time.perf_counter()
         tries = [_Try(item.prompt, seed(item, k), self.first[item.id]) for item in items for k in samples]
-        open_ = list(tries)
-        for turn in range(1 + self.rounds):
-            missing = self._draw_and_look(open_)
-            open_ = [one for one in open_ if missing[id(one)] is not None]
-            if not open_ or turn == self.rounds:
-                break
-            for one in open_:
-                one.answer = self._again(one.prompt.text, one.answer, missing[id(one)], turn + 1)
+        wrong = self._draw(tries)
+        for turn in range(1, 1 + self.rounds):
+            for one in wrong:
+                one.answer = self._again(one, turn)
+            wrong = self._draw(wrong) if wrong else []
         each = (time.perf_counter() - started) / len(tries)
         return [Drawn(one.best.rewrite, one.best.readable, one.image, one.pictures, each) for one in tries]
 
-    def _draw_and_look(self, tries: Sequence[_Try]) -> dict[int, list[str] | None]:
-        """Draws each try's answer and keeps the best; what its picture lacks, None where it lacks nothing."""
+    def _draw(self, tries: Sequence[_Try]) -> list[_Try]:
+        """Draw each try's answer and keep its best picture; returns the tries whose new picture is not right."""
         images = self.renderer([one.answer.rewrite for one in tries], [one.seed for one in tries])
         rows = [(one.prompt, image) for one, image in zip(tries, images, strict=True)]
-        found = {}
+        wrong = []
         for one, image, score, lacks in zip(tries, images, self.choose(rows), self.choose.missing(rows), strict=True):
-            one.pictures += 1
+            one.pictures, one.missing = one.pictures + 1, lacks
             if one.best is None or score > one.score:
                 one.score, one.best, one.image = score, one.answer, image
-            content = image is not None and self.choose.is_content(score) and not lacks
-            found[id(one)] = None if content else lacks
-        return found
+            if image is None or lacks or not self.choose.is_content(score):
+                wrong.append(one)
+        return wrong
 
-    def _again(self, text: str, answer: Answer, missing: Sequence[str], turn: int) -> Answer:
+    def _again(self, one: _Try, turn: int) -> Rewrite:
         """The next answer; where the policy cannot follow a second turn, a fresh one to the request itself."""
-        asked = revision(text, answer.completion, missing, self.reasoning)
-        (again,) = self.sampler(text, asked, 1, self.temperature)
-        if again.readable and again.rewrite != answer.rewrite:
+        text, reasoning = one.prompt.text, self.policy.reasoning
+        conversation = revision(text, one.answer.completion, one.missing, reasoning)
+        (again,) = self.policy.sample(text, conversation, 1, self.temperature)
+        if again.readable and again.rewrite != one.answer.rewrite:
             return again
-        return self.sampler(text, messages(text, self.reasoning), turn + 1, self.temperature)[-1]
+        return self.policy.sample(text, messages(text, reasoning), turn + 1, self.temperature)[-1]

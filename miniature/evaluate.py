@@ -53,11 +53,8 @@ class Oracle(GenEval):
 
 
 def detections(images: Sequence[Image.Image]) -> list[list[Detection]]:
-    """What the oracle sees, as a detector would tell it: certain, with its box; nothing that has no known shape."""
-    return [
-        [_detection(thing, image.size) for thing in world.see(image) if thing.shape in world.SHAPES]
-        for image in images
-    ]
+    """The things of known shape that the oracle sees, as a certain detector would give them."""
+    return [[_detection(one, image.size) for one in world.see(image) if one.shape in world.SHAPES] for image in images]
 
 
 def _detection(thing: world.Seen, size: tuple[int, int]) -> Detection:
@@ -79,9 +76,9 @@ def geneval_row(prompt: Prompt) -> dict[str, Any]:
     """A prompt of the world in GenEval's format; in a position prompt the reference comes first."""
     names = list(zip(prompt.nouns, prompt.attr_nouns or [""] * len(prompt.nouns), strict=True))
     include: list[dict[str, Any]] = [{"class": noun, "count": 1} for noun, _ in names]
-    for thing, (noun, told) in zip(include, names, strict=True):
-        if told:
-            thing["color"] = told.removesuffix(noun).strip()
+    for thing, (noun, attr_noun) in zip(include, names, strict=True):
+        if attr_noun:
+            thing["color"] = attr_noun.removesuffix(noun).strip()
     if prompt.task == "counting":
         include = [{"class": noun, "count": number} for noun, number in prompt.counts]
         exclude = [{"class": noun, "count": number + 1} for noun, number in prompt.counts]
@@ -92,7 +89,7 @@ def geneval_row(prompt: Prompt) -> dict[str, Any]:
     return {"tag": prompt.task, "include": include, "prompt": prompt.text}
 
 
-def _judges(kind: type[GenEval], title: str) -> Any:
+def _judged_by(kind: type[GenEval], title: str) -> Any:
     def build(options: BenchmarkOptions, reward: RewardOptions, device: str) -> Benchmark:
         settings = {"judge": "the oracle of miniature/world.py"}
         return kind(detections, colours, title=title, settings=settings, class_names=tuple(world.SHAPES))
@@ -101,18 +98,17 @@ def _judges(kind: type[GenEval], title: str) -> Any:
 
 
 MINIATURE = {
-    "miniature": _judges(Oracle, "miniature, oracle"),
-    "miniature-geneval": _judges(GenEval, "miniature, GenEval's rules"),
+    "miniature": _judged_by(Oracle, "miniature, oracle"),
+    "miniature-geneval": _judged_by(GenEval, "miniature, GenEval's rules"),
 }
 
 
 def defaults(given: Sequence[str]) -> list[str]:
     """The miniature's own options, but for those in `given`."""
     config = yaml.safe_load((ROOT.parent / "configs" / "miniature.yaml").read_text(encoding="utf-8"))
-    names = [*RENDERER, *REWARDS, "max_completion_length"]
-    flags = {f"--{'max_new_tokens' if n == 'max_completion_length' else n}": config[n] for n in names}
-    absent = {flag: value for flag, value in flags.items() if flag not in given}
-    return [word for flag, value in {**absent, "--policy_dtype": "float32"}.items() for word in (flag, str(value))]
+    flags = {f"--{name}": config[name] for name in (*RENDERER, *REWARDS)}
+    flags |= {"--max_new_tokens": config["max_completion_length"], "--dtype": "float32"}
+    return [word for flag, value in flags.items() if flag not in given for word in (flag, str(value))]
 
 
 def prompts(out: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
+import json
 import os
 import platform
 import subprocess
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+from errors import UserError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # a full disk, a used-up quota, a limit on file sizes
 PACKAGES = ("accelerate", "deepspeed", "diffusers", "peft", "torch", "transformers", "trl")
@@ -75,6 +78,18 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """What differs between two settings, as 'seed 1 -> 2; ...', 300 characters at most; "" if nothing does."""
     names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
     return "; ".join(f"{name} {old.get(name)!r} -> {new.get(name)!r}" for name in names)[:300]
+
+
+def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Raise UserError if the settings file at `path` holds other settings than these."""
+    if not path.exists():
+        return
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON ({error}): name another --out") from error
+    if changed := differences(stored, json.loads(json.dumps(settings))):
+        raise UserError(f"--out {path.parent} was made with other settings ({changed}): name another folder")
 
 
 def git_commit(repository: Path) -> str | None:

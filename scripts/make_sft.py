@@ -46,7 +46,7 @@ from interfaces import Prompt
 from models.policy import pick_device
 from prompting import SYSTEM_PROMPT, completion, messages
 from prompting import parse as parse_answer
-from rendering import RenderOptions
+from rendering import RenderOptions, load_renderer
 from rewards import REWARDS, RewardContext, RewardOptions, build, check
 from run.files import append_line, atomic_write, complete_lines, differences
 from run.options import may_differ, option, parse, run_main
@@ -220,10 +220,7 @@ async def ask(options: Options, teacher: Teacher, prompt: Prompt) -> list[dict]:
 def load_scorer(options: Options, render: RenderOptions, reward: RewardOptions, prompts: Sequence[Prompt]) -> Scorer:
     """The renderer and rewards that the options name, as the trainer has them."""
     device = pick_device(render.render_device or "auto")
-    try:
-        renderer = render.load(device)
-    except ValueError as error:  # a setting that this pipeline does not take
-        raise UserError(f"renderer: {error}") from error
+    renderer = load_renderer(render, device)
     context = RewardContext(reward.reward_device or device, renderer, prompts, options.seed)
     # Groups of 1, because all answers can be read. Pictures of one prompt start from the same noise all the same: it
     # depends on seed, prompt and image index alone.

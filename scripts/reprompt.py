@@ -1,21 +1,22 @@
 """Rewrite a file of prompts with a policy and, if a renderer is named, draw the rewrites.
 
-    python scripts/reprompt.py --prompts file.txt --gpt_path PATH --out DIR [--sdmodel_name PATH --images 4 --baseline]
+    python scripts/reprompt.py --data file.txt --gpt_path PATH --out DIR [--sdmodel_name PATH --samples 4]
 
-Writes DIR/rewrites.jsonl (one row per distinct prompt, in the order of the file), DIR/settings.json and DIR/*.png. Run
-it again to continue where it stopped. What it leaves out: scores (see evaluation/).
+Writes DIR/rewrites.jsonl (one row per distinct prompt, in the order of the file), DIR/settings.json, DIR/pictures.json
+and DIR/*.png. Run it again to continue where it stopped; pictures may be added to rewrites. What it leaves out: scores
+(see evaluation/).
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -23,83 +24,97 @@ from data.prompts import load_prompts
 from errors import UserError
 from inference import Reprompter
 from interfaces import Prompt, Renderer
-from models.policy import DTYPES, pick_device, pick_dtype
+from models.policy import DTYPES, pick_device
 from prompting import well_formed
-from rendering import RenderOptions
-from run.files import atomic_write, complete_lines, differences, save_png
+from rendering import RenderOptions, load_renderer
+from run.files import atomic_write, check_settings, complete_lines, save_png
+from run.options import may_differ, option, parse, run_main
 from run.seeds import render_seed
 
-NOT_RESULTS = ("prompts", "out", "device")  # arguments that may differ when a run is continued
-PICTURE_SETTINGS = (
-    "sdmodel_name", "images", "baseline", "steps", "guidance", "resolution", "max_sequence_length", "chunk_size",
-)  # fmt: skip
+
+@dataclass
+class RepromptOptions:
+    """What is rewritten, and how."""
+
+    data: str = option(
+        help="Prompts: .txt, one a line, or .jsonl.", changes="nothing"
+    )  # their ids are in the settings
+    gpt_path: str = option(help="Policy: folder, PEFT adapter folder or hub name.", changes="run")
+    out: str = option(help="Folder to write to, or to continue in.", changes="nothing")
+    rewrite_batch_size: int = option(16, "Prompts rewritten at once.", changes="run")
+    max_new_tokens: int = option(512, "Of one answer of the policy.", changes="run")
+    reasoning: bool = option(True, "false for a policy trained with --reasoning false.", changes="run")
+    temperature: float = option(0.0, "0 is greedy.", changes="run")
+    seed: int = option(0, "Of sampling, and of the noise that pictures start from.", changes="run")
+    dtype: str = option("auto", "Of the policy.", changes="run", choices=list(DTYPES))
+    device: str = option("auto", "Of policy and renderer.", changes="nothing")
+    samples: int = option(1, "Pictures a prompt, one seed each.", changes="pictures")
+    baseline: bool = option(False, "Draw the user's own prompts too, from the same seeds.", changes="pictures")
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range.
+
+        Raises:
+            UserError: with the option and its value.
+        """
+        for name in ("rewrite_batch_size", "max_new_tokens", "samples"):
+            if (value := vars(self)[name]) < 1:
+                raise UserError(f"--{name} is {value}: give 1 or more")
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"--temperature is {self.temperature}: give 0 (greedy) or a positive number")
 
 
-# --- the run folder -------------------------------------------------------------------------------
+@dataclass
+class Drawing(RenderOptions):
+    """The renderer's options; nothing is drawn unless one is named."""
+
+    sdmodel_name: str | None = option(
+        None, "Renderer: folder, hub name or servers, as in the trainer; unset: rewrite only.", changes="pictures"
+    )
 
 
-def _settings(args: argparse.Namespace, prompts: Sequence[Prompt], pictures: bool) -> dict:
-    """All that a row or picture depends on. Greedy rows do not depend on the batch size, so it may change then."""
-    settings = {name: value for name, value in vars(args).items() if name not in NOT_RESULTS}
-    settings["batch_size"] = args.batch_size if args.temperature > 0 else None
+# The folder -------------------------------------------------------------------------------------------------------
+
+
+def _settings(options: RepromptOptions, drawing: Drawing, prompts: Sequence[Prompt]) -> tuple[dict, dict]:
+    """(all that a rewrite depends on, what a picture depends on beside it)."""
+    given, pictures = {**asdict(options), **asdict(drawing)}, may_differ(options, drawing, changes=("pictures",))
+    ignored = pictures | may_differ(options, drawing)
+    settings = {name: value for name, value in given.items() if name not in ignored}
+    if options.temperature == 0:
+        del settings["rewrite_batch_size"]  # greedy rewrites do not depend on it
     settings["prompt_ids"] = hashlib.sha256("".join(prompt.id for prompt in prompts).encode()).hexdigest()[:16]
-    return settings if pictures else {**settings, **dict.fromkeys(PICTURE_SETTINGS)}
-
-
-def _check_settings(path: Path, new: dict) -> None:
-    """UserError if the folder was made with other settings; pictures may be added to rewrites without any."""
-    if not path.is_file():
-        if path.with_name("rewrites.jsonl").exists():
-            raise UserError(f"{path.parent} holds rewrites but no settings.json; name another --out")
-        return
-    try:
-        old = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON ({error}); name another --out") from error
-    added = PICTURE_SETTINGS if old.get("sdmodel_name") is None else ()
-    changed = differences({k: old.get(k) for k in new}, {**new, **{k: old.get(k) for k in added}})
-    if changed:
-        raise UserError(f"{path.parent} was made with other settings ({changed}); name another --out")
+    return settings, {name: given[name] for name in pictures}
 
 
 def _read_rows(path: Path) -> dict[str, dict]:
-    """Rows by prompt id; a last line torn by a kill is cut off the file."""
+    """Rows by prompt id; a last line that a kill tore is removed from the file."""
     if not path.exists():
         return {}
     try:
         rows = [json.loads(line) for line in complete_lines(path, cut=True)]
     except ValueError as error:
-        raise UserError(f"{path} has a line that is not JSON ({error}); name another --out") from error
+        raise UserError(f"{path} has a line that is not JSON ({error}): name another --out") from error
     return {row["id"]: row for row in rows}
 
 
-# --- rewriting and drawing ------------------------------------------------------------------------
+def _write_json(path: Path, value: Any) -> None:
+    atomic_write(path, json.dumps(value, indent=1, sort_keys=True).encode())
 
 
-def rewrite_all(args: argparse.Namespace, prompts: Sequence[Prompt], rows: dict[str, dict]) -> tuple[int, float]:
+# Rewriting and drawing --------------------------------------------------------------------------------------------
+
+
+def rewrite_all(policy: Reprompter, out: Path, prompts: Sequence[Prompt], rows: dict[str, dict]) -> tuple[int, float]:
     """Add the missing rows to `rows` and to rewrites.jsonl as they come; returns (tokens written, seconds)."""
-    reprompter = Reprompter(
-        args.gpt_path,
-        args.batch_size,
-        args.max_new_tokens,
-        args.temperature,
-        args.seed,
-        args.dtype,
-        args.device,
-        reasoning=not args.no_reasoning,
-    )
-    if not (args.out / "settings.json").exists():
-        atomic_write(
-            args.out / "settings.json", json.dumps(_settings(args, prompts, pictures=False), indent=1).encode()
-        )
     where = {prompt.text: (index, prompt.id) for index, prompt in enumerate(prompts)}
     done = [prompt.text for prompt in prompts if prompt.id in rows]
     tokens, start = 0, time.perf_counter()
     with (
-        open(args.out / "rewrites.jsonl", "a", encoding="utf-8") as file,
+        open(out / "rewrites.jsonl", "a", encoding="utf-8") as file,
         tqdm(total=len(prompts), initial=len(done), desc="rewriting", unit="prompt") as bar,
     ):
-        for batch in reprompter.stream([prompt.text for prompt in prompts], skip=done):
+        for batch in policy.stream([prompt.text for prompt in prompts], skip=done):
             for rewrite in batch:
                 index, prompt_id = where[rewrite.prompt]
                 tokens += rewrite.completion_tokens
@@ -111,127 +126,83 @@ def rewrite_all(args: argparse.Namespace, prompts: Sequence[Prompt], rows: dict[
     return tokens, time.perf_counter() - start
 
 
-def load_renderer(args: argparse.Namespace) -> Renderer:
-    """The renderer that the arguments name; options not given are its own defaults."""
-    device = pick_device(args.device)
-    options = RenderOptions(
-        args.sdmodel_name,
-        render_steps=args.steps,
-        guidance=args.guidance,
-        resolution=args.resolution,
-        max_sequence_length=args.max_sequence_length,
-        render_dtype=pick_dtype(args.dtype, device),
-        render_batch_size=args.chunk_size,
-    )
-    try:
-        return options.load(device)
-    except (UserError, ValueError) as error:
-        raise UserError(f"renderer: {error}") from error
-
-
-def draw_all(args: argparse.Namespace, renderer: Renderer, rows: Iterable[dict]) -> tuple[int, int]:
+def draw_all(options: RepromptOptions, batch: int, renderer: Renderer, rows: Iterable[dict]) -> tuple[int, int]:
     """Draw what is not in the folder yet and put file names (or None) in the rows; returns (drawn, not drawn)."""
-    jobs = {}  # file name -> (text, seed)
+    out, jobs = Path(options.out), {}  # file name -> (text, seed)
     for row in rows:
-        for key, suffix, text in _versions(row, args.baseline):
-            names = [f"{row['index']:06d}_{row['id'][:8]}_{image}{suffix}.png" for image in range(args.images)]
+        for key, suffix, text in _texts(row, options.baseline):
+            names = [f"{row['index']:06d}_{row['id'][:8]}_{image}{suffix}.png" for image in range(options.samples)]
             row[key] = names
-            jobs |= {name: (text, render_seed(args.seed, row["id"], 0, image)) for image, name in enumerate(names)}
-    missing = [name for name in jobs if not (args.out / name).exists()]
+            jobs |= {name: (text, render_seed(options.seed, row["id"], 0, image)) for image, name in enumerate(names)}
+    missing = [name for name in jobs if not (out / name).exists()]
     failed = set()
     with tqdm(total=len(jobs), initial=len(jobs) - len(missing), desc="drawing", unit="picture") as bar:
-        for start in range(0, len(missing), args.chunk_size):
-            names = missing[start : start + args.chunk_size]
+        for start in range(0, len(missing), batch):
+            names = missing[start : start + batch]
             pictures = renderer(*zip(*(jobs[name] for name in names), strict=True))
             for name, picture in zip(names, pictures, strict=True):
                 if picture is None:
                     failed.add(name)
                 else:
-                    save_png(picture, args.out / name)
+                    save_png(picture, out / name)
                 bar.update()
     for row in rows:
-        for key, _, _ in _versions(row, args.baseline):
+        for key, _, _ in _texts(row, options.baseline):
             row[key] = [None if name in failed else name for name in row[key]]
     return len(missing) - len(failed), len(failed)
 
 
-def _versions(row: dict, baseline: bool) -> list[tuple[str, str, str]]:
+def _texts(row: dict, baseline: bool) -> list[tuple[str, str, str]]:
     rewritten, raw = ("images", "", row["rewrite"]), ("baseline_images", "_raw", well_formed(row["prompt"]))
     return [rewritten, raw] if baseline else [rewritten]
 
 
-# --- the command ----------------------------------------------------------------------------------
+# The command ------------------------------------------------------------------------------------------------------
 
 
-def run(args: argparse.Namespace) -> str:
-    """The whole job; returns the summary. Raises UserError."""
-    prompts = load_prompts(args.prompts)
-    _check_settings(args.out / "settings.json", _settings(args, prompts, pictures=args.sdmodel_name is not None))
-    args.out.mkdir(parents=True, exist_ok=True)
-    rows = _read_rows(args.out / "rewrites.jsonl")
-    there = len(rows)
-    tokens, seconds = rewrite_all(args, prompts, rows) if there < len(prompts) else (0, 1.0)
+def run(options: RepromptOptions, drawing: Drawing) -> None:
+    """Rewrite, draw, and print a summary.
+
+    Raises:
+        UserError: prompts, policy, renderer or folder cannot be used.
+    """
+    if options.baseline and drawing.sdmodel_name is None:
+        raise UserError("--baseline true draws pictures: name a renderer with --sdmodel_name")
+    prompts, out = load_prompts(options.data), Path(options.out)
+    settings, pictures = _settings(options, drawing, prompts)
+    check_settings(out / "settings.json", settings)
+    if drawing.sdmodel_name is not None:
+        check_settings(out / "pictures.json", pictures)
+    if (out / "rewrites.jsonl").exists() and not (out / "settings.json").exists():
+        raise UserError(f"--out {out} holds rewrites but no settings.json: name another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    rows = _read_rows(out / "rewrites.jsonl")
+    there, tokens, seconds, drawn_text = len(rows), 0, 1.0, ""
+    if there < len(prompts):
+        policy = Reprompter(
+            options.gpt_path, options.rewrite_batch_size, options.max_new_tokens, options.temperature, options.seed,
+            options.dtype, options.device, options.reasoning,
+        )  # fmt: skip
+        _write_json(out / "settings.json", settings)
+        tokens, seconds = rewrite_all(policy, out, prompts, rows)
     ordered = [rows[prompt.id] for prompt in prompts]
-    pictures = ""
-    if args.sdmodel_name is not None:
-        renderer = load_renderer(args)
-        atomic_write(
-            args.out / "settings.json", json.dumps(_settings(args, prompts, pictures=True), indent=1).encode()
-        )
-        drawn, failed = draw_all(args, renderer, ordered)
-        pictures = f"; {drawn} pictures drawn, {failed} could not be drawn"
-    atomic_write(args.out / "rewrites.jsonl", "".join(json.dumps(row) + "\n" for row in ordered).encode())
-    fallbacks = sum(not row["readable"] for row in ordered)
-    return (
-        f"{len(ordered) - there} prompts rewritten, {there} were there; {fallbacks} of {len(ordered)} fell back to "
-        f"the user's prompt; {tokens / seconds:.0f} tokens/s{pictures}; {args.out / 'rewrites.jsonl'}"
+    if drawing.sdmodel_name is not None:
+        renderer = load_renderer(drawing, pick_device(options.device))
+        _write_json(out / "pictures.json", pictures)
+        drawn, failed = draw_all(options, drawing.render_batch_size, renderer, ordered)
+        drawn_text = f"; {drawn} pictures drawn, {failed} could not be drawn"
+    atomic_write(out / "rewrites.jsonl", "".join(json.dumps(row) + "\n" for row in ordered).encode())
+    unreadable = sum(not row["readable"] for row in ordered)
+    print(
+        f"{len(ordered) - there} prompts rewritten, {there} were there; {unreadable} of {len(ordered)} fell back to "
+        f"the user's prompt; {tokens / seconds:.0f} tokens/s{drawn_text}; {out / 'rewrites.jsonl'}"
     )
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line; exits with code 2 on a bad one."""
-    parser = argparse.ArgumentParser(description="Rewrite prompts with a policy and, if asked, draw the rewrites.")
-    parser.add_argument("--prompts", type=Path, required=True, help=".txt (one a line) or .jsonl")
-    parser.add_argument("--gpt_path", required=True, help="policy: folder, PEFT adapter folder or hub name")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write to, or to continue in")
-    parser.add_argument("--batch_size", type=_positive, default=16)
-    parser.add_argument("--max_new_tokens", type=_positive, default=512)
-    parser.add_argument("--no_reasoning", action="store_true", help="for a policy trained with --reasoning false")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", choices=DTYPES, default="auto")
-    parser.add_argument("--device", default="auto")
-    pictures = parser.add_argument_group("pictures")
-    pictures.add_argument("--sdmodel_name", help="renderer: folder or hub name; none: rewrite only")
-    pictures.add_argument("--images", type=_positive, default=1, help="seeds per prompt")
-    pictures.add_argument("--baseline", action="store_true", help="draw the user's own prompts too, same seeds")
-    pictures.add_argument("--steps", type=_positive)
-    pictures.add_argument("--guidance", type=float)
-    pictures.add_argument("--resolution", type=_positive, help="height and width in pixels")
-    pictures.add_argument("--max_sequence_length", type=_positive, help="tokens that the renderer reads")
-    pictures.add_argument("--chunk_size", type=_positive, default=4, help="pictures drawn at once")
-    args = parser.parse_args(argv)
-    if not 0 <= args.temperature < float("inf"):
-        parser.error(f"--temperature is {args.temperature}; give 0 (greedy) or a positive number")
-    if args.baseline and args.sdmodel_name is None:
-        parser.error("--baseline draws pictures; name a renderer with --sdmodel_name")
-    return args
-
-
-def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
-    return int(text)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 cannot start or continue (one line on stderr)."""
-    try:
-        print(run(parse_args(argv)))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Run the command line; returns the exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    return run_main("reprompt", lambda: run(*parse((RepromptOptions, Drawing), None, words)))
 
 
 if __name__ == "__main__":

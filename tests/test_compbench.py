@@ -1,7 +1,6 @@
 """Claims about T2I-CompBench: rules on hand-made boxes and answers, files, tiny random models of the real classes."""
 
 import json
-import logging
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -27,7 +26,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.owlv2.image_processing_pil_owlv2 import Owlv2ImageProcessorPil
 
 from errors import UserError
-from evaluation import blip_vqa, boxes, clip_score, depth
+from evaluation import depth
+from evaluation.benchmarks import BENCHMARKS, BenchmarkOptions
 from evaluation.blip_vqa import BlipVQA, cleaned
 from evaluation.boxes import LabelledBox, Owlv2, frame_size
 from evaluation.clip_score import ClipScore
@@ -40,6 +40,7 @@ from evaluation.compbench import (
     count_score,
     counts_of,
     distinct,
+    judges_of,
     load_items,
     position_2d,
     position_3d,
@@ -47,20 +48,15 @@ from evaluation.compbench import (
     relation_of,
     score_2d,
     score_3d,
-    three_in_one,
+    verdict,
 )
 from evaluation.depth import Depth, eight_bits
 from evaluation.parses import Parse, around_the_place, by_grammar, freeze, parser
+from rewards import RewardOptions
 from rewards.gdino import iou
 
-SINGULARS = {
-    "fish": "fish",
-    "dogs": "dog",
-    "mice": "mouse",
-    "people": "person",
-    "boys": "boy",
-    "teddy bears": "teddy bear",
-}
+SINGULARS = {"fish": "fish", "dogs": "dog", "mice": "mouse", "people": "person", "boys": "boy",
+             "teddy bears": "teddy bear"}  # fmt: skip
 GRAMMAR = parser("grammar")
 
 
@@ -97,9 +93,7 @@ def test_an_attribute_score_is_the_product_of_rounded_answers():
         ("The Red Car?", "the red car?"),
         ('a "big" (old) dog!?', "a big old dog?"),
         ("10:30 #1 *star* a;b ~c.?", "1030 1 star ab c?"),
-        ("a dog ?  ", "a dog ?"),
-        ("it's, a dog?", "it's, a dog?"),
-        ("a  b?", "a  b?"),
+        ("it's,  a dog ?  ", "it's,  a dog ?"),
         (" ".join(["word"] * 60) + "?", " ".join(["word"] * 50)),
     ],
 )
@@ -110,19 +104,15 @@ def test_a_question_is_read_as_blips_own_dataset_reads_it(question, read):
 # ----- places in the plane
 
 
-PLACES = {
-    "on the left of": (-100, 0),
-    "on the right of": (100, 0),
-    "on the top of": (0, -100),
-    "on the bottom of": (0, 100),
-}
+PLACES = {"on the left of": (-100, 0), "on the right of": (100, 0), "on the top of": (0, -100), "on top of": (0, -100),
+          "on the bottom of": (0, 100), "inside": None, None: None}  # fmt: skip
 
 
 @pytest.mark.parametrize("relation", PLACES)
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", [(-100, 0), (100, 0), (0, -100), (0, 100)])
 def test_a_direction_holds_where_the_first_thing_stands_there_and_nowhere_else(relation, place):
-    x, y = PLACES[place]
-    assert position_2d(relation, at(200 + x, 200 + y), at(200, 200)) == (relation == place)
+    x, y = place
+    assert position_2d(relation, at(200 + x, 200 + y), at(200, 200)) == (PLACES[relation] == place)
 
 
 def test_a_direction_needs_strictly_more_along_than_across():
@@ -154,22 +144,17 @@ def test_near_is_150_pixels_along_x_or_y_and_falls_with_the_larger_difference():
     assert near(-400, 200) == pytest.approx([0.375] * 3)
 
 
-def test_on_top_of_never_holds_with_the_official_bugs_and_is_on_the_top_of_without():
-    pair = at(200, 100), at(200, 200)
-    assert position_2d("on top of", *pair, official_bugs=True) == 0
-    assert position_2d("on top of", *pair) == position_2d("on the top of", *pair, official_bugs=True) == 1
-
-
-def test_a_relation_that_no_rule_knows_holds_nowhere():
-    assert position_2d(None, at(200, 100), at(200, 200)) == position_2d("inside", at(200, 100), at(200, 200)) == 0
-
-
-def test_the_first_relation_of_the_list_that_stands_in_the_prompt_is_taken():
-    assert relation_of("a dog on the top of a cat", RELATIONS_2D) == "on the top of"
-    assert relation_of("The mug was on top of the tray.", RELATIONS_2D) == "on top of"
-    assert relation_of("a cat near a dog on side of a road", RELATIONS_2D) == "on side of"
-    assert relation_of("a cat inside a box", RELATIONS_2D) is None
-    assert relation_of("a cat hidden by a box", RELATIONS_3D) == "hidden"
+@pytest.mark.parametrize(
+    "prompt, relation",
+    [
+        ("a dog on the top of a cat", "on the top of"),
+        ("The mug was on top of the tray.", "on top of"),
+        ("a cat near a dog on side of a road", "on side of"),
+        ("a cat inside a box", None),
+    ],
+)
+def test_the_first_relation_of_the_list_that_stands_in_the_prompt_is_taken(prompt, relation):
+    assert relation_of(prompt, RELATIONS_2D) == relation
 
 
 def test_a_place_scores_a_quarter_of_each_detection_and_half_of_the_position():
@@ -194,20 +179,12 @@ def test_the_first_detection_of_exactly_that_name_is_taken_and_the_first_of_equa
     assert score_2d(["cat", "dog"], "on the left of", [at(100, 100, "wildcat"), dog]) == 0
 
 
-def test_two_things_of_one_name_are_one_box_with_the_official_bugs_and_two_without():
-    one, two = at(100, 100, "person", 0.8), at(300, 100, "person", 0.6)
+def test_two_things_of_one_name_are_its_two_best_boxes_in_the_order_that_suits():
+    one, two, three = at(100, 100, "person", 0.8), at(300, 100, "person", 0.6), at(500, 100, "person", 0.5)
     objects = ["person", "person"]
-    assert score_2d(objects, "near", [one], official_bugs=True) == pytest.approx(0.25 * 1.6 + 0.5)
     assert score_2d(objects, "near", [one]) == 0
     for relation in ("on the left of", "on the right of"):
-        assert score_2d(objects, relation, [one, two], official_bugs=True) == 0
-        assert score_2d(objects, relation, [one, two]) == pytest.approx(0.25 * 1.4 + 0.5)
-
-
-def test_a_box_without_area_is_a_place_like_any_other():
-    dot = seen("cat", 100, 100, 100, 100)
-    assert position_2d("on the left of", dot, at(300, 100)) == 1
-    assert position_2d("on the left of", dot, dot) == 0
+        assert score_2d(objects, relation, [one, two, three]) == pytest.approx(0.25 * 1.4 + 0.5)
 
 
 # ----- places in depth
@@ -227,39 +204,27 @@ def test_the_nearer_thing_is_in_front_and_the_overlap_counts():
     third = seen("cat", 0, 0, 40, 90), seen("dog", 20, 0, 60, 90)  # 20 of 60 columns
     most = seen("cat", 0, 0, 60, 90), seen("dog", 15, 0, 60, 90)  # 45 of 60
     apart = seen("cat", 0, 0, 40, 90), seen("dog", 40, 0, 60, 90)
-    near_left = wall(200, 100)
-    for bugs in (False, True):
-        near = near_left.T if bugs else near_left
-        assert position_3d("in front of", *third, near, bugs) == pytest.approx(2 / 3)
-        assert position_3d("in front of", *most, near, bugs) == 1
-        assert position_3d("in front of", *apart, near, bugs) == 0
-        for relation in ("behind", "hidden"):
-            assert position_3d(relation, *third, near, bugs) == 0
-            assert position_3d(relation, *third[::-1], near, bugs) == pytest.approx(2 / 3)
-        assert position_3d("in front of", *third[::-1], near, bugs) == 0
+    near = wall(200, 100)
+    assert position_3d("in front of", *third, near) == pytest.approx(2 / 3)
+    assert position_3d("in front of", LEFT, RIGHT, near) == position_3d("in front of", *most, near) == 1
+    assert position_3d("in front of", *apart, near) == 0
+    assert position_3d("in front of", *third[::-1], near) == 0
+    for relation in ("behind", "hidden"):
+        assert position_3d(relation, *third, near) == 0
+        assert position_3d(relation, *third[::-1], near) == pytest.approx(2 / 3)
+
+
+def test_the_depth_map_is_read_by_rows_then_columns():
+    high, low = seen("cat", 0, 0, 90, 40), seen("dog", 0, 20, 90, 60)  # 20 of 60 rows
+    assert position_3d("in front of", high, low, wall(200, 100).T) == pytest.approx(2 / 3)
+    beyond = seen("cat", 0, 0, 90, 40), seen("dog", 60, 0, 90, 40)
+    assert position_3d("in front of", *beyond, wall(200, 100, height=50)) == pytest.approx((1 / 3) / 0.5)
 
 
 def test_equally_near_things_stand_in_no_relation():
     flat = wall(7, 7)
     assert [position_3d(relation, LEFT, RIGHT, flat) for relation in RELATIONS_3D] == [0, 0, 0]
     assert position_3d("inside", LEFT, RIGHT, wall(200, 100)) == 0
-
-
-def test_an_overlap_of_exactly_half_is_full_without_the_official_bugs_and_nothing_with_them():
-    assert iou(LEFT.box, RIGHT.box) == 0.5
-    assert position_3d("in front of", LEFT, RIGHT, wall(200, 100)) == 1
-    assert position_3d("in front of", LEFT, RIGHT, wall(200, 100).T, official_bugs=True) == 0
-
-
-def test_the_official_bug_reads_the_depth_map_transposed():
-    high, low = seen("cat", 0, 0, 90, 40), seen("dog", 0, 20, 90, 60)  # 20 of 60 rows
-    near_above = wall(200, 100).T
-    assert position_3d("in front of", high, low, near_above) == pytest.approx(2 / 3)
-    assert position_3d("in front of", high, low, near_above, official_bugs=True) == 0
-    wide = wall(200, 100, height=50)  # transposed, the second box lies below a map of 50 rows
-    beyond = seen("cat", 0, 0, 90, 40), seen("dog", 60, 0, 90, 40)
-    assert position_3d("in front of", *beyond, wide) == pytest.approx((1 / 3) / 0.5)
-    assert position_3d("in front of", *beyond, wide, official_bugs=True) == 0
 
 
 def test_a_box_without_a_whole_pixel_has_no_depth():
@@ -273,15 +238,10 @@ def test_a_place_in_depth_has_no_floor_and_takes_labels_that_hold_the_name():
     assert score_3d(["cat", "dog"], "behind", third, near_left) == pytest.approx(0.15)
     assert score_3d(["cat", "cow"], "behind", third, near_left) == pytest.approx(0.1)
     assert score_3d(["pig", "cow"], "behind", third, near_left) == 0
-
-
-def test_the_official_bug_takes_the_last_box_before_the_other_thing_is_met():
-    cats = [seen("cat", 0, 0, 40, 90, 0.8), seen("cat", 70, 0, 90, 90, 0.6)]
-    found = [*cats, seen("dog", 20, 0, 60, 90, 0.4), seen("cat", 0, 0, 99, 99, 0.2)]
-    near_left = wall(200, 100)
-    assert score_3d(["cat", "dog"], "in front of", found, near_left) == pytest.approx(0.3 + 0.5 * 2 / 3)
-    assert score_3d(["cat", "dog"], "in front of", found, near_left.T, official_bugs=True) == pytest.approx(0.25)
-    assert score_3d(["cat", "cow"], "in front of", found, near_left.T, official_bugs=True) == pytest.approx(0.2)
+    another = seen("cat", 70, 0, 90, 90, 0.3)
+    assert score_3d(["cat", "dog"], "in front of", [third[0], another, third[1]], near_left) == pytest.approx(
+        0.15 + 0.5 * 2 / 3
+    ), "the best box of a thing"
 
 
 # ----- numbers
@@ -315,20 +275,22 @@ def spread(label: str, number: int) -> list[LabelledBox]:
     return [at(20 + 40 * i, 50, label) for i in range(number)]
 
 
-@pytest.mark.parametrize("there, score", [(0, 0), (1, 0.5), (2, 1), (3, 0.5)])
-def test_a_number_scores_half_for_being_there_and_half_for_being_right(there, score):
-    assert count_score([("dog", 2)], spread("dog", there)) == score
-
-
-def test_each_thing_of_a_prompt_weighs_the_same():
-    counts = [("dog", 2), ("cat", 1), ("fish", 4)]
-    assert count_score(counts, [*spread("dog", 2), *spread("cat", 2)]) == pytest.approx((1 + 0.5 + 0) / 3)
-
-
-def test_a_label_that_holds_a_missing_name_is_taken_for_it_for_good():
-    assert count_score([("fish", 2)], spread("goldfish", 2)) == 1
-    assert count_score([("fish", 2)], [*spread("fish", 1), *spread("goldfish", 1)]) == 0.5
-    assert count_score([("fish", 1), ("goldfish", 1)], spread("goldfish", 1)) == 0.5
+@pytest.mark.parametrize(
+    "counts, found, score",
+    [
+        ({"dog": 2}, [], 0),
+        ({"dog": 2}, spread("dog", 1), 0.5),
+        ({"dog": 2}, spread("dog", 2), 1),
+        ({"dog": 2}, spread("dog", 3), 0.5),
+        ({"dog": 2, "cat": 1, "fish": 4}, [*spread("dog", 2), *spread("cat", 2)], (1 + 0.5 + 0) / 3),
+        ({"fish": 2}, spread("goldfish", 2), 1),
+        ({"fish": 2}, [*spread("fish", 1), *spread("goldfish", 1)], 0.5),
+        ({"fish": 1, "goldfish": 1}, spread("goldfish", 1), 0.5),
+    ],
+)
+def test_a_number_scores_half_for_being_there_and_half_for_being_right(counts, found, score):
+    """A name that is missing takes, for good, the labels that contain it."""
+    assert count_score(list(counts.items()), found) == pytest.approx(score)
 
 
 def test_a_box_that_covers_an_earlier_one_of_its_label_by_more_than_nine_tenths_is_the_same_thing():
@@ -343,14 +305,6 @@ def test_a_box_that_covers_an_earlier_one_of_its_label_by_more_than_nine_tenths_
     assert distinct([big, seen("dog", 9, 0, 108, 99)]) == [big], "0.91 of each"
 
 
-# ----- all at once
-
-
-def test_three_in_one_is_the_mean_of_what_the_prompt_is_judged_by():
-    assert three_in_one([0.8, 0.5]) == pytest.approx(0.65)
-    assert three_in_one([0.8, 0.5, 0.2]) == pytest.approx(0.5)
-
-
 # ----- parses
 
 
@@ -362,14 +316,8 @@ def words(text: str) -> list[tuple[str, str]]:
 @pytest.mark.parametrize(
     "tokens, pair",
     [
-        (
-            "The/DET red/ADJ hat/NOUN was/AUX on/ADP top/NOUN of/ADP the/DET brown/ADJ coat/NOUN rack/NOUN",
-            ("hat", "coat"),
-        ),
-        (
-            "The/DET cat/NOUN is/AUX on/ADP the/DET left/NOUN of/ADP the/DET soft/ADJ pillow/NOUN ./PUNCT",
-            ("cat", "pillow"),
-        ),
+        ("The/DET hat/NOUN was/AUX on/ADP top/NOUN of/ADP the/DET brown/ADJ coat/NOUN rack/NOUN", ("hat", "coat")),
+        ("The/DET cat/NOUN is/AUX on/ADP the/DET left/NOUN of/ADP the/DET soft/ADJ bag/NOUN ./PUNCT", ("cat", "bag")),
         ("Tom/PROPN stood/VERB next/ADV to/ADP Old/PROPN Big/PROPN Ben/PROPN ./PUNCT", ("Tom", "Ben")),
         ("Tom/PROPN stood/VERB near/ADP Ben/PROPN", ()),
         ("balloons/NOUN float/VERB near/ADP planes/NOUN near/ADP birds/NOUN", ()),
@@ -436,41 +384,34 @@ def test_a_frozen_file_is_not_mixed_from_two_versions(monkeypatch, tmp_path):
     frozen.write_text(json.dumps({"source": "by hand", "prompts": {}}))
     (tmp_path / "p.txt").write_text(SENTENCE)
     fake_spacy(monkeypatch, {SENTENCE: (TAGS, [])})
-    with pytest.raises(UserError, match="written by 'by hand'.*give another file"):
+    with pytest.raises(UserError, match="by hand"):
         freeze(tmp_path / "p.txt", frozen)
 
 
-def test_missing_spacy_or_model_says_what_to_do(monkeypatch):
+def test_missing_spacy_or_model_is_a_users_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "spacy", None)
-    with pytest.raises(UserError, match="^spaCy is not installed.*frozen file of parses$"):
+    with pytest.raises(UserError, match="--parses spacy"):
         parser("spacy")
     fake_spacy(monkeypatch, {})
-    with pytest.raises(UserError, match="python -m spacy download en_core_web_sm"):
+    with pytest.raises(UserError, match="en_core_web_sm"):
         parser("spacy")
 
 
 @pytest.mark.parametrize(
-    "content, said",
+    "content",
     [
-        ("{", "no file of parses can be read"),
-        ("[]", "not an object with 'source' and 'prompts'"),
-        ('{"prompts": {"a dog": ["a dog"]}}', "'a dog' is \\['a dog'\\], not an object"),
-        ('{"prompts": {"a dog": {"chunks": ["a dog"]}}}', "'a dog' has nouns None, not a list"),
-        ('{"prompts": {"a dog": {"chunks": [1], "nouns": []}}}', "'a dog' has chunks \\[1\\]"),
-        (
-            '{"prompts": {"x": {"chunks": [], "nouns": [], "pair": ["a"]}}}',
-            "'x' has pair \\['a'\\], not two things or none",
-        ),
-        ('{"prompts": {"x": {"chunks": [], "nouns": [], "clip_text": 3}}}', "'x' has clip_text 3"),
+        "{",
+        "[]",
+        '{"source": "x", "prompts": {"a dog": ["a dog"]}}',
+        '{"source": "x", "prompts": {"a dog": {"chunks": ["a dog"]}}}',
+        '{"source": "x", "prompts": {"a dog": {"chunks": "a dog", "nouns": ["dog"]}}}',
+        '{"source": "x", "prompts": {"x": {"chunks": [], "nouns": [], "pair": ["a"]}}}',
     ],
 )
-def test_a_broken_file_of_parses_is_named_in_one_line(tmp_path, content, said):
+def test_a_broken_file_of_parses_is_named(tmp_path, content):
     (tmp_path / "parses.json").write_text(content)
-    with pytest.raises(UserError, match=said) as raised:
+    with pytest.raises(UserError, match="parses.json"):
         parser(tmp_path / "parses.json")
-    assert "\n" not in str(raised.value)
-    with pytest.raises(UserError, match="none.json: no file of parses"):
-        parser(tmp_path / "none.json")
 
 
 # ----- files
@@ -522,10 +463,8 @@ def test_a_folder_gives_every_category_with_ids_by_line(folder):
     assert json.loads(json.dumps([dict(item.meta) for item in items]))
     metas = {item.id: item.meta for item in items}
     assert metas["color_00001"]["questions"] == ["a red car?", "a blue dog?"]
-    assert (metas["spatial_00001"]["relation"], metas["spatial_00001"]["objects"]) == (
-        "on the left of",
-        ["person", "dog"],
-    )
+    assert metas["spatial_00001"]["relation"] == "on the left of"
+    assert metas["spatial_00001"]["objects"] == ["person", "dog"]
     assert metas["3d_spatial_00002"]["objects"] == ["person", "person"]
     assert metas["numeracy_00001"]["counts"] == [("dog", 2), ("car", 1)]
     assert metas["non_spatial_00001"]["clip_text"] == "A man is reading."
@@ -539,69 +478,43 @@ def test_a_complex_prompt_is_judged_by_the_list_that_names_it_else_by_all_three(
 
 
 def test_rows_with_substitutes_carry_the_detectors_name():
-    assert ROWS["spatial"] == "CompBench-2D (OWLv2)"
-    assert ROWS["3d_spatial"] == "CompBench-3D (OWLv2, DPT)"
-    assert ROWS["numeracy"] == "CompBench-numeracy (OWLv2)"
-
-
-def test_bad_lines_are_all_named_with_their_numbers(folder):
-    (folder / "color_val.txt").write_bytes(b"a red car and a blue dog\r\nthree cars\n\xff\xfe\na\x00b\nsome cars\n")
-    with pytest.raises(UserError) as raised:
-        load_items(folder / "color_val.txt", GRAMMAR)
-    said = str(raised.value)
-    for number, what in [
-        (2, "'three cars' is not in grammar"),
-        (3, "not UTF-8"),
-        (4, "control character"),
-        (5, "'some"),
-    ]:
-        assert f"color_val.txt, line {number}: " in said and what in said
-    assert "line 1:" not in said and "\n" not in said and "evaluation.parses import freeze" in said
-
-
-def test_a_complex_prompt_needs_pair_and_clip_text_of_its_source(folder):
-    content = json.loads((folder / "parses.json").read_text())
-    del content["prompts"]["A tall boy waved"]["clip_text"]
-    (folder / "parses.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match="complex_val.txt, line 3: .*'pair' and 'clip_text'"):
-        load_items(folder / "complex_val.txt", parser(folder / "parses.json"))
+    assert all("OWLv2" in ROWS[category] for category in ("spatial", "3d_spatial", "numeracy", "complex"))
 
 
 @pytest.mark.parametrize(
-    "change, path, said",
+    "change, path, named",
     [
-        (lambda f: (f / "complex_val_action.txt").unlink(), "complex_val.txt", "complex_val_action.txt: missing"),
-        (lambda f: (f / "new_objects.txt").unlink(), "numeracy_val.txt", "new_objects.txt: cannot be read"),
-        (
-            lambda f: (f / "new_objects.txt").write_text("dog\n"),
-            "numeracy_val.txt",
-            "line 1: 'dog' is not 'singular - ",
-        ),
-        (lambda f: (f / "shape_val.txt").write_text(" \n"), "shape_val.txt", "shape_val.txt: no prompts in it"),
-        (lambda f: None, "nothing_val.txt", "its name tells no category"),
-        (lambda f: (f / "empty").mkdir(), "empty", "has none of color_val.txt, "),
+        (lambda f: (f / "complex_val_action.txt").unlink(), "complex_val.txt", "complex_val_action.txt"),
+        (lambda f: (f / "new_objects.txt").unlink(), "numeracy_val.txt", "new_objects.txt"),
+        (lambda f: (f / "new_objects.txt").write_text("dog\n"), "numeracy_val.txt", "'dog'"),
+        (lambda f: (f / "shape_val.txt").write_text(" \n"), "shape_val.txt", "shape_val.txt"),
+        (lambda f: (f / "shape_val.txt").write_text("a dog\n\nno parse\n"), "shape_val.txt", "line 3 'no parse'"),
+        (lambda f: (f / "complex_val.txt").write_text("a red car and a blue dog"), "complex_val.txt", "'pair'"),
+        (lambda f: None, "nothing_val.txt", "nothing_val.txt"),
+        (lambda f: (f / "empty").mkdir(), "empty", "color_val.txt"),
     ],
 )
-def test_a_missing_or_unfit_file_is_named(folder, change, path, said):
+def test_a_missing_or_unfit_file_is_named(folder, change, path, named):
     change(folder)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=named):
         load_items(folder / path, parser(folder / "parses.json"))
 
 
 def test_one_category_may_be_asked_for_by_any_file_name_and_others_are_refused(folder):
     (folder / "mine.txt").write_text("a red car and a blue dog\n")
     assert [item.category for item in load_items(folder / "mine.txt", GRAMMAR, ["texture"])] == ["texture"]
-    with pytest.raises(UserError, match="its name tells color, wanted is one of shape"):
+    with pytest.raises(UserError, match="color_val.txt"):
         load_items(folder / "color_val.txt", GRAMMAR, ["shape"])
+    with pytest.raises(UserError, match="colour"):
+        judges_of(["colour"])
 
 
-def test_a_repeated_line_and_a_missing_category_are_logged(folder, caplog):
-    (folder / "color_val.txt").write_text("a red car and a blue dog\n" * 2)
+def test_a_repeated_line_is_kept_and_a_missing_category_is_logged(folder, caplog):
+    (folder / "color_val.txt").write_text("a red car and a blue dog\r\n" * 2)
     (folder / "shape_val.txt").unlink()
-    with caplog.at_level(logging.WARNING):
-        items = load_items(folder, GRAMMAR, ["color", "shape"])
+    items = load_items(folder, GRAMMAR, ["color", "shape"])
     assert [item.id for item in items] == ["color_00001", "color_00002"]
-    assert "1 lines repeat an earlier one" in caplog.text and "has no shape" in caplog.text
+    assert "shape" in caplog.text
 
 
 # ----- models
@@ -759,35 +672,6 @@ def test_blips_layer_norms_are_the_originals(weights):
     assert BlipVQA(weights["blip_path"], device="cpu").model.vision_model.post_layernorm.eps == 1e-6
 
 
-def edit(folder: Path, change) -> None:
-    content = json.loads((folder / "config.json").read_text())
-    change(content)
-    (folder / "config.json").write_text(json.dumps(content))
-
-
-def test_ids_that_are_not_blips_are_refused(tmp_path):
-    write_blip(tmp_path)
-    edit(tmp_path, lambda config: config["text_config"].update(bos_token_id=3))
-    with pytest.raises(UserError, match="bos_token_id 3 in a vocabulary of .* last two ids"):
-        BlipVQA(tmp_path, device="cpu")
-
-
-def test_the_published_vocabulary_is_known_by_its_numbers(tmp_path):
-    check = blip_vqa._check_ids
-    check(tmp_path, 30524, 30522, 2748, 2053)
-    with pytest.raises(UserError, match=r"\(30522, 2053, 2748\).*bert-base-uncased"):
-        check(tmp_path, 30524, 30522, 2053, 2748)
-
-
-def test_a_text_model_of_eight_heads_is_not_the_trained_one(tmp_path):
-    write_tokenizer(tmp_path, ["[PAD]", "[UNK]", "[CLS]"], "[SEP]", ["yes", "no"])
-    vision = {**SIZE, "image_size": 480, "patch_size": 96}
-    text = {"num_hidden_layers": 1, "num_attention_heads": 8, "intermediate_size": 8, "vocab_size": 30}
-    BlipForQuestionAnswering(BlipConfig(text_config=text, vision_config=vision)).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="8 heads, it was trained with 12: set text_config.num_attention_heads to 12"):
-        BlipVQA(tmp_path, device="cpu")
-
-
 # ----- OWLv2
 
 
@@ -829,7 +713,7 @@ SOUGHT = [["dog"], ["car", "cat", "man"], [], ["cat", "dog"]]
 
 @pytest.mark.parametrize("threshold", [0.2, 0.6])
 def test_owl_is_the_librarys_forward_and_post_processing_with_suppression(weights, threshold):
-    owl = Owlv2(weights["detector_path"], device="cpu", batch_size=4, threshold=threshold)
+    owl = Owlv2(weights["detector_path"], device="cpu", threshold=threshold)
     rows = [(picture(i, 64 + 40 * (i % 2), 64), nouns) for i, nouns in enumerate(SOUGHT)]
     found = owl.detect(rows)
     assert found[2] == [] and sum(map(len, found)) > 3
@@ -839,18 +723,6 @@ def test_owl_is_the_librarys_forward_and_post_processing_with_suppression(weight
         for one, other in zip(own, expected, strict=True):
             assert one.score == pytest.approx(other.score, abs=1e-5)
             assert one.box == pytest.approx(other.box, abs=1e-2)
-
-
-def test_an_owl_batch_is_one_by_one(weights):
-    rows = [(picture(i, 64, 64 + 8 * i), SOUGHT[1] if i % 2 else SOUGHT[3]) for i in range(8)]
-    one, many = (Owlv2(weights["detector_path"], device="cpu", batch_size=size, threshold=0.3) for size in (1, 8))
-    for owl in (one, many):
-        owl.detect(rows[:2])
-    single, together = [one.detect([row])[0] for row in rows], many.detect(rows)
-    for own, other in zip(single, together, strict=True):
-        assert [box.label for box in own] == [box.label for box in other]
-        assert [box.score for box in own] == pytest.approx([box.score for box in other], abs=1e-5)
-    assert any(len({box.label for box in own}) > 1 for own in together)
 
 
 def test_a_detector_that_is_not_finite_finds_nothing_to_judge(weights):
@@ -897,9 +769,7 @@ def test_weights_that_dpt_never_uses_may_be_missing_and_others_may_not(weights, 
     assert Depth(tmp_path, device="cpu")
     used.pop("head.head.0.weight")
     save_file(used, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(
-        UserError, match="lacks .* weights of a DPT.*head.head.0.weight.*hf download Intel/dpt-hybrid-midas"
-    ):
+    with pytest.raises(UserError, match="head.head.0.weight"):
         Depth(tmp_path, device="cpu")
 
 
@@ -927,97 +797,77 @@ def test_clip_score_is_the_raw_cosine_of_features(weights):
 # ----- the benchmark
 
 
-@pytest.fixture
-def bench(folder, weights) -> CompBench:
-    return CompBench(folder / "parses.json", detection_threshold=0.3, batch_size=8, **weights)
+def built(weights: dict[str, Path], **options) -> CompBench:
+    """As `--benchmark compbench` builds it."""
+    options = BenchmarkOptions(**{name: str(path) for name, path in weights.items()}, **options)
+    return BENCHMARKS["compbench"](options, RewardOptions(), "cpu")
 
 
-def test_every_category_is_judged_by_its_models_and_a_batch_is_one_by_one(folder, bench):
+def test_every_category_is_judged_by_its_models_and_a_batch_is_one_by_one(folder, weights):
+    bench = built(weights, parses=str(folder / "parses.json"))
+    bench.judges["detector"].threshold = 0.3
     items = bench.load(folder)
     images = [picture(i, 64 + 8 * (i % 3), 64) for i in range(len(items))]
     verdicts = bench.judge(items, images)
-    assert [list(verdict.parts) for verdict in verdicts] == [[item.category] for item in items]
-    assert json.loads(json.dumps([verdict.detail for verdict in verdicts]))
+    assert [list(one.parts) for one in verdicts] == [[item.category] for item in items]
+    assert json.loads(json.dumps([one.detail for one in verdicts]))
     assert set(bench.categories) == {item.category for item in items}
-    for item, image, verdict in zip(items, images, verdicts, strict=True):
-        (score,) = verdict.parts[item.category]
+    for item, image, one in zip(items, images, verdicts, strict=True):
+        (score,) = one.parts[item.category]
         if item.id == "numeracy_00002":
-            assert score is None and "counts nothing" in verdict.detail["reason"]
+            assert score is None and "counts nothing" in one.detail["numeracy"]["reason"]
             continue
         (alone,) = bench.judge([item], [image])[0].parts[item.category]
         assert score == pytest.approx(alone, abs=2e-4), item.id  # answers are rounded to 4 decimals
     by_id = dict(zip((item.id for item in items), verdicts, strict=True))
-    question, p = by_id["color_00001"].detail["answers"][0]
-    assert question == "a red car?" and p == pytest.approx(bench.blip.ask([(images[0], [question])])[0][0], abs=1e-5)
-    parts = by_id["complex_00003"].detail
-    assert parts["spatial"]["score"] == 0 and set(parts) == {"attribute", "spatial", "action"}
-    three = (parts["attribute"]["score"] + parts["action"]["score"]) / 3
-    assert by_id["complex_00003"].parts[ROWS["complex"]] == [pytest.approx(three)]
+    question, p = by_id["color_00001"].detail["attribute"]["answers"][0]
+    (expected,) = bench.judges["blip"].ask([(images[0], [question])])[0]
+    assert question == "a red car?" and p == pytest.approx(expected, abs=1e-5)
 
 
-def test_both_numbers_stand_in_a_spatial_verdict_and_the_option_chooses(folder, weights):
-    found = [at(200, 100, "cat"), at(200, 300, "dog")]
-    meta = {"kind": "spatial", "objects": ["cat", "dog"], "relation": "on top of"}
-    for bugs, expected in [(False, 0.9), (True, 0.0)]:
-        bench = CompBench(None, categories=["spatial"], official_bugs=bugs, detector_path=weights["detector_path"])
-        judged = bench._judged(meta, None, found, None, None)
-        assert judged.score == pytest.approx(expected)
-        assert judged.detail["score_bugs_mended"] == pytest.approx(0.9) and judged.detail["score_bugs_kept"] == 0
-        assert bench.settings["official_bugs"] == bugs and bench.title.endswith("kept" if bugs else "mended")
+PLACE = {"objects": ["cat", "dog"], "relation": "on top of"}
+FOUND = [at(200, 100, "cat"), at(200, 300, "dog")]  # 0.9 by the rule of places
+FLAT, NAN = np.zeros((9, 9), np.uint8), float("nan")
 
 
-def test_what_cannot_be_judged_is_none_with_its_reason(folder, bench):
-    def judged(meta: dict, answers=None, found=None, nearness=None, cosine=None):
-        return bench._judged(meta, answers, found, nearness, cosine)
-
-    place = {"objects": ["cat", "dog"], "relation": "near"}
-    flat = np.zeros((9, 9), np.uint8)
-    for one, reason in [
-        (judged({"kind": "color", "questions": []}), "no noun chunk"),
-        (judged({"kind": "color", "questions": ["a?"]}, answers=[float("nan")]), "BLIP's answer is not finite"),
-        (judged({"kind": "spatial", **place}), "detector's output is not finite"),
-        (judged({"kind": "spatial", "objects": [], "relation": "near"}, found=[]), "names no thing"),
-        (judged({"kind": "3d_spatial", **place}, found=[]), "depth model's output is not finite"),
-        (judged({"kind": "3d_spatial", **place}, nearness=flat), "detector's output is not finite"),
-        (judged({"kind": "numeracy", "counts": [("dog", 1)]}), "detector's output is not finite"),
-        (judged({"kind": "non_spatial"}, cosine=float("nan")), "CLIP's cosine is not finite"),
-    ]:
-        assert one.score is None and reason in one.detail["reason"]
-    whole = judged({"kind": "complex", "questions": ["a?"], **place}, answers=[0.5])
-    assert whole.score is None and "not finite" in whole.detail["spatial"]["reason"]
+def score_of(kind: str, meta: dict, **seen_) -> float | None:
+    (score,) = verdict({"kind": kind, **meta}, **seen_).parts[ROWS[kind]]
+    return score
 
 
-def test_a_prompt_without_chunks_scores_one_with_the_official_bugs_only(weights):
-    bench = CompBench("grammar", categories=["color"], official_bugs=True, blip_path=weights["blip_path"])
-    assert bench._judged({"kind": "color", "questions": []}, None, None, None, None).score == 1
-
-
-def test_only_the_models_of_the_categories_are_loaded_and_named(weights):
-    bench = CompBench(None, categories=["non_spatial"], clip_path=weights["clip_path"])
-    assert bench.settings["weights"] == {"clip": str(weights["clip_path"])}
-    assert bench.blip is bench.detector is bench.depth is None and bench.categories == ("non_spatial",)
-
-
-def test_the_overall_is_the_plain_mean_of_the_categories_there(weights):
-    bench = CompBench(None, categories=["non_spatial"], clip_path=weights["clip_path"])
-    assert bench.overall({"color": 0.8, "shape": 0.5, "non_spatial": 0.3}, {"color": 3000}) == pytest.approx(1.6 / 3)
-    assert "itself has no overall" in bench.settings["overall"]
+def test_a_complex_prompt_scores_the_mean_of_what_it_is_judged_by():
+    asked, text = {"questions": ["a?"]}, {"clip_text": "a cat"}
+    assert score_of("complex", asked | PLACE, answers=[0.5], found=FOUND) == pytest.approx((0.5 + 0.9) / 2)
+    assert score_of("complex", asked | text, answers=[0.5], cosine=0.3) == pytest.approx((0.5 + 0.3) / 2)
+    three = asked | PLACE | text
+    assert score_of("complex", three, answers=[0.5], found=FOUND, cosine=0.3) == pytest.approx(1.7 / 3)
+    no_pair = three | {"objects": []}
+    assert score_of("complex", no_pair, answers=[0.5], cosine=0.3) == pytest.approx((0.5 + 0 + 0.3) / 3)
+    assert score_of("complex", three, answers=[0.5], found=None, cosine=0.3) is None
 
 
 @pytest.mark.parametrize(
-    "module, judge", [(blip_vqa, BlipVQA), (boxes, Owlv2), (depth, Depth), (clip_score, ClipScore)]
-)  # fmt: skip
-def test_a_missing_checkpoint_names_the_command_size_and_licence(module, judge, tmp_path):
-    published = module.PUBLISHED
-    with pytest.raises(UserError) as raised:
-        judge(device="cpu")
-    for part in (published.repo, published.size, published.licence, f"hf download {published.repo}"):
-        assert part in str(raised.value)
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match=f"{tmp_path.name}"):
-        judge(tmp_path, device="cpu")
+    "kind, meta, seen_",
+    [
+        ("color", {"questions": []}, {}),
+        ("color", {"questions": ["a?"]}, {"answers": [NAN]}),
+        ("spatial", PLACE, {}),
+        ("spatial", {**PLACE, "objects": []}, {"found": []}),
+        ("3d_spatial", PLACE, {"found": []}),
+        ("3d_spatial", PLACE, {"nearness": FLAT}),
+        ("numeracy", {"counts": [("dog", 1)]}, {}),
+        ("numeracy", {"counts": []}, {"found": []}),
+        ("non_spatial", {"clip_text": "a cat"}, {"cosine": NAN}),
+    ],
+)
+def test_what_cannot_be_judged_is_none_with_a_reason(kind, meta, seen_):
+    found = verdict({"kind": kind, **meta}, **seen_)
+    assert found.parts == {ROWS[kind]: [None]}
+    assert [part["reason"] for part in found.detail.values() if part["score"] is None]
 
 
-def test_an_unknown_category_is_refused():
-    with pytest.raises(ValueError, match="colour"):
-        CompBench("grammar", categories=["colour"])
+def test_only_the_models_of_the_categories_are_loaded_and_named(weights):
+    bench = built({"clip_path": weights["clip_path"]}, categories=["non_spatial"])
+    assert bench.settings["weights"] == {"clip": str(weights["clip_path"])}
+    assert bench.categories == ("non_spatial",)
+    assert bench.overall({"color": 0.8, "shape": 0.5, "non_spatial": 0.3}, {"color": 3000}) == pytest.approx(1.6 / 3)

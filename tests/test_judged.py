@@ -446,15 +446,9 @@ QUESTIONS = [
 
 def test_a_picture_scores_the_mean_of_its_zeroed_questions():
     said = [("no", ""), ("yes", ""), ("no", ""), ("yes", "")]
-    assert dpg.verdict(QUESTIONS, said, False).parts == {
-        "DPG-graph": [1 / 4],
-        "entity": [0, 1],
-        "attribute": [0],
-        "relation": [0],
-    }
-    official = dpg.verdict(QUESTIONS, said, True)
-    assert official.parts == {"DPG-graph": [1 / 4], "entity": [0, 1], "attribute": [1], "relation": [0]}
-    torn = dpg.verdict(QUESTIONS, [("yes", ""), (None, "HTTP 500"), ("no", ""), ("yes", "")], False)
+    parts = dpg.verdict(QUESTIONS, said).parts
+    assert parts == {"DPG-graph": [1 / 4], "entity": [0, 1], "attribute": [0], "relation": [0]}
+    torn = dpg.verdict(QUESTIONS, [("yes", ""), (None, "HTTP 500"), ("no", ""), ("yes", "")])
     assert torn.parts == {"DPG-graph": [None], "entity": [1, 1], "attribute": [None], "relation": [0]}
     assert torn.detail["reason"] == "question 2: HTTP 500"
 
@@ -462,16 +456,8 @@ def test_a_picture_scores_the_mean_of_its_zeroed_questions():
 @pytest.mark.parametrize(
     "answer, said",
     [
-        ("yes", "yes"),
-        ("No.", "no"),
-        ("**Yes**\n", "yes"),
-        ("<think>no</think> yes", "yes"),
-        ("yes no", None),
-        ("no idea", None),
-        ("maybe", None),
-        ("<think>yes", None),
-        (".", None),
-        ("", None),
+        *[("yes", "yes"), ("No.", "no"), ("**Yes**\n", "yes"), ("<think>no</think> yes", "yes")],
+        *[(answer, None) for answer in ("yes no", "no idea", "maybe", "<think>yes", ".", "")],
     ],
 )
 def test_dpg_answers_are_yes_or_no(answer, said):
@@ -487,29 +473,22 @@ def dpg_row(item: str, number: object, parents: str, text: str = "a dog", catego
     return [item, text, "", number, parents, category, "whole", f"{category} - whole (x)", f"Question {number}?"]
 
 
-def test_dpg_loses_no_proposition_unless_told_to_be_official(tmp_path, caplog):
+def test_dpg_loses_no_proposition(tmp_path):
     rows = [
         dpg_row("a1", 1, "0"),
         dpg_row("a1", 2, "1"),
         dpg_row("b.2", 2, "1, 3", "a cat"),
         dpg_row("b.2", 1, "0", "a cat"),
+        dpg_row("b.2", 3, "0", "a cat", "Relation"),
     ]
-    rows += [dpg_row("b.2", 3, "0", "a cat", "Relation")]
-    path = write(tmp_path / "dpg_bench.csv", csv_of(rows, DPG_HEADER))
-    client = VLMClient("http://127.0.0.1:1/v1", MODEL)
-    items = DPG(client).load(tmp_path)
-    assert [item.id for item in items] == ["a1", "b.2"]
+    write(tmp_path / "dpg_bench.csv", csv_of(rows, DPG_HEADER))
+    items = DPG(VLMClient("http://127.0.0.1:1/v1", MODEL)).load(tmp_path)
+    assert [(item.id, len(item.meta["questions"])) for item in items] == [("a1", 2), ("b.2", 3)]
     assert items[1].meta["questions"] == [
         {"id": 1, "parents": [], "category": "entity", "question": "Question 1?"},
         {"id": 2, "parents": [1, 3], "category": "entity", "question": "Question 2?"},
         {"id": 3, "parents": [], "category": "relation", "question": "Question 3?"},
     ]
-    official = DPG(client, official_bugs=True)
-    with caplog.at_level(logging.WARNING):
-        assert official.load(path) == items[1:]
-    assert official.settings["left_out"] == ["a1"]
-    assert "left out, as the released code does: a1" in caplog.text
-    assert "official bugs" in official.title
 
 
 def test_malformed_rows_of_dpg_are_named(tmp_path):
@@ -524,14 +503,10 @@ def test_malformed_rows_of_dpg_are_named(tmp_path):
         dpg_row("a1", 8, ""),
         dpg_row("b1", 1, "9"),
     ]
-    with pytest.raises(UserError, match="8 malformed rows") as caught:
-        dpg.load(write(tmp_path / "dpg_bench.csv", csv_of(rows, DPG_HEADER)), False)
-    for line in range(3, 11):
-        assert f"line {line}: " in str(caught.value)
-    assert "b1 has no question 9" in str(caught.value)
-    (tmp_path / "prompts").mkdir()
-    with pytest.raises(UserError, match="prompts alone are not enough"):
-        dpg.load(tmp_path / "prompts", False)
+    path = write(tmp_path / "dpg_bench.csv", csv_of(rows, DPG_HEADER))
+    with pytest.raises(UserError) as caught:
+        DPG(VLMClient("http://127.0.0.1:1/v1", MODEL)).load(path)
+    assert [n for n in range(2, 12) if f"line {n}: " in str(caught.value)] == list(range(3, 11))
 
 
 # ----- all four through HTTP

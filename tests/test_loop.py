@@ -27,12 +27,12 @@ from run.saver import Saver
 from scoring.advantages import advantages
 from tests.processes import ENVIRONMENT, ROOT, launcher
 
-TOY, STEPS = ROOT / "tests" / "toy_trainer.py", 10
+TOY, FAULTY, STEPS = ROOT / "tests" / "toy_trainer.py", ROOT / "tests" / "toy_fault.py", 10
 
 
-def run(outdir: Path, *words: object, processes: int = 1) -> subprocess.CompletedProcess:
-    words = (outdir, STEPS, *words)
-    command = launcher(TOY, *words) if processes > 1 else [sys.executable, str(TOY), *map(str, words)]
+def run(outdir: Path, *flags: str, fault: tuple = (), processes: int = 1) -> subprocess.CompletedProcess:
+    program, words = FAULTY if fault else TOY, (*fault, outdir, STEPS, *flags)
+    command = launcher(program, *words) if processes > 1 else [sys.executable, str(program), *map(str, words)]
     return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
 
 
@@ -55,10 +55,10 @@ def undisturbed(request, tmp_path_factory) -> tuple[Path, int]:
     return outdir, request.param
 
 
-@pytest.mark.parametrize(("fault", "at"), [("kill_step", 5), ("kill_between", 5), ("kill_saving", 6)])
+@pytest.mark.parametrize(("fault", "at"), [("kill_step", 5), ("kill_between", 6), ("kill_saving", 6)])
 def test_a_loop_killed_anywhere_ends_bit_for_bit_where_the_undisturbed_one_ends(undisturbed, tmp_path, fault, at):
     reference, processes = undisturbed
-    assert run(tmp_path / "run", "--fault", fault, at, processes=processes).returncode != 0
+    assert run(tmp_path / "run", fault=(fault, at), processes=processes).returncode != 0
     assert [path.name for path in checkpoints.found(tmp_path / "run")] == ["checkpoint-3"]
     done = run(tmp_path / "run", "--resume", processes=processes)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -68,7 +68,7 @@ def test_a_loop_killed_anywhere_ends_bit_for_bit_where_the_undisturbed_one_ends(
 
 def test_a_loop_told_to_leave_saves_the_step_that_is_done_and_continues_from_it(undisturbed, tmp_path):
     reference, processes = undisturbed
-    done = run(tmp_path / "run", "--fault", f"signal_{int(signal.SIGTERM)}", 5, processes=processes)
+    done = run(tmp_path / "run", fault=("terminate", 5), processes=processes)
     assert done.returncode == (128 + signal.SIGTERM if processes == 1 else 1), done.stderr[-3000:]
     assert "told to leave after step 5" in done.stdout
     assert run(tmp_path / "run", "--resume", processes=processes).returncode == 0
@@ -77,7 +77,7 @@ def test_a_loop_told_to_leave_saves_the_step_that_is_done_and_continues_from_it(
 
 def test_a_disk_that_is_full_while_saving_stops_the_run_and_costs_no_checkpoint(undisturbed, tmp_path):
     reference, processes = undisturbed
-    done = run(tmp_path / "run", "--fault", "full_disk", 6, processes=processes)
+    done = run(tmp_path / "run", fault=("full_disk", 6), processes=processes)
     assert done.returncode == 1 and "the last checkpoint is checkpoint-3" in done.stderr
     assert run(tmp_path / "run", "--resume", processes=processes).returncode == 0
     assert record(tmp_path / "run") == record(reference)

@@ -94,7 +94,7 @@ def job(tmp_path, random_policy):
     """Arguments of a run, less its --out."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join([*TEXTS, "a cat", "a cat 😀"]) + "\n", encoding="utf-8")
-    return ["--prompts", str(prompts), "--gpt_path", random_policy, "--max_new_tokens", "12", "--device", "cpu"]
+    return ["--data", str(prompts), "--gpt_path", random_policy, "--max_new_tokens", "12", "--device", "cpu"]
 
 
 def rows_of(folder: Path) -> list[dict]:
@@ -160,7 +160,7 @@ def test_duplicates_are_rewritten_once_and_rows_keep_the_order_of_the_file(job, 
 @pytest.mark.parametrize("temperature", ["0", "1.0"])
 def test_continuing_after_a_kill_gives_the_uninterrupted_file(job, tmp_path, temperature):
     out = tmp_path / "out"
-    job = [*job, "--out", str(out), "--temperature", temperature, "--batch_size", "3"]
+    job = [*job, "--out", str(out), "--temperature", temperature, "--rewrite_batch_size", "3"]
     assert main(job) == 0
     whole = (out / "rewrites.jsonl").read_bytes()
     for cut in (0, 1, len(whole) // 3, len(whole) // 2, whole.index(b"\n") + 1, len(whole) - 1):
@@ -180,7 +180,7 @@ def test_rows_already_there_are_not_redone(job, tmp_path, monkeypatch, capsys):
 def test_continuing_with_other_settings_is_refused_and_names_them(job, tmp_path, capsys):
     out = ["--out", str(tmp_path / "out")]
     assert main([*job, *out]) == 0
-    assert main([*job, *out, "--batch_size", "2"]) == 0  # greedy rows do not depend on it
+    assert main([*job, *out, "--rewrite_batch_size", "2"]) == 0  # greedy rows do not depend on it
     capsys.readouterr()
     assert main([*job, *out, "--seed", "7"]) == 2
     error = capsys.readouterr().err
@@ -235,13 +235,13 @@ class ColourRenderer:
 @pytest.fixture
 def renderer(monkeypatch):
     renderer = ColourRenderer()
-    monkeypatch.setattr(reprompt, "load_renderer", lambda args: renderer)
+    monkeypatch.setattr(reprompt, "load_renderer", lambda options, device: renderer)
     return renderer
 
 
 def test_pictures_share_seeds_with_the_baseline_and_failures_are_null(job, tmp_path, renderer, capsys):
     out = tmp_path / "out"
-    job = [*job, "--out", str(out), "--sdmodel_name", "colours", "--images", "2", "--baseline"]
+    job = [*job, "--out", str(out), "--sdmodel_name", "colours", "--samples", "2", "--baseline"]
     assert main(job) == 0
     rows = rows_of(out)
     cat, dogs = rows[0], rows[1]
@@ -267,7 +267,7 @@ def test_continuing_draws_only_what_is_missing(job, tmp_path, renderer):
     assert main(job) == 0
     assert [text for text, _ in renderer.rows] == ["two dogs", "a cup"]
     assert lost.exists() and None not in [name for row in rows_of(out) for name in row["images"]]
-    assert main([*job, "--images", "2"]) == 2
+    assert main([*job, "--samples", "2"]) == 2
 
 
 # --- loading -----------------------------------------------------------------------------------------------------
@@ -285,7 +285,7 @@ def test_the_command_line_runs_from_the_repository_root(job, tmp_path):
     ("path", "needed"),
     [
         ("Qwen/Qwen2.5-3B-Instruct", ["6.2 GB", "Qwen Research License", "hf download Qwen/Qwen2.5-3B-Instruct"]),
-        ("/no/such/folder", ["'/no/such/folder'", "no such folder"]),
+        ("/no/such/folder", ["no such folder: /no/such/folder"]),
     ],
 )
 def test_a_wrong_model_path_is_exit_code_2_with_one_line(job, tmp_path, monkeypatch, capsys, path, needed):
