@@ -38,14 +38,13 @@ from trl.trainer.utils import RepeatSampler
 from data.prompts import load_prompts
 from errors import UserError
 from interfaces import Prompt, Renderer, Reward
-from models.frozen import describe
+from models.frozen import without_zero3_init
 from models.policy import load_tokenizer, prepare_policy, record_base_model
-from models.whole import without_zero3_init
 from prompting import messages
-from rendering import AUTO, RenderOptions
-from rendering.levers import choose_batch_size
+from rendering import AUTO, RenderOptions, load_renderer
 from report.plots import progressing
 from rewards import REWARDS, RewardContext, RewardOptions, build, check
+from rewards.offload import describe
 from run.files import file_hash
 from run.folder import Resume, RunFolder
 from run.heartbeat import Heartbeat
@@ -231,8 +230,8 @@ def load_frozen(
         except UserError as error:
             missing.append(str(error))
         try:
-            renderer = options.render.load(str(training.device), measuring=True)
-        except (UserError, ValueError) as error:
+            renderer = load_renderer(options.render, str(training.device), measuring=True)
+        except UserError as error:
             missing.append(str(error))
             names = [name for name in names if name != "length"]  # it counts the tokens of the renderer
         device = options.reward.reward_device or options.render.render_device or str(training.device)
@@ -388,19 +387,14 @@ def train(options: Options) -> None:
 
 
 def choose_run_batch_size(renderer: Renderer, asked: int | str, resume: Resume) -> int:
-    """Pictures a call of this run: as asked for, or for auto what the run began with, or else what a trial finds now.
-
-    Raises:
-        UserError: auto, and no trial of this renderer can be made.
-    """
-    before = resume.derived.get("render_batch_size") if asked == AUTO else None
+    """Pictures a call: as asked for; for auto the number that the run began with, or else what a trial finds now."""
+    if asked != AUTO:
+        return asked
+    before = resume.derived.get("render_batch_size")
     if before is not None:
         renderer.chunk_size = before
         return before
-    try:
-        return choose_batch_size(renderer, asked)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    return renderer.choose_batch_size()
 
 
 def all_options(options: Options) -> dict[str, Any]:

@@ -1,16 +1,9 @@
-"""The one client for every VLM judge: questions about pictures in, verdicts out, None where none could be had.
+"""The one client for chat models behind an OpenAI-compatible API: `ChatClient` asks, `VLMClient` asks a judge.
 
-A question is a template with the user's ORIGINAL prompt in it, and pictures; it goes to an OpenAI-compatible chat API
-at temperature 0. What can fail does so here and quietly: no verdict is ever made up, nothing remote raises out of a
-batch, and a batch ends in bounded time.
+A judge's question is a template with the user's ORIGINAL prompt in it, and pictures, at temperature 0. A verdict is
+None where the call failed or the answer could not be read: none is ever made up. A batch ends in bounded time.
 
-    one call    at most `call_timeout` seconds, retries (connection, 408, 429, 5xx; back-off with jitter) included
-    one batch   at most `batch_timeout` seconds; what is unfinished then is None
-    a dead API  after as many failures in a row as two rounds of calls in flight, at least TRIP, calls fail at once;
-                one probe per PAUSE seconds finds out that it is back
-
-No torch here: a program that only asks starts at once. Left out: streaming, tool calls, logits beyond the first token,
-`Retry-After`, and redirects, which could carry pictures to another host.
+No torch here. Left out: streaming, tool calls, and redirects, which could carry pictures to another host.
 """
 
 from __future__ import annotations
@@ -19,23 +12,33 @@ import asyncio
 import base64
 import hashlib
 import io
-import itertools
 import json
 import logging
 import math
-import os
 import re
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from openai import APIConnectionError, APIStatusError, AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
+from openai.types.chat import ChatCompletion, ChatCompletionMessage
 from PIL import Image
 
-from clients.http import ALIVE, CHECK_TIMEOUT, CONNECT_TIMEOUT, RETRIED, Circuit, back_off, checked_url, finished
+from clients.http import (
+    CHECK_TIMEOUT,
+    CONNECT_TIMEOUT,
+    CallFailed,
+    Circuit,
+    checked_key,
+    checked_url,
+    finished,
+    repeat,
+)
 from errors import UserError, one_line
 from prompting import MAX_PROMPT_CHARS, well_formed
 from run.signals import leaving
@@ -49,13 +52,129 @@ MAX_TOKENS = 4096  # of an answer: room to think aloud
 TOP_TOKENS = 20  # whose probabilities are asked for, the most that the API allows
 MAX_SLOT_CHARS = 16_000  # of what goes into a slot other than the prompt's
 LOSSLESS_PIXELS = 512 * 512  # up to here a picture is sent as PNG, above as JPEG
-ATTEMPTS = 4  # of one call
 TRIP, PAUSE = 8, 30.0  # failures in a row that open the circuit, at least; seconds until a probe
+LONGEST_WAIT = 60.0  # seconds of a Retry-After
+NO_VERDICT = ("failed", "unparsable")  # what may come of a question
 
 # "[INST]" and the like: bracketed capitals. Angle brackets, of any kind, need no pattern.
 _BRACKETED = re.compile(r"\[(/?[A-Z_]{2,})\]")
 _ANGLES = str.maketrans("<>", "＜＞")
 _SLOTS = re.compile(r"\{([a-z]+)\}")
+
+
+class ChatClient:
+    """A model behind an OpenAI-compatible API. Nothing is contacted before the first call.
+
+    The key is read from the environment, WHOSE_API_KEY, for each connection and is never kept; proxies of the
+    environment are used for other machines only.
+
+    Args:
+        whose: "judge" or "teacher".
+        url: base of the API ("http://127.0.0.1:8080/v1").
+        model: the model's name there.
+        concurrency: calls in flight at once.
+        call_timeout: seconds for one call, repeats included, from the moment that it is its turn.
+        attempts: at one call. When all calls in flight have failed half of theirs, others fail unasked, and one call
+            per PAUSE seconds finds out whether the API is back.
+
+    Raises:
+        UserError: a value that cannot work, or plain http to another machine.
+    """
+
+    def __init__(
+        self, whose: str, url: str, model: str, *, concurrency: int = 16, call_timeout: float = 120, attempts: int = 4
+    ):
+        self.url, self.loopback = checked_url(url, whose)
+        if concurrency < 1 or not 0 < call_timeout < math.inf:
+            raise UserError(f"{whose}: concurrency is {concurrency} and timeout {call_timeout}, must be above 0")
+        self.whose, self.model = whose, model
+        self.concurrency, self.call_timeout, self.attempts = concurrency, call_timeout, attempts
+        self.circuit = Circuit(max(TRIP, attempts // 2 * concurrency), PAUSE)
+
+    @asynccontextmanager
+    async def connect(self) -> AsyncIterator[Callable[..., Awaitable[ChatCompletion]]]:
+        """`async with client.connect() as complete: reply = await complete(messages, temperature=0)`.
+
+        The reply has a first choice with a message. `complete` raises CallFailed.
+        """
+        turns = asyncio.Semaphore(self.concurrency)
+        async with self._api() as api:
+
+            async def complete(messages: Sequence[Mapping[str, Any]], **options: Any) -> ChatCompletion:
+                async def request() -> ChatCompletion:
+                    reply = await _answer(api.chat.completions.create(model=self.model, messages=messages, **options))
+                    try:  # the SDK does not check what it was sent
+                        if isinstance(reply.choices[0].message, ChatCompletionMessage):
+                            return reply
+                    except (AttributeError, IndexError, TypeError):
+                        pass
+                    raise CallFailed(f"an answer that is no chat completion: {str(reply)[:80]!r}")
+
+                async with turns:
+                    return await repeat(request, self.circuit, self.attempts, self.call_timeout)
+
+            yield complete
+
+    def check(self) -> None:
+        """Ask the server once which models it has (GET /models).
+
+        Raises:
+            UserError: nobody answers, access is denied, it is no such API, or it lacks `model`.
+        """
+
+        async def names() -> list[str]:
+            async with self._api() as api:
+                models = await repeat(lambda: _answer(api.models.list()), Circuit(TRIP, PAUSE), 1, CHECK_TIMEOUT)
+                return [model.id for model in models.data]
+
+        try:
+            known = asyncio.run(names())
+        except (AttributeError, TypeError):  # the SDK does not check what it was sent
+            known = "no models"
+        except CallFailed as error:
+            raise self.unusable(error) from error
+        if self.model not in known:
+            raise UserError(
+                f"{self.url} serves {known}, not {self.model!r}: correct --{self.whose}_model, or --{self.whose}_url, "
+                "which must end in its /v1"
+            )
+
+    def unusable(self, error: CallFailed) -> UserError:
+        """What the user can do about an API that denies access or is not there."""
+        key, start = f"set environment {self.whose.upper()}_API_KEY", f"start it, or correct --{self.whose}_url"
+        hints = {401: key, 403: key, 404: f"does --{self.whose}_url end in /v1, and is {self.model!r} a model there?"}
+        return UserError(f"{self.whose} at {self.url} cannot be asked ({error}): {hints.get(error.status, start)}")
+
+    def _api(self) -> AsyncOpenAI:
+        """The SDK without its own retries, redirects, and what the environment says about api.openai.com."""
+        key = checked_key(self.whose) or "none"
+        api = AsyncOpenAI(
+            base_url=self.url,
+            api_key=key,
+            default_headers={"Authorization": f"Bearer {key}"},  # else OPENAI_CUSTOM_HEADERS could replace it
+            max_retries=0,
+            timeout=Timeout(self.call_timeout, connect=min(CONNECT_TIMEOUT, self.call_timeout)),
+            http_client=DefaultAsyncHttpxClient(trust_env=not self.loopback, follow_redirects=False),
+        )
+        api.organization = api.project = None
+        return api
+
+
+async def _answer(request: Awaitable[Any]) -> Any:
+    """What the SDK makes of the answer to one request; raises CallFailed in place of its own errors."""
+    try:
+        return await request
+    except APIConnectionError as error:
+        raise CallFailed(one_line(error.__cause__ or error)) from error
+    except APIStatusError as error:
+        wait = error.response.headers.get("Retry-After", "")  # may also be a date
+        wait = min(float(wait), LONGEST_WAIT) if wait.isdecimal() else 0.0
+        raise CallFailed(one_line(error), status=error.status_code, code=error.code or "", retry_after=wait) from error
+    except ValueError as error:
+        raise CallFailed(f"an answer that is no JSON ({one_line(error)})") from error
+
+
+# ----- what a judge is asked
 
 
 @dataclass(frozen=True)
@@ -66,7 +185,7 @@ class Template:
         text: the instructions, with SLOT where the user's prompt goes, and {slots} for what else a question brings.
         parse: answer -> verdict, None if the answer holds none.
         first_token: not words but the first token's probabilities are wanted: the answer that `parse` is given is what
-            `first_tokens` says, "" from a server that gives none.
+            `first_tokens` says.
     """
 
     text: str
@@ -92,10 +211,7 @@ class Template:
 
 @dataclass(frozen=True)
 class Question:
-    """One thing to ask: a template, the user's own words, and the pictures in the order in which they are shown.
-
-    `slots` is for what else the template takes.
-    """
+    """One thing to ask: a template, the user's own words, what goes into other slots, and the pictures in order."""
 
     template: Template
     prompt: str
@@ -108,37 +224,20 @@ class Question:
         return self.template.fill(self.prompt, **self.slots)
 
 
-@dataclass(frozen=True)
-class _Outcome:
-    """What came of a question: a verdict (`cached`: of an earlier call), or why there is none: failed, or unread."""
+class _Outcome(NamedTuple):
+    """What came of a question. `kind` is "asked", "cached", "failed" or "unparsable"; the last two have a reason."""
 
+    kind: str
     verdict: Verdict | None = None
-    failure: str = ""
-    unread: str = ""
-    cached: bool = False
-
-    @property
-    def reason(self) -> str:
-        """Why there is no verdict, "" if there is one."""
-        return self.failure or (f"no verdict in {self.unread[:200]!r}" if self.unread else "")
+    reason: str = ""
 
 
-class _CallFailed(Exception):
-    """No answer could be had; the message says why."""
-
-
-class VLMClient:
-    """Asks a VLM behind an OpenAI-compatible API. Nothing is contacted before the first `ask` or `check`.
-
-    The API key is read from the environment, JUDGE_API_KEY, at each call and is never kept; a server on this machine
-    needs none. Proxies of the environment are used for other machines only. Instances can be pickled.
+class VLMClient(ChatClient):
+    """Asks a VLM about pictures; the key is JUDGE_API_KEY. Instances can be pickled.
 
     Args:
-        url: base of the API ("http://127.0.0.1:8080/v1").
-        model: the model's name there.
-        concurrency: calls in flight at once.
-        call_timeout: seconds for one call, retries included, from the moment that it is its turn.
-        batch_timeout: seconds for all calls of one `ask`.
+        url, model, concurrency, call_timeout: see `ChatClient`.
+        batch_timeout: seconds for all calls of one `ask`; what is unfinished then has failed.
         cache: SQLite file of verdicts, shared by any number of processes; None keeps none. A verdict is known by its
             pictures, filled template, template version and `model`: take a new file when another model gets that name.
 
@@ -161,29 +260,21 @@ class VLMClient:
         batch_timeout: float = 900.0,
         cache: str | Path | None = None,
     ):
-        self.url, self.loopback = checked_url(url, "judge", UserError)
-        if not model:
-            raise UserError("the judge's model has no name: give --judge_model, see GET /v1/models of the server")
-        if concurrency < 1:
-            raise UserError(f"judge concurrency is {concurrency}, must be at least 1")
-        for name, seconds in (("call_timeout", call_timeout), ("batch_timeout", batch_timeout)):
-            if not (math.isfinite(seconds) and seconds > 0):
-                raise UserError(f"judge {name} is {seconds}, must be a positive number of seconds")
-        self.model, self.concurrency = model, concurrency
-        self.call_timeout, self.batch_timeout = call_timeout, batch_timeout
-        self.cache = _Cache(cache) if cache is not None else None
+        super().__init__("judge", url, model, concurrency=concurrency, call_timeout=call_timeout)
+        if not 0 < batch_timeout < math.inf:
+            raise UserError(f"judge: batch_timeout is {batch_timeout}, must be a positive number of seconds")
+        self.batch_timeout, self.cache = batch_timeout, _Cache(Path(cache)) if cache is not None else None
         self.metrics: dict[str, float] = {}
         self.reasons: list[str] = []
-        self._early: dict[str, _Outcome] = {}
-        self._circuit = Circuit(max(TRIP, 2 * concurrency), PAUSE)
+        self._prefetched: dict[str, _Outcome] = {}
 
     def prefetch(self, questions: Sequence[Question]) -> None:
-        """Ask already what a later `ask` will; what came of it, failures too, waits for the next `ask`.
+        """Ask now what a later `ask` will; what comes of it, failures too, waits for the next `ask`.
 
-        May run beside anything but `ask`; what is unfinished after `batch_timeout` has failed.
+        May run beside anything but `ask`.
         """
         distinct = dict(zip(self._keys(questions), questions, strict=True))
-        self._early |= self._outcomes({key: q for key, q in distinct.items() if key not in self._early})
+        self._prefetched |= self._outcomes({key: q for key, q in distinct.items() if key not in self._prefetched})
 
     def ask(self, questions: Sequence[Question]) -> list[Verdict | None]:
         """One verdict per question, in order; None where the call failed or the answer could not be read.
@@ -193,10 +284,10 @@ class VLMClient:
         """
         keys = self._keys(questions)
         distinct = dict(zip(keys, questions, strict=True))
-        early = {key: self._early[key] for key in distinct if key in self._early}
-        self._early = {}
-        outcomes = early | self._outcomes({key: question for key, question in distinct.items() if key not in early})
-        self._report(outcomes)
+        outcomes = {key: self._prefetched[key] for key in distinct if key in self._prefetched}
+        self._prefetched = {}
+        outcomes |= self._outcomes({key: question for key, question in distinct.items() if key not in outcomes})
+        self._report(outcomes.values())
         self.reasons = [outcomes[key].reason for key in keys]
         return [outcomes[key].verdict for key in keys]
 
@@ -209,24 +300,11 @@ class VLMClient:
         new = {key: outcome.verdict for key, outcome in asked.items() if outcome.verdict is not None}
         if self.cache and new:
             self.cache.put(new)
-        return {key: _Outcome(verdict, cached=True) for key, verdict in known.items()} | asked
-
-    def check(self) -> None:
-        """Ask the server once which models it has (GET /models).
-
-        Raises:
-            UserError: nobody answers, access is denied, it is no such API, or it lacks `model`; with what to do.
-        """
-        names = asyncio.run(self._model_names())
-        if self.model not in names:
-            raise UserError(
-                f"the judge at {self.url} serves {', '.join(map(repr, names)) or 'no model'}, not {self.model!r}: "
-                "correct --judge_model"
-            )
+        return {key: _Outcome("cached", verdict) for key, verdict in known.items()} | asked
 
     def _keys(self, questions: Sequence[Question]) -> list[str]:
         """For each question what tells it from all others, in any batch, process and run."""
-        hashes = {key: picture_hash(image) for key, image in _distinct_images(questions).items()}
+        hashes = {id(image): picture_hash(image) for image in _distinct_images(questions)}
         rows = [
             [q.template.version, self.model, q.text, *(hashes[id(image)] for image in q.images)] for q in questions
         ]
@@ -234,108 +312,45 @@ class VLMClient:
 
     async def _ask_all(self, questions: Mapping[str, Question], deadline: float) -> dict[str, _Outcome]:
         """The outcome of every question; what is unfinished at `deadline` (of time.monotonic) has failed."""
-        uris = {key: data_uri(image) for key, image in _distinct_images(questions.values()).items()}
-        turns, outcomes, rows = asyncio.Semaphore(self.concurrency), {}, list(questions.items())
-        probes = 1 if self._circuit.is_open else 0  # asked before the others: is somebody there again?
-        async with self._connect() as api:
+        uris = {id(image): data_uri(image) for image in _distinct_images(questions.values())}
+        outcomes, rows = {}, list(questions.items())
+        probes = 1 if self.circuit.is_open else 0  # asked before the others: is the server back?
+        async with self.connect() as complete:
             for some in (rows[:probes], rows[probes:]):
-                calls = {key: asyncio.create_task(self._ask(api, turns, question, uris)) for key, question in some}
-                outcomes |= await self._finished(calls, deadline)
+                calls = {key: asyncio.create_task(_ask(complete, question, uris)) for key, question in some}
+                in_time = await finished(calls, deadline)
+                late = "the run was told to leave" if leaving() else f"the batch's {self.batch_timeout:g} s"
+                outcomes |= {key: _Outcome("failed", reason=f"unfinished after {late}") for key in calls} | in_time
         return outcomes
 
-    async def _finished(self, calls: Mapping[str, asyncio.Task[_Outcome]], deadline: float) -> dict[str, _Outcome]:
-        """Outcomes of calls that are under way; an error that is no failure of a call (a bug) is raised."""
-        in_time = await finished(calls, deadline)
-        reason = "the run was told to leave" if leaving() else f"the batch's {self.batch_timeout:g} s"
-        too_late = _Outcome(failure=f"unfinished after {reason}")
-        return {key: in_time.get(key, too_late) for key in calls}
+    def _report(self, outcomes: Collection[_Outcome]) -> None:
+        counts = Counter(outcome.kind for outcome in outcomes)
+        asked = len(outcomes) - counts["cached"]
+        self.metrics = {"asked": float(asked), **{kind: float(counts[kind]) for kind in ("cached", *NO_VERDICT)}}
+        for kind in NO_VERDICT:
+            if counts[kind]:
+                reason = next(outcome.reason for outcome in outcomes if outcome.kind == kind)
+                logger.warning("%d of %d judge calls %s, one: %s", counts[kind], asked, kind, reason)
 
-    async def _ask(
-        self, api: AsyncOpenAI, turns: asyncio.Semaphore, question: Question, uris: Mapping[int, str]
-    ) -> _Outcome:
-        async with turns:
-            try:
-                async with asyncio.timeout(self.call_timeout):
-                    answer = await self._answer(api, question, uris)
-            except TimeoutError:
-                reason = f"no answer within {self.call_timeout:g} s"
-                self._circuit.failed(reason)
-                return _Outcome(failure=reason)
-            except _CallFailed as error:
-                return _Outcome(failure=str(error))
-        verdict = question.template.parse(answer)
-        return _Outcome(unread=answer or "an empty answer") if verdict is None else _Outcome(verdict)
 
-    async def _answer(self, api: AsyncOpenAI, question: Question, uris: Mapping[int, str]) -> str:
-        """The judge's words; raises _CallFailed once a failure is final or the circuit is open."""
-        pictures = [{"type": "image_url", "image_url": {"url": uris[id(image)]}} for image in question.images]
-        words = {"type": "text", "text": question.text}
-        if question.template.first_token:
-            wanted, read = {"max_tokens": 1, "logprobs": True, "top_logprobs": TOP_TOKENS}, first_tokens
-        else:
-            wanted, read = {"max_tokens": MAX_TOKENS}, _content
-        for attempt in itertools.count(1):
-            if not self._circuit.lets_through():
-                raise _CallFailed(f"not asked: {self._circuit.failures} failures in a row, {self._circuit.reason}")
-            try:
-                reply = await api.chat.completions.with_raw_response.create(
-                    model=self.model,
-                    messages=[{"role": "user", "content": [*pictures, words]}],
-                    temperature=0,
-                    **wanted,
-                )
-            except APIConnectionError as error:
-                reason, again = one_line(error.__cause__ or error), True
-                self._circuit.failed(reason)
-            except APIStatusError as error:
-                reason, status = one_line(error), error.status_code
-                again = status in RETRIED or status >= 500
-                if status in ALIVE:
-                    self._circuit.succeeded()
-                else:
-                    self._circuit.failed(reason)
-            else:
-                self._circuit.succeeded()
-                return read(reply.text)
-            if not again or attempt == ATTEMPTS:
-                raise _CallFailed(reason)
-            await asyncio.sleep(back_off(attempt))
-
-    async def _model_names(self) -> list[str]:
-        where = f"judge at {self.url}"
-        async with self._connect() as api:
-            try:
-                async with asyncio.timeout(CHECK_TIMEOUT):
-                    reply = await api.models.with_raw_response.list()
-            except (APIConnectionError, TimeoutError) as error:
-                raise UserError(
-                    f"no {where} ({one_line(error.__cause__ or error)}): start one with scripts/serve_judge.sh, or "
-                    "name another with --judge_url"
-                ) from error
-            except APIStatusError as error:
-                hint = {401: "set JUDGE_API_KEY", 403: "set JUDGE_API_KEY", 404: "does --judge_url end in /v1?"}
-                what = hint.get(error.status_code, "start one with scripts/serve_judge.sh")
-                raise UserError(f"{where} answers {one_line(error)}: {what}") from error
-        try:
-            return [str(model["id"]) for model in json.loads(reply.text)["data"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{where} is no OpenAI-compatible API: --judge_url must end in its /v1") from error
-
-    def _connect(self) -> AsyncOpenAI:
-        key = os.environ.get("JUDGE_API_KEY", "").strip()
-        return open_api(self.url, key, self.call_timeout, proxies=not self.loopback)
-
-    def _report(self, outcomes: Mapping[str, _Outcome]) -> None:
-        failures = [outcome.failure for outcome in outcomes.values() if outcome.failure]
-        unread = [outcome.unread for outcome in outcomes.values() if outcome.unread]
-        cached = sum(outcome.cached for outcome in outcomes.values())
-        asked = len(outcomes) - cached
-        counts = {"asked": asked, "cached": cached, "failed": len(failures), "unparsable": len(unread)}
-        self.metrics = {name: float(count) for name, count in counts.items()}
-        if failures:
-            logger.warning("%d of %d judge calls failed, one: %s", len(failures), asked, failures[0])
-        if unread:
-            logger.warning("%d of %d judge answers have no verdict, one: %.200r", len(unread), asked, unread[0])
+async def _ask(
+    complete: Callable[..., Awaitable[ChatCompletion]], question: Question, uris: Mapping[int, str]
+) -> _Outcome:
+    pictures = [{"type": "image_url", "image_url": {"url": uris[id(image)]}} for image in question.images]
+    content = [*pictures, {"type": "text", "text": question.text}]
+    if question.template.first_token:
+        wanted = {"max_tokens": 1, "logprobs": True, "top_logprobs": TOP_TOKENS}
+    else:
+        wanted = {"max_tokens": MAX_TOKENS}
+    try:
+        reply = await complete([{"role": "user", "content": content}], temperature=0, **wanted)
+    except CallFailed as error:
+        return _Outcome("failed", reason=str(error))
+    answer = first_tokens(reply) if question.template.first_token else reply.choices[0].message.content or ""
+    verdict = question.template.parse(answer)
+    if verdict is None:
+        return _Outcome("unparsable", reason=f"no verdict in {answer[:200]!r}")
+    return _Outcome("asked", verdict)
 
 
 # ----- what is sent, what comes back
@@ -371,25 +386,12 @@ def data_uri(image: Image.Image) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _distinct_images(questions: Iterable[Question]) -> dict[int, Image.Image]:
-    return {id(image): image for question in questions for image in question.images}
-
-
-def _content(body: str) -> str:
-    """The answer in a chat completion's JSON, "" if there is none: then it cannot be parsed either."""
+def first_tokens(reply: ChatCompletion) -> str:
+    """JSON of token -> probability for the likeliest first tokens of a reply, "" if it gives none."""
     try:
-        content = json.loads(body)["choices"][0]["message"]["content"]
-    except (ValueError, KeyError, IndexError, TypeError):
-        return ""
-    return content if isinstance(content, str) else ""
-
-
-def first_tokens(body: str) -> str:
-    """JSON of token -> probability for the likeliest first tokens of a chat completion's JSON, "" if it gives none."""
-    try:
-        likeliest = json.loads(body)["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-        weights = [(str(token["token"]), math.exp(token["logprob"])) for token in likeliest]
-    except (ValueError, KeyError, IndexError, TypeError, OverflowError):
+        likeliest = reply.choices[0].logprobs.content[0].top_logprobs
+        weights = [(str(token.token), math.exp(token.logprob)) for token in likeliest]
+    except (AttributeError, IndexError, TypeError, OverflowError):
         return ""
     chances: dict[str, float] = {}
     for token, chance in weights:
@@ -397,66 +399,36 @@ def first_tokens(body: str) -> str:
     return json.dumps(chances) if chances and sum(chances.values()) < 1.01 else ""
 
 
-def open_api(url: str, key: str, timeout: float, *, proxies: bool) -> AsyncOpenAI:
-    """The SDK without its own retries, redirects, and what the environment says about api.openai.com.
-
-    Args:
-        url: as `checked_url` returns it.
-        key: "" for a server that needs none.
-        timeout: seconds for one request.
-        proxies: whether those of the environment are used.
-    """
-    api = AsyncOpenAI(
-        base_url=url,
-        api_key=key or "none",
-        default_headers={"Authorization": f"Bearer {key or 'none'}"},  # else OPENAI_CUSTOM_HEADERS could replace it
-        max_retries=0,
-        timeout=Timeout(timeout, connect=min(CONNECT_TIMEOUT, timeout)),
-        http_client=DefaultAsyncHttpxClient(trust_env=proxies, follow_redirects=False),
-    )
-    api.organization = api.project = None
-    return api
-
-
-# ----- what outlives a call
+def _distinct_images(questions: Iterable[Question]) -> Iterable[Image.Image]:
+    return {id(image): image for question in questions for image in question.images}.values()
 
 
 class _Cache:
-    """Verdicts in an SQLite file: each call opens it anew, so threads and processes may share it.
+    """Verdicts in an SQLite file, made with the first batch; each call opens it anew, so processes may share it.
 
-    SQLite's rollback journal, not its write-ahead log, which needs shared memory and so fails on network folders. Once
-    in use a cache that fails (full disk, lock not had in time) costs the verdicts in it, with a warning, not the run.
-
-    The file is made with the first batch: a run that is refused before leaves nothing behind.
+    A cache that fails in use (full disk, lock not had in time) costs the verdicts in it, with a warning, not the run.
 
     Raises:
-        UserError: what is at `path` is no such file, or `path` lies in something that is no folder.
+        UserError: the file at `path` is no database.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, path: Path):
+        self.path = path
         try:
-            there = next(parent for parent in self.path.absolute().parents if parent.exists())
-            if not there.is_dir():
-                raise NotADirectoryError(f"{there} is no folder")
-            if self.path.exists():
+            if path.exists():
                 self._open().close()
-        except (OSError, sqlite3.DatabaseError) as error:
-            raise UserError(
-                f"{str(path)!r} cannot hold the judge's verdicts ({one_line(error)}): name another file, or none"
-            ) from error
+        except sqlite3.DatabaseError as error:
+            raise UserError(f"judge_cache {path} holds no verdicts ({error}): name another file, or none") from error
 
     def get(self, keys: Iterable[str]) -> dict[str, Verdict]:
         """The verdicts of those keys that are known."""
-        found: dict[str, Verdict] = {}
         try:
             with closing(self._open()) as db:
-                for key in keys:
-                    row = db.execute("SELECT verdict FROM verdicts WHERE key = ?", (key,)).fetchone()
-                    found |= {key: json.loads(row[0])} if row else {}
+                found = [db.execute("SELECT * FROM verdicts WHERE key = ?", (key,)).fetchone() for key in keys]
         except (OSError, sqlite3.DatabaseError) as error:
             logger.warning("judge cache %s was not read: %s", self.path, one_line(error))
-        return found
+            return {}
+        return {row[0]: json.loads(row[1]) for row in found if row}
 
     def put(self, verdicts: Mapping[str, Verdict]) -> None:
         """Add what is new, in one transaction."""
@@ -468,12 +440,9 @@ class _Cache:
             logger.warning("%d verdicts were not added to judge cache %s: %s", len(rows), self.path, one_line(error))
 
     def _open(self) -> sqlite3.Connection:
+        """In rollback mode, because SQLite's write-ahead log fails on network folders."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         db = sqlite3.connect(self.path, timeout=30)
-        try:
-            with db:
-                db.execute("CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, verdict TEXT NOT NULL)")
-        except sqlite3.DatabaseError:
-            db.close()
-            raise
+        with db:
+            db.execute("CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, verdict TEXT NOT NULL)")
         return db

@@ -1,8 +1,6 @@
-"""What every client of an HTTP API shares: which URLs are spoken to, when to ask again, when to stop asking.
+"""What every client of an HTTP API shares: which URLs it may call, when it repeats a request, when it stops calling.
 
-The judges' client (`clients.chat`), the teacher's (`scripts.teacher`) and the remote renderer (`rendering.remote`)
-differ in what they say; here is what they have in common. Only the standard library, so that a program that only asks
-starts at once.
+The chat client (`clients.chat`) and the remote renderer (`rendering.remote`) use it. Only the standard library.
 """
 
 from __future__ import annotations
@@ -12,10 +10,11 @@ import ipaddress
 import os
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TypeVar
 from urllib.parse import urlsplit
 
+from errors import UserError
 from run.signals import leaving
 
 BACKOFF, LONGEST_BACKOFF = 0.5, 8.0  # seconds before the second attempt, doubled each time, and their most
@@ -27,86 +26,12 @@ ALIVE = {400, 413, 422, 429}  # this question was refused, which says nothing ag
 Key, Result = TypeVar("Key"), TypeVar("Result")
 
 
-def back_off(attempt: int) -> float:
-    """Seconds to wait after that failed attempt; drawn outside the random state that a run is seeded with."""
-    longest = min(LONGEST_BACKOFF, BACKOFF * 2 ** min(attempt - 1, 10))
-    return longest * random.SystemRandom().uniform(0.5, 1.0)
+class CallFailed(Exception):
+    """A request was not answered; the message says why. `status` is 0 where there was no HTTP answer."""
 
-
-async def finished(calls: Mapping[Key, asyncio.Task[Result]], deadline: float) -> dict[Key, Result]:
-    """Results of the calls that end before `deadline` (of time.monotonic) and before the run is told to leave.
-
-    The others are cancelled and absent here. An error that is no failure of a call (a bug) is raised.
-    """
-    if not calls:
-        return {}
-    late, failed = set(calls.values()), False
-    while late and not failed and (time_left := deadline - time.monotonic()) > 0 and not leaving():
-        done, late = await asyncio.wait(late, timeout=min(time_left, LISTEN), return_when=asyncio.FIRST_EXCEPTION)
-        failed = any(call.exception() for call in done)
-    for call in late:
-        call.cancel()
-    await asyncio.gather(*late, return_exceptions=True)
-    return {key: call.result() for key, call in calls.items() if call not in late}
-
-
-def is_url(name: str) -> bool:
-    """Whether a model is named by the address of a server, not by a folder or a hub name."""
-    return name.startswith(("http://", "https://"))
-
-
-def checked_url(url: str, whose: str, refusal: type[Exception]) -> tuple[str, bool]:
-    """The URL without a closing slash, and whether it is on this machine.
-
-    Args:
-        url: base of an API.
-        whose: "judge", "teacher", "render": as in the environment's WHOSE_API_KEY and WHOSE_ALLOW_HTTP.
-        refusal: what is raised.
-
-    Raises:
-        refusal: it is no URL of an API, carries a login, would send `whose` key unencrypted to another machine, or the
-            key cannot be sent.
-    """
-    checked_key(whose, refusal)
-    example = 'give the base of an OpenAI-compatible API, such as "http://127.0.0.1:8080/v1"'
-    try:
-        parts = urlsplit(url)
-        host, _ = parts.hostname, parts.port
-    except ValueError as error:
-        raise refusal(f"{whose} URL {url!r} cannot be read ({error}): {example}") from error
-    if parts.scheme not in ("http", "https") or not host or parts.query or parts.fragment:
-        raise refusal(f"{whose} URL {url!r} is none: {example}")
-    if parts.username is not None:
-        raise refusal(
-            f"the {whose} URL of {host} carries a login: remove it, keys go into environment {whose.upper()}_API_KEY"
-        )
-    loopback = is_loopback(host)
-    if parts.scheme == "http" and not loopback and os.environ.get(f"{whose.upper()}_ALLOW_HTTP") != "1":
-        raise refusal(
-            f"{whose} URL {url!r} would send questions and key unencrypted to another machine: use https, or set "
-            f"environment {whose.upper()}_ALLOW_HTTP=1 if you trust the network"
-        )
-    return url.rstrip("/"), loopback
-
-
-def checked_key(whose: str, refusal: type[Exception]) -> str:
-    """The key of WHOSE_API_KEY, "" if there is none.
-
-    Raises:
-        refusal: it cannot be a header; the text does not show it, as that of a client's own error would.
-    """
-    key = os.environ.get(f"{whose.upper()}_API_KEY", "").strip()
-    if not (key.isascii() and key.isprintable()):
-        raise refusal(f"environment {whose.upper()}_API_KEY must be one line of printable ASCII characters")
-    return key
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address is this machine's own; names are not looked up."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    def __init__(self, reason: str, *, status: int = 0, code: str = "", retry_after: float = 0.0):
+        super().__init__(reason)
+        self.status, self.code, self.retry_after = status, code, retry_after
 
 
 class Circuit:
@@ -121,7 +46,7 @@ class Circuit:
         return self.failures >= self.trip
 
     def lets_through(self) -> bool:
-        """Whether a call may be made now; an open circuit's probe is thereby taken."""
+        """Whether a call may be made now; if the circuit is open, that call is its probe."""
         if not self.is_open:
             return True
         if time.monotonic() - self.since < self.pause:
@@ -136,3 +61,101 @@ class Circuit:
     def succeeded(self) -> None:
         """The server answered."""
         self.failures = 0
+
+
+async def repeat(request: Callable[[], Awaitable[Result]], circuit: Circuit, attempts: int, timeout: float) -> Result:
+    """The answer to a request; it is repeated after a lost connection, 408, 429 and 5xx.
+
+    Raises:
+        CallFailed: after `attempts` failures, one that cannot pass, or `timeout` seconds; or the circuit is open.
+    """
+    attempt = 0
+    try:
+        async with asyncio.timeout(timeout):
+            while circuit.lets_through():
+                attempt += 1
+                try:
+                    answer = await request()
+                    circuit.succeeded()
+                    return answer
+                except CallFailed as error:
+                    if error.status in ALIVE:
+                        circuit.succeeded()
+                    else:
+                        circuit.failed(str(error))
+                    may_pass = error.status in {0, *RETRIED} or error.status >= 500
+                    if attempt == attempts or not may_pass:
+                        raise
+                    await asyncio.sleep(max(back_off(attempt), error.retry_after))
+    except TimeoutError as error:
+        circuit.failed(f"no answer within {timeout:g} s")
+        raise CallFailed(circuit.reason) from error
+    raise CallFailed(f"not asked: {circuit.failures} failures in a row, {circuit.reason}")
+
+
+def back_off(attempt: int) -> float:
+    """Seconds to wait after that failed attempt; drawn outside the random state that a run is seeded with."""
+    longest = min(LONGEST_BACKOFF, BACKOFF * 2 ** min(attempt - 1, 10))
+    return longest * random.SystemRandom().uniform(0.5, 1.0)
+
+
+async def finished(calls: Mapping[Key, asyncio.Task[Result]], deadline: float) -> dict[Key, Result]:
+    """Results of the calls that end before `deadline` (of time.monotonic) and before the run is told to leave.
+
+    The others are cancelled and absent here. An error that is no failure of a call (a bug) is raised.
+    """
+    late = set(calls.values())
+    while late and (time_left := deadline - time.monotonic()) > 0 and not leaving():
+        _, late = await asyncio.wait(late, timeout=min(time_left, LISTEN))
+    for call in late:
+        call.cancel()
+    await asyncio.gather(*late, return_exceptions=True)
+    return {key: call.result() for key, call in calls.items() if call not in late}
+
+
+def is_url(name: str) -> bool:
+    """Whether a model is named by the address of a server, not by a folder or a hub name."""
+    return name.startswith(("http://", "https://"))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is this machine's own; names are not looked up."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def checked_url(url: str, whose: str) -> tuple[str, bool]:
+    """The base of an API without a closing slash, and whether it is on this machine.
+
+    `whose` is "judge", "teacher" or "render", as in the environment's WHOSE_API_KEY and WHOSE_ALLOW_HTTP.
+
+    Raises:
+        UserError: it is no such URL, has a login in it, or would send the key unencrypted to another machine.
+    """
+    checked_key(whose)
+    if "@" in url:
+        raise UserError(f"the {whose} URL has a login in it: remove it, keys go into {whose.upper()}_API_KEY")
+    try:
+        parts = urlsplit(url)
+        usable = parts.hostname and parts.port != 0 and parts.scheme in ("http", "https") and not parts.query
+    except ValueError:  # of a port
+        usable = False
+    if not usable:
+        raise UserError(f"{whose} URL {url!r} is none: give the base of an API, such as http://127.0.0.1:8080/v1")
+    loopback = is_loopback(parts.hostname)
+    if parts.scheme == "http" and not loopback and os.environ.get(f"{whose.upper()}_ALLOW_HTTP") != "1":
+        raise UserError(
+            f"{whose} URL {url!r} would send questions and key unencrypted to another machine: use https, or set "
+            f"environment {whose.upper()}_ALLOW_HTTP=1 if you trust the network"
+        )
+    return url.rstrip("/"), loopback
+
+
+def checked_key(whose: str) -> str:
+    """The key in WHOSE_API_KEY, "" if there is none; a UserError, which does not show it, if no header can hold it."""
+    key = os.environ.get(f"{whose.upper()}_API_KEY", "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise UserError(f"environment {whose.upper()}_API_KEY must be one line of printable ASCII characters")
+    return key

@@ -23,7 +23,7 @@ from doctor.probes import probe_all
 from doctor.report import GB, NOT_RUN, OK, PROBLEM, WARNING, Check, Plan, Report, readable
 from errors import UserError
 from interfaces import Prompt
-from models.policy import base_of, is_adapter
+from models.hub import base_of, is_adapter
 from models.weights import absent_shards, locked, verify
 from prompting import MAX_PROMPT_CHARS
 from r1_prompter import Options

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import safe_open
 
 from doctor.report import Plan
-from models.policy import base_of, is_adapter
+from models.hub import base_of, is_adapter
 from models.weights import locked
 from r1_prompter import Options
 from rewards import CHECKPOINTS

@@ -17,9 +17,10 @@ from doctor.report import OK, PROBLEM, WARNING, Check
 from errors import UserError, one_line
 from inference import Reprompter
 from interfaces import Prompt, Renderer, Sample
-from models.whole import without_zero3_init
+from models.frozen import without_zero3_init
 from prompting import completion, messages
 from r1_prompter import Options
+from rendering import load_renderer
 from rewards import RewardContext, build
 from run.seeds import render_seed
 
@@ -72,7 +73,7 @@ def probe_renderer(options: Options, prompt: Prompt) -> tuple[Check, Renderer | 
     render, training = options.render, options.training
     seeds = [render_seed(training.seed, prompt.id, 1, index) for index in (0, 1)]
     try:
-        renderer = render.load(str(training.device), measuring=True)
+        renderer = load_renderer(render, str(training.device), measuring=True)
         before = renderer([prompt.text] * 2, seeds)
         pictures, seconds = _timed(lambda: renderer([prompt.text] * 2, seeds))
     except CANNOT as error:

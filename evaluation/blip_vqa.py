@@ -18,16 +18,15 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from torchvision.transforms import Compose, InterpolationMode, Normalize, Resize, ToTensor
 from transformers import AutoTokenizer, BlipConfig, BlipForQuestionAnswering
 
-from errors import UserError, one_line
-from models.frozen import batches, check_loaded, folder_of, freeze, known_token
+from errors import UserError
+from models.frozen import batches, known_token, load
+from models.hub import read, resolve
 from models.weights import locked
 from prompting import well_formed
 
@@ -65,13 +64,13 @@ class BlipVQA:
 
     def __init__(self, path: str | Path = PUBLISHED.repo, *, device: str | torch.device, batch_size: int = 32):
         self.device, self.batch_size = torch.device(device), batch_size
-        self.folder = folder_of(path, PUBLISHED, NEEDS)
-        model, self.tokenizer = _load(self.folder)
-        self.model = freeze(model, self.device, self.folder)
-        self.dec = model.config.text_config.bos_token_id
+        self.folder = resolve(path, NEEDS, pickles=True)
+        self.model = _load(self.folder, self.device)
+        self.tokenizer = read(AutoTokenizer, self.folder)
+        self.dec = self.model.config.text_config.bos_token_id
         self.enc = self.dec + 1
         self.yes, self.no = (known_token(self.tokenizer, word, self.folder, "BLIP") for word in ("yes", "no"))
-        vision = model.config.vision_config
+        vision = self.model.config.vision_config
         stored, asked = vision.image_size // vision.patch_size, SIDE // vision.patch_size
         self.positions = f"{stored}x{stored}" + (f" interpolated to {asked}x{asked}" if stored != asked else "")
 
@@ -121,27 +120,14 @@ class BlipVQA:
         return torch.sigmoid(logits_QV[:, self.yes] - logits_QV[:, self.no]).tolist()
 
 
-def _load(folder: Path):
-    """(model, tokenizer) of a folder, set as the original; every weight must be there."""
-    try:
-        config = BlipConfig.from_pretrained(folder, local_files_only=True)
-        config.vision_config.layer_norm_eps = 1e-6
-        model, report = BlipForQuestionAnswering.from_pretrained(
-            folder,
-            config=config,
-            local_files_only=True,
-            dtype=torch.float32,
-            weights_only=True,
-            output_loading_info=True,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, EOFError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
-        raise UserError(f"cannot read {folder} as a BLIP-VQA checkpoint ({one_line(error)})") from error
-    check_loaded(report["missing_keys"], folder, "BlipForQuestionAnswering", PUBLISHED)
+def _load(folder: Path, device: torch.device) -> BlipForQuestionAnswering:
+    """The model of a folder, set as the original."""
+    config = read(BlipConfig, folder)
+    config.vision_config.layer_norm_eps = 1e-6
     text = config.text_config
     if text.hidden_size == 768 and text.num_attention_heads != 12:
         raise UserError(
             f"{folder}/config.json gives BLIP's text model {text.num_attention_heads} heads, it was trained with 12: "
             "set text_config.num_attention_heads to 12 (the hub's current revision has it)"
         )
-    return model, tokenizer
+    return load(BlipForQuestionAnswering, folder, device, config=config)

@@ -14,17 +14,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from torchvision.ops import batched_nms, box_convert
 from transformers import AutoTokenizer, Owlv2ForObjectDetection
 from transformers.models.owlv2.image_processing_pil_owlv2 import Owlv2ImageProcessorPil
 
-from errors import UserError, one_line
-from models.frozen import check_loaded, folder_of, freeze
+from errors import UserError
+from models.frozen import load
+from models.hub import read, resolve
 from models.weights import locked
 from prompting import well_formed
 
@@ -83,10 +82,12 @@ class Owlv2:
         threshold: float = THRESHOLD,
     ):
         self.device, self.threshold = torch.device(device), threshold
-        self.folder = folder_of(path, PUBLISHED, NEEDS)
-        model, self.tokenizer, self.processor = _load(self.folder)
-        self.model = freeze(model, self.device, self.folder)
-        self.longest = model.config.text_config.max_position_embeddings
+        self.folder = resolve(path, NEEDS, pickles=True)
+        self.model = load(Owlv2ForObjectDetection, self.folder, self.device)
+        self.tokenizer = read(AutoTokenizer, self.folder)
+        self.processor = read(Owlv2ImageProcessorPil, self.folder)
+        _check_size(self.model, self.processor, self.folder)
+        self.longest = self.model.config.text_config.max_position_embeddings
 
     @torch.inference_mode()
     def detect(self, rows: Sequence[tuple[Image.Image, Sequence[str]]]) -> list[list[LabelledBox] | None]:
@@ -122,21 +123,10 @@ class Owlv2:
         return [LabelledBox(nouns[label_N[row]], score_N[row].item(), tuple(boxes_N4[row].tolist())) for row in kept]
 
 
-def _load(folder: Path):
-    """(model, tokenizer, image processor) of a folder; every weight must be there."""
-    try:
-        model, report = Owlv2ForObjectDetection.from_pretrained(
-            folder, local_files_only=True, dtype=torch.float32, weights_only=True, output_loading_info=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        processor = Owlv2ImageProcessorPil.from_pretrained(folder, local_files_only=True)
-    except (OSError, EOFError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
-        raise UserError(f"cannot read {folder} as an OWLv2 checkpoint ({one_line(error)})") from error
-    check_loaded(report["missing_keys"], folder, "Owlv2ForObjectDetection", PUBLISHED)
+def _check_size(model: Owlv2ForObjectDetection, processor: Owlv2ImageProcessorPil, folder: Path) -> None:
     side, asked = model.config.vision_config.image_size, processor.size
     if (asked["height"], asked["width"]) != (side, side):
         raise UserError(
             f"the image processor in {folder} resizes to {asked['height']}x{asked['width']}, the model reads "
             f"{side}x{side}: give the preprocessor_config.json that it was trained with"
         )
-    return model, tokenizer, processor

@@ -16,16 +16,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
-from safetensors import SafetensorError
 from torchvision import transforms
-from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, CLIPModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from errors import UserError, one_line
+from errors import UserError
 from evaluation.geneval import CLIP, COLORS, Detection, Question
-from models.frozen import arithmetic, autocast, batches, check_loaded, folder_of, freeze
+from models.frozen import arithmetic, autocast, batches, load
+from models.hub import read, resolve
 from models.weights import locked
 
 PUBLISHED = locked(CLIP)
@@ -62,10 +61,10 @@ class ClipColours:
     def __init__(self, path: str | Path = PUBLISHED.repo, *, device: str | torch.device, batch_size: int = 64):
         self.device, self.batch_size = torch.device(device), batch_size
         self.dtype = arithmetic("float16" if self.device.type == "cuda" else "float32", batch_size)
-        folder = folder_of(path, PUBLISHED, FILES)
-        model, self.tokenizer = _load(folder)
-        self.model = freeze(model, self.device, folder)
-        side = model.config.vision_config.image_size
+        folder = resolve(path, FILES)
+        self.model, self.tokenizer = load(CLIPModel, folder, self.device), read(AutoTokenizer, folder)
+        _check_activation(self.model, folder)
+        side = self.model.config.vision_config.image_size
         self.transform = transforms.Compose(
             [
                 transforms.Resize(side, transforms.InterpolationMode.BICUBIC),
@@ -115,19 +114,10 @@ class ClipColours:
         return F.normalize(out.pooler_output.float(), dim=-1)
 
 
-def _load(folder: Path) -> tuple[CLIPModel, PreTrainedTokenizerBase]:
-    try:
-        model, info = CLIPModel.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        raise UserError(f"cannot read {folder} as a CLIP checkpoint ({one_line(error)})") from error
-    check_loaded(info["missing_keys"], folder, "CLIPModel", PUBLISHED)
+def _check_activation(model: CLIPModel, folder: Path) -> None:
     for part, config in (("text", model.config.text_config), ("vision", model.config.vision_config)):
         if config.hidden_act != "quick_gelu":
             raise UserError(
                 f"the {part} model in {folder} computes with {config.hidden_act}, GenEval's CLIP with quick_gelu: "
                 f"give {PUBLISHED.repo}"
             )
-    return model, tokenizer

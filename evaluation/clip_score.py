@@ -9,17 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError
 from transformers import AutoTokenizer, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from errors import UserError, one_line
-from models.frozen import batches, check_loaded, folder_of, freeze
+from models.frozen import batches, load
+from models.hub import read, resolve
 from models.weights import locked
 from prompting import well_formed
 
@@ -42,10 +40,11 @@ class ClipScore:
 
     def __init__(self, path: str | Path = PUBLISHED.repo, *, device: str | torch.device, batch_size: int = 32):
         self.device, self.batch_size = torch.device(device), batch_size
-        self.folder = folder_of(path, PUBLISHED, NEEDS)
-        model, self.tokenizer, self.processor = _load(self.folder)
-        self.model = freeze(model, self.device, self.folder)
-        self.longest = model.config.text_config.max_position_embeddings
+        self.folder = resolve(path, NEEDS, pickles=True)
+        self.model = load(CLIPModel, self.folder, self.device)
+        self.tokenizer = read(AutoTokenizer, self.folder)
+        self.processor = read(CLIPImageProcessorPil, self.folder)
+        self.longest = self.model.config.text_config.max_position_embeddings
 
     @torch.inference_mode()
     def cosines(self, rows: Sequence[tuple[Image.Image, str]]) -> list[float]:
@@ -74,17 +73,3 @@ class ClipScore:
         pixels = self.processor([image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
         out = self.model.get_image_features(pixel_values=pixels.to(self.device))
         return F.normalize(out.pooler_output, dim=-1).cpu()
-
-
-def _load(folder: Path):
-    """(model, tokenizer, image processor on PIL, as the original) of a folder; every weight must be there."""
-    try:
-        model, report = CLIPModel.from_pretrained(
-            folder, local_files_only=True, dtype=torch.float32, weights_only=True, output_loading_info=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
-    except (OSError, EOFError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
-        raise UserError(f"cannot read {folder} as a CLIP checkpoint ({one_line(error)})") from error
-    check_loaded(report["missing_keys"], folder, "CLIPModel", PUBLISHED)
-    return model, tokenizer, processor

@@ -10,24 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError
 from torchvision.transforms import Compose, Normalize, Resize, ToTensor
 from transformers import DPTForDepthEstimation
 
-from errors import UserError, one_line
 from evaluation.boxes import frame_size
-from models.frozen import batches, check_loaded, folder_of, freeze
+from models.frozen import batches, load
+from models.hub import resolve
 from models.weights import locked
 
 PUBLISHED = locked("Intel/dpt-hybrid-midas")
 SIDE = 480
-UNUSED = "neck.fusion_stage.layers.0.residual_layer1."  # the first fusion has no residual; published files lack these
+UNUSED = ("neck.fusion_stage.layers.0.residual_layer1.",)  # the first fusion has no residual; no file has these
 _READ = Compose([Resize((SIDE, SIDE)), ToTensor(), Normalize(0.5, 0.5)])
 
 
@@ -48,8 +46,8 @@ class Depth:
 
     def __init__(self, path: str | Path = PUBLISHED.repo, *, device: str | torch.device, batch_size: int = 8):
         self.device, self.batch_size = torch.device(device), batch_size
-        self.folder = folder_of(path, PUBLISHED, ("config.json",))
-        self.model = freeze(_load(self.folder), self.device, self.folder)
+        self.folder = resolve(path, ("config.json",), pickles=True)
+        self.model = load(DPTForDepthEstimation, self.folder, self.device, unused=UNUSED)
         if self.model.config.is_hybrid:
             self.model.dpt.embeddings.image_size = (SIDE, SIDE)  # it checks its input against this and nothing more
 
@@ -74,16 +72,3 @@ def eight_bits(depth_HW: torch.Tensor, size: tuple[int, int]) -> np.ndarray | No
     whole = (255 * full).clamp(0, 255).to(torch.uint8).numpy()
     width, height = frame_size(size)
     return np.asarray(Image.fromarray(whole).resize((width, height), Image.Resampling.BILINEAR))
-
-
-def _load(folder: Path) -> DPTForDepthEstimation:
-    """The model in a folder; every weight that is used must be there."""
-    try:
-        model, report = DPTForDepthEstimation.from_pretrained(
-            folder, local_files_only=True, dtype=torch.float32, weights_only=True, output_loading_info=True
-        )
-    except (OSError, EOFError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
-        raise UserError(f"cannot read {folder} as a DPT checkpoint ({one_line(error)})") from error
-    missing = [name for name in report["missing_keys"] if not name.startswith(UNUSED)]
-    check_loaded(missing, folder, "DPTForDepthEstimation", PUBLISHED)
-    return model

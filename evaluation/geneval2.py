@@ -30,15 +30,16 @@ from typing import Any, Protocol
 import torch
 import transformers
 from PIL import Image
-from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from clients.chat import TOP_TOKENS, Question, Template, VLMClient
-from errors import UserError, one_line
+from errors import UserError
 from evaluation.benchmark import Benchmark, Item, Verdict
 from evaluation.judged import ask, items_of, json_lines, one_word, required_texts, settings_of
 from interfaces import Prompt
-from models.frozen import arithmetic, batches, check_loaded, folder_of, freeze
+from models import frozen
+from models.frozen import arithmetic, batches
+from models.hub import read, resolve
 from models.weights import locked
 
 log = logging.getLogger(__name__)
@@ -136,10 +137,11 @@ class LocalVLM(VLM):
         dtype: str = "bfloat16",
         batch_size: int = 16,
     ):
-        folder = folder_of(path, PUBLISHED, NEEDS)
+        folder = resolve(path, NEEDS)
         self.device, self.batch_size = torch.device(device), batch_size
-        model, self.processor = _load(folder, arithmetic(dtype, batch_size))
-        self.network = freeze(model, self.device, folder)
+        weights_in = arithmetic(dtype, batch_size)
+        self.network = frozen.load(AutoModelForImageTextToText, folder, self.device, weights_in)
+        self.processor = read(AutoProcessor, folder)
         self.tokens = {answer: self._tokens(answer, folder) for answer in ANSWERS}
         self.model = Path(path).name
         self.settings = {
@@ -285,16 +287,3 @@ def _probe(client: VLMClient) -> Template:
         )
     log.warning("%r gives no probabilities of its answer (%s): hard scores, 1 for the right word", client.model, why)
     return HARD
-
-
-def _load(folder: Path, dtype: torch.dtype):
-    """(model, processor) of a folder; every weight must be there."""
-    try:
-        model, report = AutoModelForImageTextToText.from_pretrained(
-            folder, local_files_only=True, dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot read {folder} as a VLM of transformers ({one_line(error)})") from error
-    check_loaded(report["missing_keys"], folder, "VLM", PUBLISHED)
-    return model, processor

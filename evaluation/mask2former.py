@@ -31,19 +31,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.functional as tv
-from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
-from safetensors import SafetensorError
 from transformers import Mask2FormerForUniversalSegmentation
 
-from errors import UserError, one_line
+from errors import UserError
 from evaluation.geneval import CLASS_NAMES, DETECTOR, RULES, Box, Detection
-from models.frozen import arithmetic, batches, check_loaded, folder_of, freeze
+from models.frozen import arithmetic, batches, load
+from models.hub import resolve
 from models.weights import locked
 
 PUBLISHED = locked(DETECTOR)
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of RGB levels 0 ... 255
 DIVISOR = 32
+UNUSED = ("criterion.",)  # weights of the loss
 MOST = 100  # (query, class) pairs per picture
 MASKS_AT_ONCE = 16  # enlarged together: 16 of 1024 x 1024 are 64 MiB in float32
 SPELLINGS = {  # other names that COCO's classes go by, without blanks -> GenEval's
@@ -172,8 +172,9 @@ class Mask2Former:
         arithmetic("float32", batch_size)
         self.device, self.batch_size, self.threshold = torch.device(device), batch_size, threshold
         self.short_side, self.long_side = short_side, long_side
-        folder = folder_of(path, PUBLISHED, PUBLISHED.include)
-        self.model = freeze(_load(folder), self.device, folder)
+        folder = resolve(path, PUBLISHED.include)
+        self.model = load(Mask2FormerForUniversalSegmentation, folder, self.device, unused=UNUSED)
+        _check_classes(self.model.config.id2label, folder)
         self.settings = {
             "model": str(path),
             "revision": folder.name,  # the commit, where the folder is the hub cache's
@@ -211,19 +212,6 @@ class Mask2Former:
                 images, sizes, output.class_queries_logits, output.masks_queries_logits, strict=True
             )
         ]
-
-
-def _load(folder: Path) -> Mask2FormerForUniversalSegmentation:
-    try:
-        model, info = Mask2FormerForUniversalSegmentation.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        raise UserError(f"cannot read {folder} as a Mask2Former checkpoint ({one_line(error)})") from error
-    missing = [name for name in info["missing_keys"] if not name.startswith("criterion.")]  # of the loss only
-    check_loaded(missing, folder, "Mask2Former", PUBLISHED)
-    _check_classes(model.config.id2label, folder)
-    return model
 
 
 def _check_classes(id2label: dict[int, str], folder: Path) -> None:

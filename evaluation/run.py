@@ -45,7 +45,7 @@ from inference import Reprompter, Rewrite
 from interfaces import Renderer
 from models.policy import DTYPES
 from prompting import well_formed
-from rendering import RenderOptions
+from rendering import RenderOptions, load_renderer
 from rewards import REWARDS, RewardContext, RewardOptions, build
 from run.files import atomic_write, complete_lines, git_commit, installed_versions
 from run.options import may_differ, option, parse, run_main
@@ -131,10 +131,7 @@ def systems(options: Options, items: Sequence[Item]) -> dict[str, System]:
     if args.images:
         return {Path(folder).name: There(Path(folder), args.benchmark) for folder in args.images}
     device = str(PartialState().device)
-    try:
-        renderer = options.render.load(device)
-    except ValueError as error:  # a setting that this pipeline does not take
-        raise UserError(f"renderer: {error}") from error
+    renderer = load_renderer(options.render, device)
     made: dict[str, System] = {"raw": Fixed(renderer, {i.id: (well_formed(i.prompt.text), True) for i in items}, {})}
     if args.rewrites:
         made["given"] = Fixed(renderer, _given(Path(args.rewrites), items), {})

@@ -41,7 +41,7 @@ from miniature.fit import (
 from miniature.policy import build_instruct, build_policy
 from miniature.preferences import build_hps, build_imagereward, build_pickscore
 from miniature.readers import build_gdino, build_git, build_orm
-from rendering import RenderOptions
+from rendering import RenderOptions, load_renderer
 
 # ---------------------------------------------------------------- the renderer: VAE, then FLUX on its latents
 
@@ -158,7 +158,7 @@ def renderer(**changes: object):
     options = yaml.safe_load((ROOT.parent / "configs" / "miniature.yaml").read_text(encoding="utf-8"))
     known = {field.name for field in fields(RenderOptions)}
     given = {**{name: value for name, value in options.items() if name in known}, **changes}
-    return RenderOptions(**{**given, "sdmodel_name": str(ROOT.parent / given["sdmodel_name"])}).load("cpu")
+    return load_renderer(RenderOptions(**{**given, "sdmodel_name": str(ROOT.parent / given["sdmodel_name"])}), "cpu")
 
 
 def drawing(draw, prompts: list[Prompt]) -> dict[str, float]:

@@ -6,26 +6,24 @@ plays both VLM judges with the miniature's ORM. It knows the two templates by th
 out of them, and answers what a judge would: to `rewards.judge` the grade 10 * p(yes), to `rewards.preference` the
 picture with the higher p(yes), a tie where they are equal. Faults can be asked for, to see how a run bears them.
 
-Loopback by default and without keys: not a server for a network.
+On this machine only, without keys.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
-import binascii
 import hashlib
 import io
 import json
 import random
 import sys
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from clients.chat import SLOT, Template
 from data import grammar
@@ -37,29 +35,29 @@ Key = tuple[str, str]  # SHA-256 of a picture's data URI, prompt
 
 WEIGHTS = Path(__file__).with_name("weights") / "orm"
 MODEL = "miniature"
-MOST_BYTES = 64 * 2**20  # of a request
-MOST_KNOWN = 100_000  # scores that are remembered
 GARBAGE = "Both have their charm: Image 1 is better lit, Image 2 is better framed. My score? High."
+FAULTS = {  # option -> what becomes of that share of the chat requests
+    "fail_share": "answered with --fail-status",
+    "drop_share": "their connection is closed without an answer",
+    "garbage_share": "answered with text that holds no verdict",
+}
 
 
 class JudgeServer:
-    """Serves while the `with` block lasts: `with JudgeServer(score) as url`. Faults may be changed while it serves.
+    """Serves while the `with` block lasts: `with JudgeServer(score) as url`.
 
     Args:
-        score: p(yes) in [0, 1] for one picture per sample, None where there is none (HTTP 500); one call at a time,
-            with all requests that wait at that moment. A picture that was scored for a prompt is not scored again.
-        host: address to listen on.
-        port: 0 takes a free one.
+        score: p(yes) in [0, 1] for one picture per sample, None where there is none (HTTP 500); one call at a time.
+            A picture that was scored for a prompt is not scored again.
+        port: on this machine; 0 takes a free one.
         model: the name that requests must carry.
-        fail_share: of chat requests that are answered with `fail_status`.
-        fail_status: an HTTP status.
-        garbage_share: of chat requests that are answered with text that holds no verdict.
-        drop_share: of chat requests whose connection is closed without an answer.
+        fail_status: an HTTP status, for `fail_share`.
         delay: seconds before each answer to a chat request.
-        seed: of the sequence in which faults fall on requests, in order of arrival.
         watch: is shown headers and body of each chat request.
+        shares: those of FAULTS.
 
     Attributes:
+        shares: of FAULTS; may be changed while it serves, as may `delay`.
         requests: chat requests so far.
         most_in_flight: most of them at one time.
     """
@@ -68,31 +66,27 @@ class JudgeServer:
         self,
         score: Score,
         *,
-        host: str = "127.0.0.1",
         port: int = 0,
         model: str = MODEL,
-        fail_share: float = 0.0,
         fail_status: int = 500,
-        garbage_share: float = 0.0,
-        drop_share: float = 0.0,
         delay: float = 0.0,
-        seed: int = 0,
         watch: Callable[[Mapping[str, str], bytes], object] = lambda headers, body: None,
+        **shares: float,
     ):
-        self.model, self.watch = model, watch
-        self.fail_share, self.fail_status, self.garbage_share = fail_share, fail_status, garbage_share
-        self.drop_share, self.delay = drop_share, delay
+        if not shares.keys() <= FAULTS.keys():
+            raise TypeError(f"faults are {sorted(FAULTS)}, not {sorted(shares)}")
+        self.model, self.watch, self.delay, self.fail_status = model, watch, delay, fail_status
+        self.shares = {**dict.fromkeys(FAULTS, 0.0), **shares}
         self.requests = self.most_in_flight = self._in_flight = 0
-        self._scores = _Scores(score)
-        self._dice, self._counting, self._closing = random.Random(seed), threading.Lock(), threading.Event()
-        self._http = _Server((host, port), _Handler)
+        self._score, self._known, self._scoring = score, {}, threading.Lock()
+        self._dice, self._counting, self._closing = random.Random(0), threading.Lock(), threading.Event()
+        self._http = _Server(("127.0.0.1", port), _Handler)
         self._http.judge = self
 
     @property
     def url(self) -> str:
         """Base of the API."""
-        host, port = self._http.server_address[:2]
-        return f"http://{host}:{port}/v1"
+        return "http://{}:{}/v1".format(*self._http.server_address[:2])
 
     def __enter__(self) -> str:
         threading.Thread(target=self.serve, daemon=True).start()
@@ -122,17 +116,22 @@ class JudgeServer:
             with self._counting:
                 self._in_flight -= 1
 
+    def fault(self, fate: float) -> str:
+        """Which of FAULTS falls on a request with that draw from [0, 1), "" for none."""
+        for name, share in self.shares.items():
+            fate -= share
+            if fate < 0:
+                return name
+        return ""
+
     def _reply(self, body: bytes, fate: float) -> tuple[int, dict] | None:
-        if fate < self.fail_share:
-            return self.fail_status, _error("a fault that was asked for")
-        if fate < self.fail_share + self.drop_share:
-            return None
-        if fate < self.fail_share + self.drop_share + self.garbage_share:
-            return 200, self._completion(GARBAGE)
+        if fault := self.fault(fate):
+            failed, garbage = (self.fail_status, _error("asked for")), (200, self._completion(GARBAGE))
+            return {"fail_share": failed, "drop_share": None, "garbage_share": garbage}[fault]
         try:
             model, uris, text = _read(body)
             pictures = [_picture(uri) for uri in uris]
-        except (ValueError, KeyError, IndexError, TypeError) as error:
+        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
             return 400, _error(f"not a chat request with data URIs: {error}")
         if model != self.model:
             return 404, _error(f"no model {model!r}, only {self.model!r}")
@@ -150,38 +149,16 @@ class JudgeServer:
             return 200, self._completion(answer(scores[0], scores[-1]))
         return 400, _error(f"{len(pictures)} picture(s) and a text that is neither judge's template")
 
-    def _completion(self, text: str) -> dict:
-        message = {"role": "assistant", "content": text}
-        return {
-            "id": "chatcmpl-miniature",
-            "object": "chat.completion",
-            "created": int(time.time()),
-            "model": self.model,
-            "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
-        }
-
-
-class _Scores:
-    """Remembered scores; the thread that gets to score does so for all that wait."""
-
-    def __init__(self, score: Score):
-        self._score = score
-        self._known: dict[Key, float | None] = {}
-        self._waiting: dict[Key, Sample] = {}
-        self._queueing, self._scoring = threading.Lock(), threading.Lock()
-
-    def __call__(self, asked: Mapping[Key, Sample]) -> list[float | None]:
-        with self._queueing:
-            self._waiting.update(asked)
+    def _scores(self, asked: Mapping[Key, Sample]) -> list[float | None]:
         with self._scoring:
-            if not asked.keys() <= self._known.keys():
-                with self._queueing:
-                    waiting, self._waiting = {**self._waiting, **asked}, {}
-                if len(self._known) > MOST_KNOWN:
-                    self._known.clear()
-                new = {key: sample for key, sample in waiting.items() if key not in self._known}
-                self._known.update(zip(new, self._score(list(new.values())), strict=True))
+            new = {key: sample for key, sample in asked.items() if key not in self._known}
+            self._known.update(zip(new, self._score(list(new.values())) if new else [], strict=True))
             return [self._known[key] for key in asked]
+
+    def _completion(self, text: str) -> dict:
+        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+        head = {"id": "chatcmpl-miniature", "object": "chat.completion", "created": 0, "model": self.model}
+        return {**head, "choices": [choice]}
 
 
 class _Server(ThreadingHTTPServer):
@@ -203,20 +180,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """The list of models."""
-        if self.path != "/v1/models":
-            return self._send(404, _error(f"no {self.path}, only /v1/models and /v1/chat/completions"))
-        self._send(200, {"object": "list", "data": [{"id": self.server.judge.model, "object": "model"}]})
+        models = {"object": "list", "data": [{"id": self.server.judge.model, "object": "model"}]}
+        self._send(*((200, models) if self.path == "/v1/models" else NOT_FOUND))
 
     def do_POST(self) -> None:
         """A chat completion."""
-        length = self.headers.get("Content-Length", "")
-        if not length.isdecimal() or int(length) > MOST_BYTES:
-            self.close_connection = True
-            return self._send(413, _error(f"Content-Length is {length!r}, must be at most {MOST_BYTES}"))
-        body = self.rfile.read(int(length))
-        if self.path != "/v1/chat/completions":
-            return self._send(404, _error(f"no {self.path}, only /v1/models and /v1/chat/completions"))
-        reply = self.server.judge.reply(self.headers, body)
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        known = self.path == "/v1/chat/completions"
+        reply = self.server.judge.reply(self.headers, body) if known else NOT_FOUND
         if reply is None:
             self.close_connection = True
         else:
@@ -246,21 +217,17 @@ def _read(body: bytes) -> tuple[str, list[str], str]:
     """Model, data URIs and text of a chat request of one message."""
     request = json.loads(body)
     (message,) = request["messages"]
-    parts = message["content"]
-    uris = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
-    (text,) = [part["text"] for part in parts if part["type"] == "text"]
+    uris = [part["image_url"]["url"] for part in message["content"] if part["type"] == "image_url"]
+    (text,) = [part["text"] for part in message["content"] if part["type"] == "text"]
     return request["model"], uris, text
 
 
 def _picture(uri: str) -> Image.Image:
-    """The picture in a data URI; nothing else is ever fetched. Raises ValueError if there is none."""
+    """The picture in a data URI; nothing else is ever fetched."""
     kind, _, data = uri.partition(";base64,")
     if not kind.startswith("data:image/"):
         raise ValueError(f"{uri[:40]!r} is no data URI of a picture")
-    try:
-        return Image.open(io.BytesIO(base64.b64decode(data, validate=True))).convert("RGB")
-    except (binascii.Error, UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"the picture in {uri[:40]!r} cannot be read ({error})") from error
+    return Image.open(io.BytesIO(base64.b64decode(data, validate=True))).convert("RGB")
 
 
 def _grade(score: float, _: float) -> str:
@@ -276,25 +243,22 @@ def _error(message: str) -> dict:
     return {"error": {"message": message}}
 
 
+NOT_FOUND = (404, _error("only /v1/models and /v1/chat/completions are here"))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Serve the miniature's ORM until interrupted."""
     parser = argparse.ArgumentParser(prog="python -m miniature.judge_server", description=__doc__.splitlines()[0])
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     parser.add_argument("--port", type=int, default=8080, help="%(default)s; 0 takes a free one")
-    parser.add_argument("--weights", default=WEIGHTS, help="folder of the ORM (%(default)s)")
-    parser.add_argument("--model", default=MODEL, help="name to serve it under (%(default)s)")
-    parser.add_argument("--fail-share", type=float, default=0.0, help="of requests answered with --fail-status")
+    for name, meaning in FAULTS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=0.0, help=f"of requests, {meaning}")
     parser.add_argument("--fail-status", type=int, default=500, help="%(default)s")
-    parser.add_argument("--garbage-share", type=float, default=0.0, help="of requests answered without a verdict")
-    parser.add_argument("--drop-share", type=float, default=0.0, help="of requests whose connection is closed")
     parser.add_argument("--delay", type=float, default=0.0, help="seconds before each answer")
-    parser.add_argument("--seed", type=int, default=0, help="of the sequence of faults")
     options = vars(parser.parse_args(arguments))
 
     from rewards.orm import ORM  # here, so that tests with a score of their own need no ORM
 
-    orm = ORM(options.pop("weights"), device="cpu", dtype="float32", batch_size=32, temperature=1.0)
-    server = JudgeServer(orm, **options)
+    server = JudgeServer(ORM(WEIGHTS, device="cpu", dtype="float32"), **options)
     print(f"judge {server.model!r} at {server.url}", flush=True)
     try:
         server.serve()

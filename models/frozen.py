@@ -1,82 +1,30 @@
-"""What the frozen reward models share: where a checkpoint lies on this disk, that it is whole, each picture once.
+"""What frozen models share: the one way to load them, and to encode each picture once.
 
 A frozen model is held by a plain object, deliberately not an `nn.Module`: nothing can prepare, shard or train it.
-Nothing is ever fetched here: gigabytes by eight processes are a person's call, and the error names the command.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import deepspeed
 
 from errors import UserError
-from interfaces import Reward, Sample
-from models.weights import Checkpoint, read_weights, verify
+from interfaces import Sample
+from models.hub import read
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@runtime_checkable
-class ModelReward(Protocol):
-    """A reward with weights: `model` is the frozen network, `device` where it computes."""
-
-    name: str
-    model: torch.nn.Module
-    device: torch.device
-
-
-class _Offloaded(Reward):
-    """A model reward whose weights are on its device only while it scores."""
-
-    def __init__(self, inner: Reward):
-        self.inner, self.model, self.device = inner, inner.model, inner.device
-        self.name, self.range = inner.name, inner.range
-        self.needs_images, self.needs_baseline_images = inner.needs_images, inner.needs_baseline_images
-        self.model.to("cpu")
-
-    def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
-        self.model.to(self.device)
-        try:
-            return self.inner(samples)
-        finally:
-            self.model.to("cpu")
-            self.metrics = self.inner.metrics
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-
-
-def offloaded(reward: Reward) -> Reward:
-    """`reward` with its weights in main memory between calls; a reward without weights as it is.
-
-    Moving 1 GB over PCIe Gen5 takes about 0.03 s each way (derived), so it pays where a step is minutes of drawing.
-    """
-    return _Offloaded(reward) if isinstance(reward, ModelReward) else reward
-
-
-def describe(reward: Reward) -> str:
-    """One line: parameters and memory of the reward's model, "no weights" if it has none."""
-    if not isinstance(reward, ModelReward):
-        return f"{reward.name}: no weights"
-    tensors = [*reward.model.parameters(), *reward.model.buffers()]
-    mib = sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**20
-    dtype = str(next(reward.model.parameters()).dtype).removeprefix("torch.")
-    millions = sum(parameter.numel() for parameter in reward.model.parameters()) / 1e6
-    return f"{reward.name}: {millions:,.1f} M parameters, {mib:,.0f} MiB in {dtype} on {reward.device}"
-
-
 def arithmetic(dtype: str, batch_size: int) -> torch.dtype:
-    """The torch dtype of that name.
-
-    Raises:
-        ValueError: an unknown `dtype`, or a `batch_size` below 1.
-    """
+    """The torch dtype of that name; ValueError if it is unknown, or if `batch_size` is below 1."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
     if batch_size < 1:
@@ -84,62 +32,60 @@ def arithmetic(dtype: str, batch_size: int) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def folder_of(path: str | Path, published: Checkpoint, needs: Sequence[str]) -> Path:
-    """The folder at `path` (or of `published.repo` in the hub's local cache) with all files `needs`.
+def load(
+    kind: Any,
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    *,
+    unused: tuple[str, ...] = (),
+    **options: Any,
+) -> PreTrainedModel:
+    """The model of class `kind` in a folder of `hub.resolve`, frozen. Of a pickle only tensors are read.
+
+    Args:
+        unused: how the names of weights begin that may be missing, because what we compute does not use them.
+        options: of `from_pretrained`.
 
     Raises:
-        UserError: no such folder, or a file is missing (with size, licence and the command that fetches it), or is
-            not the one that the lock names.
+        UserError: as `read` and `freeze`; or a weight is missing, in whose place transformers puts random numbers.
     """
-    if Path(path).is_dir():
-        folder = Path(path)
-    elif str(path) == published.repo:
-        try:
-            folder = Path(snapshot_download(published.repo, revision=published.revision, local_files_only=True))
-        except LocalEntryNotFoundError as error:
-            raise UserError(
-                f"{published.repo} ({published.size}, {published.licence}) is not in the Hugging Face cache: "
-                f"run `{published.command}`"
-            ) from error
-    else:
-        raise UserError(f"no folder at {str(path)!r}: give a checkpoint folder, or {published.repo!r}")
-    missing = [name for name in needs if not (folder / name).is_file()]
-    if missing:
-        hint = "name the folder that holds them" if Path(path).is_dir() else f"run `{published.command}`"
-        raise UserError(f"{folder} has no {', '.join(missing)}: {hint}")
-    check_files(folder)
-    return folder
-
-
-def check_files(folder: Path) -> None:
-    """`verify`, with what is wrong as a UserError."""
-    verify(folder)
-
-
-def tensors_of(path: Path, under: str | None = None) -> dict[str, torch.Tensor]:
-    """`read_weights`, with what is wrong as a UserError."""
-    return read_weights(path, under)
-
-
-def check_loaded(missing: Iterable[str], folder: Path, kind: str, published: Checkpoint) -> None:
-    """Raise UserError if any weight of a `kind` is `missing` from `folder`: transformers would make it up."""
-    if names := sorted(missing):
+    options = {"dtype": dtype, "weights_only": True, "output_loading_info": True, **options}
+    model, report = read(kind, folder, **options)
+    if missing := sorted(name for name in report["missing_keys"] if not name.startswith(unused)):
         raise UserError(
-            f"{folder} lacks {len(names)} weights of a {kind} ({', '.join(names[:5])}): fetch it again, run "
-            f"`{published.command}`, or name another folder"
+            f"{folder} lacks {len(missing)} weights of a {type(model).__name__} ({', '.join(missing[:5])}): fetch it "
+            "again, or name another folder"
         )
+    return freeze(model, device, folder)
 
 
 def freeze(model: torch.nn.Module, device: torch.device, source: str | Path) -> torch.nn.Module:
-    """`model` on `device`, in eval mode, without gradients.
-
-    Raises:
-        UserError: a weight is empty or has no storage, as inside DeepSpeed's `zero.Init`.
-    """
+    """`model` on `device`, in eval mode, without gradients; UserError if `zero.Init` left a weight empty."""
     for name, parameter in model.named_parameters():
         if parameter.numel() == 0 or parameter.is_meta:
             raise UserError(f"{name} of {source} is empty: load rewards outside DeepSpeed's `zero.Init`")
     return model.to(device).eval().requires_grad_(False)
+
+
+@contextmanager
+def without_zero3_init() -> Iterator[None]:
+    """Load frozen models with all their weights although a trainer is configured already.
+
+    While ZeRO-3 is registered, transformers builds a model as empty shards; with FSDP's RAM-efficient loading every
+    rank but the first gets placeholders. Both switches belong to the process, so both are put back afterwards.
+    """
+    reference = deepspeed._hf_deepspeed_config_weak_ref  # there is no public getter of the object, only of its dict
+    zero = reference() if reference is not None else None
+    fsdp = os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING", None)
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if zero is not None:
+            deepspeed.set_hf_deepspeed_config(zero)
+        if fsdp is not None:
+            os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = fsdp
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
@@ -148,11 +94,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 def known_token(tokenizer: PreTrainedTokenizerBase, word: str, folder: Path, model: str) -> int:
-    """The one token id of `word`, which `model` answers with or is marked up by.
-
-    Raises:
-        UserError: the tokenizer does not know it as one token.
-    """
+    """The id of `word`, which `model` answers with or is marked up by; UserError if that is not one known token."""
     ids = tokenizer.encode(word, add_special_tokens=False)
     if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
         raise UserError(

@@ -1,20 +1,17 @@
-"""Load the policy (the language model that rewrites) and its tokenizer, or say in one line what is missing.
+"""Load the policy (the language model that rewrites) and its tokenizer.
 
-`path` is a folder in Hugging Face format, a PEFT adapter folder (adapter_config.json), or a hub name, which stands for
-its folder in the hub's cache at the locked commit (`checkpoints.lock`) or at the user's `revision`. What is on this
-disk is never looked up on the network, and nothing is loaded that `models.weights` has not checked.
+`path` is a folder of a model in Hugging Face format, the folder of a PEFT adapter, or a hub name (see `models.hub`). A
+model that is on this disk is never looked up on the network.
 """
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
-import httpx
 import torch
-from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
-from peft import PeftConfig, PeftModel
+from huggingface_hub import snapshot_download
+from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
@@ -24,12 +21,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from errors import UserError
-from models.weights import absent_shards, check_folder, locked
+from errors import UserError, one_line
+from models.hub import READ, base_of, is_adapter, read, resolve
+from models.weights import locked
 
-READ = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors", "*.py")  # of a model that is not locked
 DTYPES = ("auto", "bfloat16", "float32")
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -46,12 +42,7 @@ def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
     if is_adapter(path) and not Path(path, "tokenizer_config.json").is_file():
         source, revision = base_of(path, revision)
     folder = _folder(source, revision)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, padding_side="left", trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise _cannot_load("tokenizer", source, error) from error
+    tokenizer = read(AutoTokenizer, folder, padding_side="left", trust_remote_code=trust_remote_code)
     if tokenizer.chat_template is None:
         raise UserError(f"the tokenizer of {source!r} has no chat template; name an instruct model")
     if tokenizer.pad_token is None:
@@ -70,15 +61,11 @@ def load_policy(path: str, dtype: str = "auto", device: str | None = "auto") -> 
         UserError: nothing at `path`, unreadable weights, an unknown dtype, or a GPU named where there is none.
     """
     device = pick_device(device) if device else None
-    options = {"dtype": pick_dtype(dtype, device), "use_safetensors": True, "local_files_only": True}
+    options = {"dtype": pick_dtype(dtype, device), "use_safetensors": True}
     if is_adapter(path):
         policy = _adapted(path, None, options)
     else:
-        folder = _folder(path)
-        try:
-            policy = AutoModelForCausalLM.from_pretrained(folder, **options)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise _cannot_load("policy", path, error) from error
+        policy = read(AutoModelForCausalLM, _folder(path), **options)
     return (policy if device is None else policy.to(device)).eval()
 
 
@@ -93,9 +80,9 @@ def prepare_policy(path: str, training: TrainingArguments, use_peft: bool) -> st
     revision = training.model_init_kwargs["revision"]
     if not is_adapter(path):
         folder = _folder(path, revision)
-        if not any(Path(folder).glob("*.safetensors")):
+        if not any(folder.glob("*.safetensors")):
             raise UserError(f"{folder} has no weights in safetensors: name the folder of a whole model")
-        return folder
+        return str(folder)
     if use_peft:
         raise UserError(f"{path!r} is an adapter, which is trained on as it is: leave --use_peft out")
     options, training.model_init_kwargs = training.model_init_kwargs, None  # TRL's are for a path
@@ -111,11 +98,11 @@ def record_base_model(model: PreTrainedModel, path: str, revision: str) -> None:
 
 def _adapted(path: str, revision: str | None, options: dict[str, Any], **more: bool) -> PeftModel:
     """The adapter at `path` around its base model."""
-    base, adapter = _folder(*base_of(path, revision)), _folder(path)
+    base = read(AutoModelForCausalLM, _folder(*base_of(path, revision)), **options)
     try:
-        return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, **options), adapter, **more)
+        return PeftModel.from_pretrained(base, str(_folder(path)), **more)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise _cannot_load("policy", path, error) from error
+        raise UserError(f"cannot read {path} as an adapter ({one_line(error)}): name another folder") from error
 
 
 def pick_device(device: str) -> str:
@@ -137,65 +124,11 @@ def pick_dtype(dtype: str, device: str | None) -> str:
     return "bfloat16" if on_gpu and torch.cuda.is_bf16_supported() else "float32"
 
 
-def is_adapter(path: str) -> bool:
-    """Whether `path` is the folder of a PEFT adapter."""
-    return Path(path, "adapter_config.json").is_file()
+def _folder(path: str, revision: str | None = None) -> Path:
+    """The folder of the model or adapter at `path`, downloaded if it must be; see `hub.resolve`."""
+    needs = ("adapter_config.json",) if is_adapter(path) else ("config.json",)
+    return resolve(path, needs, revision=revision, download=_download)
 
 
-def base_of(path: str, revision: str | None) -> tuple[str, str | None]:
-    """The base model of the adapter at `path`, and its revision: the user's, else the adapter's."""
-    try:
-        config = PeftConfig.from_pretrained(path)
-        return config.base_model_name_or_path, config.revision if revision in (None, "main") else revision
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"bad adapter_config.json in {path!r}: {_one_line(error)}; save it again") from error
-
-
-def _folder(path: str, revision: str | None = None) -> str:
-    """The folder of the model at `path`, checked: `path` itself, or that of a hub name, downloaded if it must be.
-
-    Raises:
-        UserError: there is none, or its weights are damaged, unsafe or not those that are locked.
-    """
-    if Path(path).is_dir():
-        if not Path(path, "config.json").is_file() and not is_adapter(path):
-            raise UserError(f"no model in folder {path!r}: config.json is missing; name the folder that holds it")
-        folder = path
-    elif not _HUB_NAME.fullmatch(path):
-        raise UserError(f"no model at {path!r}: no such folder, and not a hub name (owner/name)")
-    else:
-        folder = _from_hub(path, locked(path).revision if revision in (None, "main") else revision)
-    check_folder(Path(folder))
-    return folder
-
-
-def _from_hub(repo: str, revision: str | None) -> str:
-    """The folder of `repo` in the hub's cache; what is missing there is downloaded."""
-    known = locked(repo)
-    cached = try_to_load_from_cache(repo, "config.json", revision=revision)
-    if isinstance(cached, str):
-        folder = Path(cached).parent
-        if any(folder.glob("*.safetensors")) and not absent_shards(folder):
-            return str(folder)
-    try:
-        HfApi().model_info(repo, revision=revision, timeout=10)  # at once, instead of five attempts for each file
-        return snapshot_download(repo, revision=revision, allow_patterns=known.include or READ)
-    except (OSError, httpx.HTTPError) as error:
-        raise UserError(
-            f"no model {_named(repo)}: no such folder, not in the Hugging Face cache, and the hub does not give it "
-            f"({_one_line(error)}); where there is a network: {known.command}"
-        ) from error
-
-
-def _cannot_load(what: str, path: str, error: Exception) -> UserError:
-    hint = "name another folder" if Path(path).is_dir() else locked(path).command
-    return UserError(f"cannot load the {what} of {_named(path)}: {_one_line(error)}; {hint}")
-
-
-def _named(path: str) -> str:
-    known = locked(path)
-    return f"{path!r} ({known.size}, {known.licence})" if known.size else repr(path)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def _download(repo: str, revision: str | None) -> str:
+    return snapshot_download(repo, revision=revision, allow_patterns=locked(repo).include or READ)

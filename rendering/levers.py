@@ -1,4 +1,4 @@
-"""Ways to draw faster or in less memory, each a flag, and the batch size where it is to be found by trial.
+"""Ways to draw faster or in less memory, each a flag, and the search for the batch size.
 
     flag                    off by default because                     a picture against the one without it
     --render_compile        the first chunk waits for the compiler     fused kernels round otherwise, in bfloat16 a lot
@@ -9,10 +9,11 @@
     --render_lora           it changes the renderer                    another renderer
 
 A lever that changes no pixel by more than MAX_PIXEL_DIFFERENCE is the same renderer. `bench.py --target levers`
-measures each one's gain and difference; RESULTS.md has the table. Every lever keeps the rule that a row's picture
-depends on its text and seed alone: fp8 arithmetic has a scale for each row of each product, not one for the batch.
+measures each one's gain and difference; RESULTS.md has the table. With every lever a row's picture still depends on
+its text and seed alone: fp8 arithmetic has a scale for each row of each product, not one for the batch.
 
-Left out: caches that skip steps (which ones depends on the text, which adds noise to the reward), CUDA graphs, tiling.
+Left out: caches that skip steps (the skipped steps depend on the text, which adds noise to the reward), CUDA graphs,
+tiling.
 """
 
 from __future__ import annotations
@@ -20,82 +21,53 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import httpx
 import torch
-from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 
-from errors import UserError
+from errors import UserError, one_line
 from models.weights import check_folder, locked
-from rendering import AUTO, QUANTIZATIONS
-
-if TYPE_CHECKING:
-    from rendering.local import LocalRenderer
+from rendering.options import RenderOptions
 
 MAX_PIXEL_DIFFERENCE = 1  # level of 255, the largest difference of any channel of any pixel
-MAX_TRIAL_IMAGES = 64  # pictures of a trial
-MIN_GAIN = 0.05  # of the best time for a picture: a smaller batch as good as that is preferred, it needs less memory
+MAX_TRIAL_IMAGES = 64  # the largest batch that is tried
+MIN_GAIN = 0.05  # share of the time for a picture; a smaller batch that is slower by no more is preferred
 TRIAL_MEMORY_SHARE = 0.5  # a trial may use this share of the free memory, because the policy is loaded afterwards
 PACKAGES = {"fp8": "torchao", "fp8_weights": "torchao", "int8": "torchao", "nf4": "bitsandbytes"}
 
 
-@dataclass(frozen=True)
-class Levers:
-    """What `apply` does to a pipeline; the fields are the flags of `RenderOptions` without their `render_`."""
+def apply(options: RenderOptions, pipe: DiffusionPipeline, device: torch.device) -> None:
+    """Put `pipe` on `device` with the levers of `options`; text encoders that are offloaded stay in main memory.
 
-    compile: bool = False
-    attention: str | None = None
-    quantization: str | None = None
-    offload_text: bool = False
-    slice_vae: bool = False
-    lora: str | None = None
-    lora_scale: float = 1.0
-
-
-def apply(levers: Levers, pipe: DiffusionPipeline, device: torch.device) -> None:
-    """Put `pipe` on `device` with these levers; text encoders that are offloaded stay in main memory.
-
-    A LoRA is fused before weights are quantised, and both before anything is moved: a quantised transformer never lies
-    whole on the device.
+    A LoRA is fused before weights are quantised, and both before anything is moved, so that a quantised transformer
+    is never on the device in full precision.
 
     Raises:
-        UserError: no such LoRA.
-        ValueError: a lever that this pipeline, device or installation does not have; with what to do.
+        UserError: no such LoRA, or a lever that this pipeline, device or installation does not have.
     """
-    if levers.lora is not None:
-        _fuse(pipe, levers.lora, levers.lora_scale)
-    if levers.quantization is not None:
-        _quantize(denoiser_of(pipe), levers.quantization, device)
-    encoders = text_encoders(pipe) if levers.offload_text else []
-    if levers.offload_text and not encoders:
-        raise ValueError(f"--render_offload_text true: {type(pipe).__name__} has no text encoder: leave it out")
+    if options.render_lora is not None:
+        _fuse(pipe, options.render_lora, options.render_lora_scale)
+    if options.render_quantization is not None:
+        _quantize(denoiser_of(pipe), options.render_quantization, device)
+    encoders = text_encoders(pipe) if options.render_offload_text else []
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
             component.to("cpu" if component in encoders else device)
-    if levers.attention is not None:
-        _set_attention(denoiser_of(pipe), levers.attention)
-    if levers.slice_vae:
+    if options.render_attention is not None:
+        _set_attention(denoiser_of(pipe), options.render_attention)
+    if options.render_slice_vae:
         _slice(pipe)
-    if levers.compile:
+    if options.render_compile:
         _compile(denoiser_of(pipe))
 
 
 def denoiser_of(pipe: DiffusionPipeline) -> torch.nn.Module:
-    """The network that runs at every step.
-
-    Raises:
-        ValueError: the pipeline has neither `transformer` nor `unet`.
-    """
-    for name in ("transformer", "unet"):
-        if name in pipe.components:
-            return pipe.components[name]
-    raise ValueError(f"{type(pipe).__name__} has neither transformer nor unet to speed up: leave --render_* out")
+    """The network that runs at every step."""
+    return pipe.components["transformer" if "transformer" in pipe.components else "unet"]
 
 
 def text_encoders(pipe: DiffusionPipeline) -> list[torch.nn.Module]:
@@ -130,7 +102,7 @@ def _move(modules: Sequence[torch.nn.Module], device: torch.device) -> None:
 def _compile(denoiser: torch.nn.Module) -> None:
     """Regional compilation: one block of each kind is compiled, all of its kind share it; shapes are fixed here."""
     if not type(denoiser)._repeated_blocks:
-        raise ValueError(f"--render_compile true: {type(denoiser).__name__} names no repeated blocks: leave it out")
+        raise UserError(f"--render_compile true: {type(denoiser).__name__} names no repeated blocks: leave it out")
     denoiser.compile_repeated_blocks(fullgraph=True, dynamic=False)
 
 
@@ -139,34 +111,34 @@ def _set_attention(denoiser: torch.nn.Module, name: str) -> None:
     flag = f"--render_attention {name}"
     known = [backend.value for backend in AttentionBackendName]
     if name not in known:
-        raise ValueError(f"{flag}: not a backend of diffusers; choose one of {', '.join(known)}")
+        raise UserError(f"{flag}: not a backend of diffusers; choose one of {', '.join(known)}")
     parts = [part for part in denoiser.modules() if isinstance(part, AttentionModuleMixin)]
     if not any("_attention_backend" in dir(part.processor) for part in parts):
-        raise ValueError(f"{flag}: the attention of {type(denoiser).__name__} cannot be exchanged: leave it out")
+        raise UserError(f"{flag}: the attention of {type(denoiser).__name__} cannot be exchanged: leave it out")
     try:
         with attention_backend("native"):  # puts the process's own back
             denoiser.set_attention_backend(name)
     except (RuntimeError, ImportError) as error:
-        raise ValueError(f"{flag}: {' '.join(str(error).split())}") from error
+        raise UserError(f"{flag}: {one_line(error, 600)}") from error
 
 
 def _slice(pipe: DiffusionPipeline) -> None:
     vae = pipe.components.get("vae")
     if vae is None or "use_slicing" not in dir(vae):
-        raise ValueError(f"--render_slice_vae true: the VAE of {type(pipe).__name__} cannot: leave it out")
+        raise UserError(f"--render_slice_vae true: the VAE of {type(pipe).__name__} cannot: leave it out")
     vae.enable_slicing()
 
 
 def _quantize(denoiser: torch.nn.Module, name: str, device: torch.device) -> None:
     """Weights of all linear layers but those that are too narrow for the kernels (a multiple of 16)."""
     flag = f"--render_quantization {name}"
-    if name not in QUANTIZATIONS:
-        raise ValueError(f"{flag}: choose one of {', '.join(QUANTIZATIONS)}")
+    if name not in PACKAGES:
+        raise UserError(f"{flag}: choose one of {', '.join(PACKAGES)}")
     if importlib.util.find_spec(PACKAGES[name]) is None:
-        raise ValueError(f"{flag} needs {PACKAGES[name]}, which is not installed: "
+        raise UserError(f"{flag} needs {PACKAGES[name]}, which is not installed: "
                          "uv pip install -r pyproject.toml --extra quantize")  # fmt: skip
     if name == "fp8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
-        raise ValueError(f"{flag} needs a GPU of compute capability 8.9 or above (H100, L40S), not {device}: "
+        raise UserError(f"{flag} needs a GPU of compute capability 8.9 or above (H100, L40S), not {device}: "
                          "fp8_weights and int8 store weights so and compute as before")  # fmt: skip
     if name == "nf4":
         _to_nf4(denoiser, device)
@@ -215,7 +187,7 @@ def _fuse(pipe: DiffusionPipeline, source: str, scale: float) -> None:
     `source` is a folder or a hub name, ":file.safetensors" after it where there are several files.
     """
     if "load_lora_weights" not in dir(pipe):
-        raise ValueError(f"--render_lora {source}: {type(pipe).__name__} takes no LoRA: leave it out")
+        raise UserError(f"--render_lora {source}: {type(pipe).__name__} takes no LoRA: leave it out")
     place, _, file = source.partition(":")
     options = {"weight_name": file or None, "use_safetensors": True}
     if Path(place).is_dir():
@@ -225,11 +197,10 @@ def _fuse(pipe: DiffusionPipeline, source: str, scale: float) -> None:
         options["revision"] = locked(place).revision
     try:
         pipe.load_lora_weights(place, **options)
-    except (OSError, httpx.HTTPError) as error:
-        why = " ".join(str(error).split())[:200]
+    except (OSError, ValueError, httpx.HTTPError) as error:
         raise UserError(
-            f"--render_lora {source} cannot be loaded ({why}): give a folder with its .safetensors file, or fetch it "
-            f"with: {locked(place).command} {file}".rstrip()
+            f"--render_lora {source} cannot be loaded ({one_line(error)}): give a folder with its .safetensors file, "
+            f"or fetch it with: {locked(place).command} {file}".rstrip()
         ) from error
     pipe.fuse_lora(lora_scale=scale)
     pipe.unload_lora_weights()
@@ -256,22 +227,3 @@ def smallest_good_batch(trial: Callable[[int], float | None], most: int = MAX_TR
         size *= 2
     good = [size for size, found in seconds.items() if found <= (1 + MIN_GAIN) * min(seconds.values())]
     return min(good, default=1)
-
-
-def choose_batch_size(renderer: LocalRenderer, asked: int | str) -> int:
-    """The batch size of this run: as `asked`, or for auto by trial, the smallest that any process found.
-
-    For every process to call. What a trial finds depends on the hour, and pictures on the batch size to a rounding:
-    who goes on with a run must give the size that it began with (`run.json`, derived) instead of auto.
-
-    Raises:
-        ValueError: auto, and the renderer is not one of this process.
-    """
-    if asked != AUTO:
-        return asked
-    from rendering.local import LocalRenderer  # which imports this module
-
-    if not isinstance(renderer, LocalRenderer):
-        raise ValueError(f"--render_batch_size {AUTO} tries a renderer of this process: give a number for others")
-    renderer.chunk_size = min(gather_object([smallest_good_batch(renderer.trial)]))
-    return renderer.chunk_size

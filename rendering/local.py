@@ -1,9 +1,10 @@
 """Draws with a frozen diffusers text-to-image pipeline in this process.
 
 Any checkpoint that `AutoPipelineForText2Image` knows: FLUX.1/2, SD3.5, Qwen-Image, Z-Image, Sana, SDXL, PixArt, ...
-What a pipeline takes is read from the signatures of its `__call__` and `encode_prompt`, never from its name.
+The settings that a pipeline takes are read from the signatures of its `__call__` and `encode_prompt`, never from its
+name. `levers` makes it faster or smaller.
 
-Left out: negative prompts, image conditioning. What makes it faster or smaller: `levers`.
+Left out: negative prompts, image conditioning.
 
 Source: diffusers 0.42.1, `pipelines/*/pipeline_*.py`.
 """
@@ -12,27 +13,27 @@ from __future__ import annotations
 
 import inspect
 import logging
-import re
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import httpx
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline
-from huggingface_hub import HfApi, try_to_load_from_cache
 from PIL import Image
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from errors import UserError
+from errors import UserError, one_line
 from interfaces import OnImage
+from models.frozen import without_zero3_init
+from models.hub import resolve
 from models.weights import check_folder, locked
-from models.whole import without_zero3_init
-from rendering import notify_rows
-from rendering.levers import TRIAL_MEMORY_SHARE, Levers, apply, on_device, text_encoders
+from rendering.levers import TRIAL_MEMORY_SHARE, apply, on_device, smallest_good_batch, text_encoders
+from rendering.options import RenderOptions
+from rendering.rows import OnRow, Outcome, Row, draw_distinct
 from run.signals import leaving
 
 # Pipelines print every text that they cut, padding included; `LocalRenderer.truncated` counts them and warns once.
@@ -48,71 +49,34 @@ class LocalRenderer:
     A row's picture depends on its text and seed alone: noise comes from a CPU generator per row, and text encoders and
     pipeline always see exactly `chunk_size` rows.
 
+    Args:
+        options: the numbers of `render_batch_size` and `max_sequence_length` must be given, not auto.
+        device: of every component.
+        pipe: see `load_pipeline`.
+
     Attributes:
         failures: why rows came back as None, one count per row ("blank text", "safety checker", "black picture",
             "non-finite pixels", "out of memory", "told to leave").
         truncated: texts longer than `max_tokens` that were drawn all the same, their ends unread.
-        chunk_size: rows drawn at once; halved for good when the device runs out of memory.
+        chunk_size: rows drawn at once; halved for good when the device runs out of memory. A last chunk is filled up
+            by repeating its last row, which costs time; for single pictures choose 1.
+
+    Raises:
+        UserError: see `load_pipeline`; or a setting that this pipeline does not take.
     """
 
     def __init__(
-        self,
-        path: str | DiffusionPipeline,
-        *,
-        device: str | torch.device,
-        dtype: str,
-        steps: int | None,
-        guidance: float | None,
-        height: int | None,
-        width: int | None,
-        max_sequence_length: int | None,
-        chunk_size: int,
-        levers: Levers | None = None,
+        self, options: RenderOptions, device: str | torch.device, pipe: DiffusionPipeline | None = None
     ) -> None:
-        """Load `path` onto `device` and freeze it. None leaves a setting at the pipeline's own default.
-
-        Args:
-            path: a folder with a `model_index.json`, or a Hub repository "org/name"; or a pipeline that is built
-                already, which is changed in place and whose `dtype` is its own.
-            device: of every component.
-            dtype: "bfloat16", "float16" or "float32".
-            steps: denoising steps, >= 1.
-            guidance: the pipeline's guidance scale (Qwen-Image: `true_cfg_scale`, its `guidance_scale` being unused).
-            height, width: pixels. When either is given, Sana and PixArt draw at this very size instead of drawing at
-                the nearest trained one and resizing.
-            max_sequence_length: text tokens read; fewer are cheaper, since every text is padded to this length.
-            chunk_size: rows drawn at once, >= 1. A last chunk is filled up by repeating its last row, which costs
-                time; for single pictures choose 1.
-            levers: what makes it faster or smaller; none by default.
-
-        Raises:
-            UserError: nothing at `path`, Hub out of reach, or weights that did not load whole.
-            ValueError: a setting or lever that this pipeline does not take, or out of range.
-        """
-        if dtype not in DTYPES:
-            raise ValueError(f"unknown renderer dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
-        if chunk_size < 1:
-            raise ValueError(f"renderer chunk_size is {chunk_size}: give 1 or more rows")
-        self.pipe, self.device = _load(path, DTYPES[dtype]) if isinstance(path, str) else path, torch.device(device)
-        self.pipe.set_progress_bar_config(disable=True)
-        for component in self.pipe.components.values():
-            if isinstance(component, torch.nn.Module):
-                component.eval().requires_grad_(False)
-        levers = levers or Levers()
-        apply(levers, self.pipe, self.device)
-        self._away = text_encoders(self.pipe) if levers.offload_text else []
-        self.chunk_size = chunk_size
+        if options.render_batch_size < 1:
+            raise UserError(f"--render_batch_size is {options.render_batch_size}: give 1 or more")
+        self.pipe, self.device = load_pipeline(options, device, pipe), torch.device(device)
+        self._settings = _call_settings(options, self.pipe)
+        self._away = text_encoders(self.pipe) if options.render_offload_text else []
+        self._tokenizer = _longest_tokenizer(self.pipe)
+        self.chunk_size = options.render_batch_size
         self.failures: Counter[str] = Counter()
         self.truncated = 0
-        self._settings = _call_settings(
-            self.pipe,
-            num_inference_steps=steps,
-            guidance=guidance,
-            height=height,
-            width=width,
-            max_sequence_length=max_sequence_length,
-        )
-        self._tokenizer = _longest_tokenizer(self.pipe)
         self._encoded: dict[str, tuple] = {}
         self._texts: list[str] = []  # of this call
         self._lone: tuple | None = None  # what `encode_prompt` returns for one row
@@ -130,33 +94,27 @@ class LocalRenderer:
         Args:
             texts: B texts of any length.
             seeds: B seeds in [-2**63, 2**64).
-            on_image: told index and picture of a row after its chunk.
+            on_image: called with index and picture of each row after its chunk.
 
         Returns:
             B RGB pictures; None where a row could not be drawn, with the reason counted in `failures`.
-
-        Raises:
-            ValueError: as many texts as seeds are needed.
         """
-        if len(texts) != len(seeds):
-            raise ValueError(f"renderer got {len(texts)} texts but {len(seeds)} seeds: give one seed per text")
-        rows = list(zip(texts, seeds, strict=True))
-        distinct = [row for row in dict.fromkeys(rows) if row[0].strip()]
-        self._texts = list(dict.fromkeys(text for text, _ in distinct))
-        self._count_truncated(set(self._texts))
-        try:
-            drawn = self._draw_all(distinct, notify_rows(rows, on_image))
-        finally:
-            self._forget()
-        outcomes = [drawn.get(row, "told to leave" if row[0].strip() else "blank text") for row in rows]
-        self.failures.update(outcome for outcome in outcomes if isinstance(outcome, str))
-        return [None if isinstance(outcome, str) else outcome for outcome in outcomes]
+        return draw_distinct(texts, seeds, on_image, self.failures, self._draw_all)
+
+    def choose_batch_size(self) -> int:
+        """Try batch sizes, and take the smallest that any process found; every process must call it.
+
+        The result depends on what else the machine does, and pictures depend on the batch size by rounding. So a run
+        that is continued must keep the size that it began with (`run.json`, derived).
+        """
+        self.chunk_size = min(gather_object([smallest_good_batch(self.trial)]))
+        return self.chunk_size
 
     @torch.inference_mode()
     def trial(self, size: int, share: float = TRIAL_MEMORY_SHARE, **changes: int) -> float | None:
         """Seconds a picture when `size` are drawn at once, None if that does not fit; leaves `chunk_size` at `size`.
 
-        One step warms up, off the clock.
+        One step, not timed, warms up.
 
         Args:
             size: pictures.
@@ -166,7 +124,6 @@ class LocalRenderer:
         self.chunk_size = size
         rows = [(TRIAL_TEXT.format(index), index) for index in range(size)]
         on_gpu = self.device.type == "cuda"
-        room = 0.0
         if on_gpu:
             torch.cuda.empty_cache()
             room = torch.cuda.memory_allocated(self.device) + share * torch.cuda.mem_get_info(self.device)[0]
@@ -176,18 +133,16 @@ class LocalRenderer:
                 return None
             self._forget()
             started = time.perf_counter()
-            if (
-                self._draw_chunk(rows, **changes) is None
-                or on_gpu
-                and torch.cuda.max_memory_allocated(self.device) > room
-            ):
-                return None
-            return (time.perf_counter() - started) / size
+            fits = self._draw_chunk(rows, **changes) is not None
+            seconds = time.perf_counter() - started
+            if on_gpu:
+                fits = fits and torch.cuda.max_memory_allocated(self.device) <= room
+            return seconds / size if fits else None
         finally:
             self._forget()
 
     def _forget(self) -> None:
-        """What was encoded is kept for one call."""
+        """Drop what was encoded: it is kept for one call."""
         self._encoded.clear()
         self._texts = []
 
@@ -201,31 +156,27 @@ class LocalRenderer:
     @property
     def max_tokens(self) -> int:
         """Tokens of a text that are read: `max_sequence_length` (given or default) or the tokenizer's lower limit."""
-        parameters = inspect.signature(type(self.pipe).__call__).parameters
         limit = self._tokenizer.model_max_length
-        if "max_sequence_length" not in parameters:
-            return limit
-        return min(self._settings.get("max_sequence_length", parameters["max_sequence_length"].default), limit)
+        return min(self.settings["max_sequence_length"] or limit, limit)
 
     @property
     def settings(self) -> dict[str, int | float | None]:
-        """`steps`, `guidance`, `max_sequence_length` of every picture, given or default; None if it has none."""
+        """Settings of every picture, given or default, by their names in the images API; None if it has none."""
         parameters = inspect.signature(type(self.pipe).__call__).parameters
         chosen = {name: parameter.default for name, parameter in parameters.items()} | self._settings
-        names = {
-            "steps": "num_inference_steps",
-            "guidance": _guidance_name(parameters),
-            "max_sequence_length": "max_sequence_length",
+        return {
+            "num_inference_steps": chosen.get("num_inference_steps"),
+            "guidance_scale": chosen.get(_guidance_name(parameters)),
+            "max_sequence_length": chosen.get("max_sequence_length"),
         }
-        return {ours: chosen.get(theirs) for ours, theirs in names.items()}
 
     @property
     def tokenizer_json(self) -> str | None:
         """The tokenizer of `count_tokens` as a tokenizer.json; None if it has no such form."""
         return self._tokenizer.backend_tokenizer.to_str() if self._tokenizer.is_fast else None
 
-    def _count_truncated(self, texts: set[str]) -> None:
-        lengths = [self.count_tokens(text) for text in texts]
+    def _count_truncated(self) -> None:
+        lengths = [self.count_tokens(text) for text in self._texts]
         cut = sum(length > self.max_tokens for length in lengths)
         if cut and not self.truncated:
             warnings.warn(
@@ -235,31 +186,36 @@ class LocalRenderer:
             )
         self.truncated += cut
 
-    def _draw_all(
-        self, rows: list[tuple[str, int]], tell: Callable[[tuple[str, int], Image.Image], None]
-    ) -> dict[tuple[str, int], Image.Image | str]:
-        """Distinct (text, seed) -> picture, or why there is none; cut short between chunks when told to leave."""
-        drawn: dict[tuple[str, int], Image.Image | str] = {}
-        while len(drawn) < len(rows) and not leaving():
-            chunk = rows[len(drawn) : len(drawn) + self.chunk_size]
-            pictures = self._draw_chunk(chunk)
-            if pictures is None and self.chunk_size == 1:
-                pictures = ["out of memory"]
-            if pictures is not None:
-                for row, picture in zip(chunk, pictures, strict=True):
-                    drawn[row] = picture
+    def _draw_all(self, rows: list[Row], on_row: OnRow) -> dict[Row, Outcome]:
+        """The outcome of distinct rows; stops between chunks when the run must leave."""
+        self._texts = list(dict.fromkeys(text for text, _ in rows))
+        self._count_truncated()
+        outcomes: dict[Row, Outcome] = {}
+        try:
+            while len(outcomes) < len(rows) and not leaving():
+                chunk = rows[len(outcomes) : len(outcomes) + self.chunk_size]
+                pictures = self._draw_chunk(chunk)
+                if pictures is None and self.chunk_size > 1:
+                    self._halve_chunk()
+                    continue
+                for row, picture in zip(chunk, pictures or ["out of memory"], strict=True):
+                    outcomes[row] = picture
                     if not isinstance(picture, str):
-                        tell(row, picture)
-            else:
-                warnings.warn(
-                    f"out of memory drawing {self.chunk_size} pictures at once: from now on {self.chunk_size // 2}. "
-                    f"Start with chunk_size={self.chunk_size // 2} to save the failed attempt.",
-                    stacklevel=2,
-                )
-                self.chunk_size //= 2
-        return drawn
+                        on_row(row, picture)
+        finally:
+            self._forget()
+        return {row: outcomes.get(row, "told to leave") for row in rows}
 
-    def _draw_chunk(self, rows: list[tuple[str, int]], **changes: int) -> list[Image.Image | str] | None:
+    def _halve_chunk(self) -> None:
+        half = self.chunk_size // 2
+        warnings.warn(
+            f"out of memory drawing {self.chunk_size} pictures at once: from now on {half}. Start with "
+            f"--render_batch_size {half} to save the failed attempt.",
+            stacklevel=2,
+        )
+        self.chunk_size = half
+
+    def _draw_chunk(self, rows: list[Row], **changes: int) -> list[Outcome] | None:
         """At most `chunk_size` rows -> picture or reason each; None if the device ran out of memory.
 
         `changes` are settings of this call alone.
@@ -292,11 +248,10 @@ class LocalRenderer:
         ]
 
     def _encode_each_text_once(self, *args, **kwargs) -> tuple:
-        """Stands in for the pipeline's own `encode_prompt`: distinct rows are encoded once, remembered, then stacked.
+        """Replaces the pipeline's own `encode_prompt`: distinct rows are encoded once, remembered, then stacked.
 
-        The pipeline itself calls it, with the arguments that it would have given, and reads the result as usual; so
-        neither those (Sana's instruction, FLUX.2's layers) nor the order of the returned values, which differs between
-        pipelines, need be known here.
+        The pipeline calls it with its usual arguments and reads the result as usual. So this function needs to know
+        neither the arguments (Sana's instruction, FLUX.2's layers) nor the order of the returned values.
         """
         arguments = inspect.signature(self._encode).bind(*args, **kwargs).arguments
         prompts = arguments["prompt"]
@@ -311,9 +266,9 @@ class LocalRenderer:
         return tuple(_stack(values) for values in zip(*(self._encoded[key] for key in keys), strict=True))
 
     def _coming(self, row: dict) -> dict[str, dict]:
-        """Key -> row of every text of this call, made after `row`; none if `row` is no text of it but a negative one.
+        """Key -> row of every text of this call, made after `row`; none if `row` holds a negative prompt.
 
-        So that text encoders that are in main memory come to the device once a call, not once a chunk.
+        With them, offloaded text encoders come to the device once a call, not once a chunk.
         """
         if row["prompt"] not in [[text] for text in self._texts]:
             return {}
@@ -398,18 +353,27 @@ def _to_picture(pixels: np.ndarray) -> Image.Image | str:
     return Image.fromarray(levels) if levels.any() else "black picture"
 
 
-def _call_settings(pipe: DiffusionPipeline, *, guidance: float | None, **wanted: int | None) -> dict:
-    """The keyword arguments of every call of `pipe`: what was asked for under this pipeline's own names."""
+def _call_settings(options: RenderOptions, pipe: DiffusionPipeline) -> dict:
+    """The keyword arguments of every call of `pipe`: the given options under this pipeline's own names.
+
+    With a given size, Sana and PixArt draw at this very size instead of the nearest trained one.
+    """
     parameters = inspect.signature(type(pipe).__call__).parameters
     guided_by = _guidance_name(parameters)
-    wanted[guided_by] = guidance
-    settings = {name: value for name, value in wanted.items() if value is not None}
+    asked = {
+        "num_inference_steps": options.render_steps,
+        guided_by: options.guidance,
+        "height": options.resolution,
+        "width": options.resolution,
+        "max_sequence_length": options.max_sequence_length,
+    }
+    settings = {name: value for name, value in asked.items() if value is not None}
     for name, value in settings.items():
         if name not in parameters:
-            raise ValueError(f"{type(pipe).__name__} takes no {name} (given: {value}): leave it out")
+            raise UserError(f"{type(pipe).__name__} takes no {name} (given: {value}): leave it out")
     if guided_by == "true_cfg_scale":
         settings["negative_prompt"] = " "  # without one Qwen-Image silently draws unguided; " " is its model card's
-    if "use_resolution_binning" in parameters and settings.keys() & {"height", "width"}:
+    if "use_resolution_binning" in parameters and options.resolution is not None:
         settings["use_resolution_binning"] = False
     return settings
 
@@ -428,56 +392,48 @@ def _longest_tokenizer(pipe: DiffusionPipeline) -> PreTrainedTokenizerBase:
     return max(tokenizers, key=lambda tokenizer: tokenizer.model_max_length)
 
 
-def _load(path: str, dtype: torch.dtype) -> DiffusionPipeline:
-    try:
-        folder = _folder(path)
-        for part in (folder, *(part for part in folder.iterdir() if part.is_dir())):
-            check_folder(part)
-        with without_zero3_init():
-            pipe = AutoPipelineForText2Image.from_pretrained(
-                str(folder), dtype=dtype, local_files_only=True, use_safetensors=True
-            )
-    except (OSError, httpx.HTTPError) as error:  # missing file, gated repository, lost connection
-        raise UserError(_missing(path, f"cannot be loaded ({_first_line(error)})")) from error
-    for name, component in pipe.components.items():
+# Loading ----------------------------------------------------------------------------------------------------------
+
+
+def load_pipeline(
+    options: RenderOptions, device: str | torch.device, pipe: DiffusionPipeline | None = None
+) -> DiffusionPipeline:
+    """The frozen pipeline at `sdmodel_name` with its levers; its components are on `device`.
+
+    Args:
+        options: `sdmodel_name`, a folder with a `model_index.json` or a Hub repository "org/name"; `render_dtype`; and
+            the levers.
+        device: of every component.
+        pipe: a pipeline to use in place of the one at `sdmodel_name`. It is changed in place and keeps its dtype.
+
+    Raises:
+        UserError: nothing at `sdmodel_name`, Hub out of reach, incomplete weights, or a lever that cannot be had.
+    """
+    if options.render_dtype not in DTYPES:
+        raise UserError(f"--render_dtype {options.render_dtype}: choose one of {', '.join(DTYPES)}")
+    pipe = pipe or _load(options.sdmodel_name, DTYPES[options.render_dtype])
+    pipe.set_progress_bar_config(disable=True)
+    for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
-            for parameter_name, parameter in component.named_parameters():
-                if parameter.numel() == 0 or parameter.is_meta:
-                    raise UserError(
-                        f"{path}: {name}.{parameter_name} is empty after loading, as under DeepSpeed ZeRO-3: load the "
-                        "renderer before the Accelerator exists, or use deepspeed_2.yaml (ZeRO-2)"
-                    )
+            component.eval().requires_grad_(False)
+    apply(options, pipe, torch.device(device))
     return pipe
 
 
-def _folder(path: str) -> Path:
-    """Where the pipeline lies on this disk; what is missing of it is downloaded if the Hub can be reached.
-
-    One request tells whether it can, instead of the loader's five retries per file (23 s).
-    """
-    if Path(path).is_dir():
-        return Path(path)
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path):
-        raise UserError(f"no such folder: {path}. Give a folder with a model_index.json or a Hub name org/name")
-    revision = locked(path).revision
+def _load(path: str, dtype: torch.dtype) -> DiffusionPipeline:
+    folder = resolve(path, ("model_index.json",), download=_download)
+    for part in folder.iterdir():
+        if part.is_dir():
+            check_folder(part)
     try:
-        HfApi().model_info(path, revision=revision, timeout=10)
-    except (OSError, httpx.HTTPError) as error:
-        cached = try_to_load_from_cache(path, "model_index.json", revision=revision)
-        if isinstance(cached, str):
-            return Path(cached).parent
-        raise UserError(_missing(path, f"is not here, and the Hub gave: {_first_line(error)}")) from error
-    return Path(DiffusionPipeline.download(path, revision=revision, use_safetensors=True))
+        with without_zero3_init():
+            return AutoPipelineForText2Image.from_pretrained(
+                str(folder), dtype=dtype, local_files_only=True, use_safetensors=True
+            )
+    except (OSError, ValueError) as error:
+        hint = "copy or save the folder again" if Path(path).is_dir() else f"fetch it with: {locked(path).command}"
+        raise UserError(f"renderer {path} cannot be loaded ({one_line(error)}): {hint}") from error
 
 
-def _missing(path: str, problem: str) -> str:
-    """One line: what is missing, its size and licence where known, and the command that fetches it."""
-    if Path(path).is_dir():
-        return f"renderer checkpoint {path} {problem}. Copy or save the whole diffusers folder again"
-    known = locked(path)
-    about = f", {known.size}, licence: {known.licence} (accept it on the model's page if asked)" if known.size else ""
-    return f"renderer checkpoint {path}{about} {problem}. Fetch it with: {known.command}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _download(repo: str, revision: str | None) -> str:
+    return DiffusionPipeline.download(repo, revision=revision, use_safetensors=True)

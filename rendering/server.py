@@ -19,38 +19,35 @@ Loopback by default. Off this machine it needs a key, in the environment (RENDER
 it behind a proxy that has, or into a network that you trust. Ray itself listens on loopback only, but for one port of
 each replica that Ray Serve opens on every address and that answers only to this server's own random token.
 
-Source: Ray 2.60, `serve.batch`, `serve.deployment`, `HTTPOptions`.
+Source: Ray 2.60, `serve.deployment`, `HTTPOptions`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
-import hashlib
 import hmac
 import io
-import json
+import logging
 import os
 import secrets
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from errors import UserError, one_line
+from errors import Stopped, UserError, one_line
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = (
-    "0"  # its name apart: Ray's node is 127.0.0.1 and listens there alone
-)
+os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray's node is 127.0.0.1 and listens only there
 os.environ["RAY_memory_monitor_refresh_ms"] = "0"  # or replicas are killed when somebody else fills the memory
 os.environ["RAY_AUTH_MODE"] = "token"
-os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # one of this server alone; else Ray keeps one in the home folder
+os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # of this server alone; else Ray keeps one in the home folder
 
 import ray
 import torch
@@ -64,20 +61,18 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from clients.http import checked_key, is_loopback
 from models.weights import locked
 from prompting import well_formed
-from rendering import AUTO, RenderOptions
-from run.options import changed_by, option, parse
+from rendering import AUTO, RenderOptions, load_renderer
+from rendering.rows import Outcome, Row
+from run.options import changed_by, option, parse, run_main
 
 if TYPE_CHECKING:
     from rendering.local import LocalRenderer  # diffusers: for the replicas alone
 
-ROOT = Path(__file__).resolve().parent.parent
-MOST_BYTES = 2**20  # of a request: a text of 100,000 characters, however escaped, fits
+logger = logging.getLogger(__name__)
+
 SEED_BITS = 63
-MOST_BATCHES = 64  # that Serve may hand over before the first of them is drawn
-DRAWING = [  # options, beside those that a request may name, by which pictures differ
-    one.name for one in fields(RenderOptions) if one.metadata["where"] == "drawer" and changed_by(one) == "pictures"
-]
-WARM_UP = ("a photo of a red circle", 0)  # what is drawn before the first request: it warms up, and is the fingerprint
+MOST_BATCHES = 64  # that Serve may hand to a replica, so that /health and /v1/models need not wait for pictures
+WARM_UP = "a photo of a red circle"  # drawn before the first request
 
 
 @dataclass
@@ -98,75 +93,56 @@ class ServerOptions:
 
 
 class Refused(Exception):
-    """A request that is answered with an error; `code` is for programs."""
+    """A request that is answered with an error."""
 
-    def __init__(self, status: int, message: str, code: str = "invalid_request"):
+    def __init__(self, status: int, message: str):
         super().__init__(message)
-        self.status, self.code = status, code
+        self.status = status
 
     @property
     def reply(self) -> JSONResponse:
         """In the shape of OpenAI's errors."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
-        error = {"message": str(self), "type": kind, "param": None, "code": self.code}
-        return JSONResponse({"error": error}, self.status)
-
-
-@dataclass
-class _Job:
-    """A row that waits, and then its place in what is drawn at once."""
-
-    row: tuple[str, int]
-    drawing: asyncio.Task[list[Image.Image | str]] | None = None
-    place: int = 0
+        return JSONResponse({"error": {"message": str(self), "type": kind, "param": None, "code": None}}, self.status)
 
 
 class Renderers:
     """One replica: a renderer, its batches, and the HTTP in front of it.
 
     Args:
-        options: the renderer's.
+        options: of the renderer.
         name: under which it is served.
         device: "cuda" or "cpu".
         concurrency: requests that all replicas together can use at once.
-        batch_wait: seconds.
+        batch_wait: seconds for which a batch waits for more rows.
     """
 
     def __init__(self, options: RenderOptions, name: str, device: str, concurrency: int, batch_wait: float):
-        self.name = name
-        self.renderer: LocalRenderer = options.load(device)
-        self.key = os.environ.get("RENDER_API_KEY", "").strip()
-        self._draw.set_max_batch_size(self.renderer.chunk_size)
-        self._draw.set_batch_wait_timeout_s(batch_wait)
-        self.waiting: list[_Job] = []
-        self.free, self.broken = asyncio.Lock(), False
-        (first,) = self.renderer([WARM_UP[0]], [WARM_UP[1]])
+        self.name, self.batch_wait = name, batch_wait
+        self.renderer: LocalRenderer = load_renderer(options, device)
+        self.key = checked_key("render")
+        self.waiting: asyncio.Queue[tuple[Row, asyncio.Future[Outcome]]] = asyncio.Queue()
+        self.drawing: asyncio.Task | None = None
+        self.is_broken = False
+        (first,) = self.renderer([WARM_UP], [0])
         if first is None:
-            raise UserError(f"the renderer cannot draw {WARM_UP[0]!r}: {dict(self.renderer.failures)}")
-        started = time.perf_counter()
-        self.renderer([WARM_UP[0]], [WARM_UP[1] + 1])
-        given = asdict(options)
+            raise UserError(f"the renderer cannot draw {WARM_UP!r}: {dict(self.renderer.failures)}")
+        settings = {"size": f"{first.width}x{first.height}", **self.renderer.settings, "drawing": _drawing(options)}
         self.card = {
-            **self.renderer.settings,
-            "size": list(first.size),
-            "dtype": options.render_dtype,
+            "request": {name: value for name, value in settings.items() if value is not None},
             "max_tokens": self.renderer.max_tokens,
-            "revision": locked(options.sdmodel_name).revision,
-            "drawing": ", ".join(f"{name} {given[name]}" for name in DRAWING),
             "seed_bits": SEED_BITS,
             "concurrency": concurrency,
-            "batch_seconds": time.perf_counter() - started,
-            "fingerprint": hashlib.sha256(first.tobytes()).hexdigest()[:16],
         }
 
     def check_health(self) -> None:
-        """Asked by Ray Serve every few seconds.
+        """Called by Ray Serve every few seconds.
 
         Raises:
-            RuntimeError: the renderer did: what it raises (a device that fails) it goes on raising, and at once, so
-                that most requests would come here.
+            RuntimeError: the renderer raised. A device that failed goes on failing, and at once, so that most requests
+                would come to this replica.
         """
-        if self.broken:
+        if self.is_broken:
             raise RuntimeError("the last pictures could not be drawn: this replica must be started anew")
 
     async def __call__(self, request: Request) -> Response:
@@ -177,9 +153,9 @@ class Renderers:
             ("GET", "/v1/tokenizer"): self.tokenizer,
             ("POST", "/v1/images/generations"): self.image,
         }
+        route = routes.get((request.method, request.url.path))
         try:
-            route = routes.get((request.method, request.url.path))
-            if request.url.path != "/health":
+            if route != self.health:
                 self._admit(request)
             if route is None:
                 raise Refused(404, f"no {request.method} {request.url.path}, only {[path for _, path in routes]}")
@@ -191,7 +167,7 @@ class Renderers:
         """Raise unless the caller has the key, if there is one."""
         given = request.headers.get("authorization", "").encode()
         if self.key and not hmac.compare_digest(given, f"Bearer {self.key}".encode()):
-            raise Refused(401, "wrong or no key: send RENDER_API_KEY as a bearer token", "invalid_api_key")
+            raise Refused(401, "wrong or no key: send RENDER_API_KEY as a bearer token")
 
     async def health(self, request: Request) -> Response:
         """It is there."""
@@ -203,93 +179,93 @@ class Renderers:
         return JSONResponse({"object": "list", "data": [card]})
 
     async def tokenizer(self, request: Request) -> Response:
-        """As its tokenizer.json."""
+        """The tokenizer with which texts are counted, as its tokenizer.json."""
         text = self.renderer.tokenizer_json
         if text is None:
-            raise Refused(404, "this renderer's tokenizer has no tokenizer.json", "no_tokenizer")
+            raise Refused(404, "this renderer's tokenizer has no tokenizer.json")
         return Response(text, media_type="application/json")
 
     async def image(self, request: Request) -> Response:
         """One picture."""
-        text, seed = self._row(await _json_of(request))
-        outcome = await self._draw((text, seed))
+        outcome = await self.draw(self._row(await _json_of(request)))
         if isinstance(outcome, str):
-            gone = "out of memory" in outcome
-            raise Refused(503 if gone else 422, f"could not be drawn: {outcome}", "not_drawn")
+            gone = self.is_broken or "out of memory" in outcome  # not the text's fault: to be asked for again
+            raise Refused(503 if gone else 422, f"could not be drawn: {outcome}")
         content = await asyncio.to_thread(_png, outcome)  # 0.1 s at 1024 px, in which others are answered
         return JSONResponse({"created": int(time.time()), "output_format": "png", "data": [{"b64_json": content}]})
 
-    def _row(self, body: dict) -> tuple[str, int]:
-        """Text and seed of a request; raises Refused for what is not served here."""
+    def _row(self, body: dict) -> Row:
+        """Text and seed of a request.
+
+        Raises:
+            Refused: it asks for what is not served here.
+        """
         text, seed = body.get("prompt"), body.get("seed")
         if not isinstance(text, str) or not text.strip():
             raise Refused(400, "prompt must be a text that is not blank")
         if type(seed) is not int or not 0 <= seed < 2**SEED_BITS:
             raise Refused(400, f"seed is {seed!r}, must be a whole number from 0 to 2**{SEED_BITS} - 1")
         if body.get("model") not in (None, self.name):
-            raise Refused(404, f"no model {body['model']!r} here, only {self.name!r}", "model_not_found")
-        width, height = self.card["size"]
-        fixed = {"n": 1, "response_format": "b64_json", "output_format": "png"}
-        own = {
-            "size": f"{width}x{height}",
-            "num_inference_steps": self.card["steps"],
-            "guidance_scale": self.card["guidance"],
-            "max_sequence_length": self.card["max_sequence_length"],
-            "drawing": self.card["drawing"],
-        }
-        for name, value in fixed.items():
+            raise Refused(404, f"no model {body['model']!r} here, only {self.name!r}")
+        for name, value in {"n": 1, "response_format": "b64_json", "output_format": "png"}.items():
             if body.get(name) not in (None, value):
                 raise Refused(400, f"{name} is {body[name]!r}, here it can only be {value!r}")
-        for name, value in own.items():
+        for name in ("size", "num_inference_steps", "guidance_scale", "max_sequence_length", "drawing"):
+            value = self.card["request"].get(name)
             if body.get(name) not in (None, value):
-                message = f"{name} is {body[name]!r}, this server draws with {value!r}: start it with what you need"
-                raise Refused(409, message, "other_settings")
+                raise Refused(409, f"{name} is {body[name]!r}, this server draws with {value!r}: start it with yours")
         return well_formed(text), seed
 
-    @serve.batch(max_concurrent_batches=MOST_BATCHES)
-    async def _draw(self, rows: list[tuple[str, int]]) -> list[Image.Image | str]:
-        """The picture of each row, or why there is none.
+    async def draw(self, row: Row) -> Outcome:
+        """The outcome of one row, which is drawn in a batch with others."""
+        if self.drawing is None:
+            self.drawing = asyncio.create_task(self._draw_batches())
+        future = asyncio.get_running_loop().create_future()
+        self.waiting.put_nowait((row, future))
+        return await future
 
-        Serve closes a batch `batch_wait` after its first row, whether or not the renderer is free, and the renderer
-        fills each up to its full size. So what comes while a batch is drawn is put together here, when it is done.
-        """
-        jobs = [_Job(row) for row in rows]
-        self.waiting += jobs
-        async with self.free:
-            while any(job.drawing is None for job in jobs):
-                await self._draw_some()
-        return [job.drawing.result()[job.place] for job in jobs]
+    async def _draw_batches(self) -> None:
+        """Draw what waits, in batches, in a thread, so that more rows arrive meanwhile."""
+        while True:
+            jobs = [await self.waiting.get()]
+            if self.waiting.qsize() < self.renderer.chunk_size - 1:
+                await asyncio.sleep(self.batch_wait)
+            while len(jobs) < self.renderer.chunk_size and not self.waiting.empty():
+                jobs.append(self.waiting.get_nowait())
+            jobs = [job for job in jobs if not job[1].cancelled()]  # the client has left
+            try:
+                outcomes = await asyncio.to_thread(self._outcomes, [row for row, _ in jobs])
+            except Exception as error:  # of any kind: Ray Serve starts this replica anew
+                logger.exception("the renderer raised")
+                self.is_broken = True
+                outcomes = [f"the renderer raised: {one_line(error)}"] * len(jobs)
+            for (_, future), outcome in zip(jobs, outcomes, strict=True):
+                if not future.cancelled():
+                    future.set_result(outcome)
 
-    async def _draw_some(self) -> None:
-        """Draw the rows that have waited the longest, in a thread, so that others arrive meanwhile."""
-        size = self.renderer.chunk_size
-        some, self.waiting = self.waiting[:size], self.waiting[size:]
-        drawing = asyncio.create_task(asyncio.to_thread(self._outcomes, [job.row for job in some]))
-        for place, job in enumerate(some):
-            job.drawing, job.place = drawing, place
-        await asyncio.wait([drawing])
-        self.broken = drawing.exception() is not None
-
-    def _outcomes(self, rows: Sequence[tuple[str, int]]) -> list[Image.Image | str]:
+    def _outcomes(self, rows: list[Row]) -> list[Outcome]:
+        if not rows:
+            return []
         before = self.renderer.failures.copy()
         pictures = self.renderer(*map(list, zip(*rows, strict=True)))
         why = ", ".join(self.renderer.failures - before)
         return [why if picture is None else picture for picture in pictures]
 
 
+def _drawing(options: RenderOptions) -> dict[str, Any]:
+    """By which pictures differ, beside the settings that the images API has fields for."""
+    own = [one.name for one in fields(options) if one.metadata["where"] == "drawer" and changed_by(one) == "pictures"]
+    given = {name: getattr(options, name) for name in ("render_dtype", *own)}
+    return {**given, "revision": locked(options.sdmodel_name).revision}
+
+
 async def _json_of(request: Request) -> dict:
     """The object in a request's body; raises Refused."""
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
         raise Refused(415, "send application/json")  # which a foreign web page may not
-    pieces, length = [], 0
-    async for piece in request.stream():
-        length += len(piece)
-        if length > MOST_BYTES:
-            raise Refused(413, f"a request of more than {MOST_BYTES} bytes")
-        pieces.append(piece)
     try:
-        body = json.loads(b"".join(pieces))
-    except (ValueError, RecursionError) as error:
+        body = await request.json()
+    except ValueError as error:
         raise Refused(400, f"not JSON: {one_line(error)}") from error
     if not isinstance(body, dict):
         raise Refused(400, "not a JSON object")
@@ -312,24 +288,19 @@ def deploy(server: ServerOptions, render: RenderOptions) -> None:
         RuntimeError: they did not start; the log says why.
     """
     gpus = torch.cuda.device_count() if render.render_device is None else 0
-    replicas = server.replicas or gpus or 1
-    batch = render.render_batch_size
+    replicas, batch = server.replicas or gpus or 1, render.render_batch_size
     model = render.render_model or Path(render.sdmodel_name).name
-    for name in ("sdmodel_name", "render_lora"):  # replicas may start in another folder
-        given = asdict(render)[name]
-        if given and Path(given.partition(":")[0]).is_dir():
-            render = replace(render, **{name: str(Path(given).resolve())})
     deployment = serve.deployment(
         Renderers,
         name="Renderers",
         num_replicas=replicas,
         ray_actor_options={"num_cpus": 1, "num_gpus": 1 if gpus else 0},
-        max_ongoing_requests=MOST_BATCHES * batch,  # so that /health and /v1/models need not wait for pictures
+        max_ongoing_requests=MOST_BATCHES * batch,
         graceful_shutdown_timeout_s=2,
         health_check_period_s=2,
         logging_config={"enable_access_log": False},
     )
-    device = render.render_device or ("cuda" if gpus else "cpu")
+    device = "cuda" if gpus else "cpu"
     concurrency = 2 * batch * replicas  # one batch drawn, one filled
     application = deployment.bind(render, model, device, concurrency, server.batch_wait)
     serve.start(http_options=HTTPOptions(host=server.host, port=server.port, location="HeadOnly"))
@@ -337,34 +308,27 @@ def deploy(server: ServerOptions, render: RenderOptions) -> None:
 
 
 def check(server: ServerOptions, render: RenderOptions) -> None:
-    """What can be known before anything is loaded.
+    """Refuse options that cannot work, before anything is loaded.
 
     Raises:
-        UserError: an option that cannot work.
+        UserError: with the option.
     """
+    gpus = torch.cuda.device_count()
     if render.remote:
         raise UserError(f"--sdmodel_name {render.sdmodel_name} is a server: this one draws itself, name a pipeline")
     if AUTO in (render.render_batch_size, render.max_sequence_length):
-        raise UserError(
-            f"{AUTO} is settled by r1_prompter.py alone: give --render_batch_size and --max_sequence_length"
-        )
-    if server.replicas is not None and server.replicas < 1:
-        raise UserError(f"--replicas is {server.replicas}, must be at least 1")
-    if not 0 < server.port < 2**16:
-        raise UserError(f"--port is {server.port}, must be from 1 to 65535")
-    if not checked_key("render", UserError) and not is_loopback(server.host):
+        raise UserError(f"give numbers for --render_batch_size and --max_sequence_length, not {AUTO}")
+    if gpus and render.render_device is None and (server.replicas or gpus) > gpus:
+        raise UserError(f"--replicas is {server.replicas}, but there are {gpus} GPU(s), one for each")
+    if not checked_key("render") and not is_loopback(server.host):
         raise UserError(
             f"--host {server.host} can be reached from other machines: set environment RENDER_API_KEY, or leave "
             "--host at 127.0.0.1"
         )
-    gpus = torch.cuda.device_count()
-    if gpus and render.render_device is None and (server.replicas or gpus) > gpus:
-        raise UserError(f"--replicas is {server.replicas}, but there are {gpus} GPU(s), one for each")
 
 
 def run(server: ServerOptions, render: RenderOptions, temp_dir: str) -> None:
-    """Serve until told to stop."""
-    told = threading.Event()
+    """Serve until a signal says to stop."""
     ray.init(
         address="local",
         num_cpus=(server.replicas or torch.cuda.device_count() or 1) + 1,
@@ -373,40 +337,39 @@ def run(server: ServerOptions, render: RenderOptions, temp_dir: str) -> None:
         configure_logging=False,
         _node_ip_address="127.0.0.1",
         _temp_dir=temp_dir,
-        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
     )
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: sys.exit(0))  # while weights are fetched or loaded, which may take an hour
+        signal.signal(number, lambda *_: sys.exit(0))
     try:
         deploy(server, render)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: told.set())
         shown = f"[{server.host}]" if ":" in server.host else server.host
         print(f"rendering at http://{shown}:{server.port}/v1", flush=True)
-        while not told.wait(0.5):
-            pass
+        while True:
+            signal.pause()
     finally:
         serve.shutdown()
         ray.shutdown()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 told to stop, 1 it could not start, 2 wrong options."""
+def start(argv: Sequence[str]) -> None:
+    """Parse, check, serve.
+
+    Raises:
+        UserError: wrong options.
+        Stopped: it could not start.
+    """
+    server, render = parse((ServerOptions, RenderOptions), None, argv)
+    check(server, render)
+    own = tempfile.TemporaryDirectory(prefix="render_", ignore_cleanup_errors=True)
     try:
-        server, render = parse((ServerOptions, RenderOptions), None, sys.argv[1:] if argv is None else list(argv))
-        check(server, render)
-    except UserError as error:
-        print(f"render_server: {error}", file=sys.stderr)
-        return 2
-    try:
-        if server.temp_dir is not None:
-            run(server, render, server.temp_dir)
-        else:
-            with tempfile.TemporaryDirectory(prefix="render_", ignore_cleanup_errors=True) as folder:
-                run(server, render, folder)
+        with own if server.temp_dir is None else nullcontext(server.temp_dir) as folder:
+            run(server, render, folder)
     except (RayError, RuntimeError, OSError, ValueError) as error:
-        print(f"render_server: {one_line(error, 600)}", file=sys.stderr)
-        return 1
-    except SystemExit:  # told to stop before it served, by the handler of Ray's start or by ours
-        return 0
-    return 0
+        raise Stopped(one_line(error, 600)) from error
+    except SystemExit:  # a signal; while Ray starts, by Ray's own handler
+        return
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 stopped by a signal, 1 it could not start, 2 wrong options."""
+    return run_main("render_server", lambda: start(sys.argv[1:] if argv is None else argv))

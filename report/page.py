@@ -1,11 +1,18 @@
 """A run folder -> `report.html`: one page with the curves and the pictures, which opens from disk without a network.
 
-A file that the folder lacks leaves out its section; what is there but broken (a line that cannot be read, a value
-that is no number, a picture that is gone, a sample that is absent) is said at the top of the page. Rewrites are
-adversarial text: everything goes through Jinja's autoescaping, and pictures are only read from inside the run folder.
-The page depends on the folder's contents alone: the same files give the same bytes.
-
     python -m report.page runs/demo
+
+A section whose file the folder lacks is left out. What is broken (a line that cannot be read, a value that is no
+number, a picture that is gone, a sample that is absent) is listed at the top of the page. Rewrites are adversarial
+text, so everything goes through Jinja's autoescaping, and pictures are only read from inside the run folder. The same
+files give the same bytes.
+
+A program that measures a run may add `summary.json`, with any of
+    table     {"title", "note", "columns", "rows": [{"label", "mean", "ci95", "cells", "main"}]}; a mean or a cell is
+              null where nothing was measured; the main row stands out
+    figures   label -> text, to be read first
+    rollouts, rollouts_per_second, seconds: {"total", and of each phase}
+and `gallery.jsonl`, a row per prompt: prompt, task, and for "raw", "start" and "trained" image, correct and rewrite.
 """
 
 from __future__ import annotations
@@ -18,15 +25,16 @@ import re
 import sys
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from PIL import Image
 
+from errors import UserError
 from report.plots import BOX, CURVE_POINTS, PHASES, column, panels
-from report.terminal import CATEGORIES, POLICIES, number
+from report.terminal import number
 
+SIDES = {"raw": "raw prompt", "start": "policy before", "trained": "policy after"}  # of the gallery
 GALLERY_ROWS = 24  # half of them folded away
 GROUPS_PER_STEP, PICTURES_PER_ROLLOUT = 3, 2
-MOST_NOTES = 12  # of what could not be read
 SMALL, LARGE = 96, 288  # pixels: up to SMALL a picture stays lossless, beyond LARGE it is shrunk
 
 
@@ -41,25 +49,24 @@ class Folder:
     def record(self, name: str) -> dict:
         """The JSON object in file `name`; empty if there is no such file."""
         path = self.root / name
-        return self._parse(path.read_text("utf-8", "replace"), name) or {} if path.is_file() else {}
+        if not path.is_file():
+            return {}
+        found = _json_object(path.read_text("utf-8", "replace"))
+        if found is None:
+            self.notes.append(f"{name} is left out: it holds no JSON object.")
+        return found or {}
 
     def rows(self, name: str) -> list[dict]:
         """The JSON objects in the lines of file `name`; empty if there is no such file."""
         path = self.root / name
         lines = path.read_text("utf-8", "replace").split("\n") if path.is_file() else []
-        parsed = [self._parse(line, f"{name}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
-        return [row for row in parsed if row is not None]
-
-    def _parse(self, text: str, place: str) -> dict | None:
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError as error:
-            self.notes.append(f"{place} is left out: not JSON ({error.msg}).")
-            return None
-        if not isinstance(value, dict):
-            self.notes.append(f"{place} is left out: a {type(value).__name__} where an object should be.")
-            return None
-        return value
+        rows = {i: _json_object(line) for i, line in enumerate(lines, 1) if line.strip()}
+        broken = [i for i, row in rows.items() if row is None]
+        if broken:
+            self.notes.append(
+                f"{name}: {len(broken)} lines hold no JSON object and are left out, first line {broken[0]}."
+            )
+        return [row for row in rows.values() if row is not None]
 
     def picture(self, name: str | None) -> dict:
         """{"src": data URI} of a picture, or {"why": what stands in its place}."""
@@ -76,6 +83,14 @@ class Folder:
         why = "picture missing" if inside else "picture refused"
         self.pictures[why] += 1
         return {"src": None, "why": why}
+
+
+def _json_object(text: str) -> dict | None:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _data_uri(path: Path) -> str:
@@ -158,8 +173,8 @@ def gallery(folder: Folder) -> dict | None:
             "task": row.get("task"),
             "early": early,
             "sides": [
-                {"name": name, "label": POLICIES[name], **side, "picture": folder.picture(side.get("image"))}
-                for name in ("raw", "start", "trained")
+                {"name": name, "label": label, **side, "picture": folder.picture(side.get("image"))}
+                for name, label in SIDES.items()
                 if (side := row.get(name))
             ],
         }
@@ -174,38 +189,17 @@ def gallery(folder: Folder) -> dict | None:
     }
 
 
-def oracle(summary: dict) -> dict | None:
-    """The table of oracle accuracy with its intervals, cells None where nothing was measured."""
-    scores = {name: one for name, one in (summary.get("oracle") or {}).items() if name in POLICIES and one}
-    if not scores:
-        return None
-    rows = []
-    for name in POLICIES:
-        one = scores.get(name) or {}
-        interval = [number(end) for end in one.get("ci95") or ()]
-        rows.append(
-            {
-                "name": name,
-                "label": POLICIES[name],
-                "mean": number(one.get("mean")),
-                "ci95": interval if len(interval) == 2 and None not in interval else None,
-                "cells": [number(one.get(category)) for category in CATEGORIES],
-            }
-        )
-    return {"rows": rows, "categories": CATEGORIES}
-
-
 # the page -------------------------------------------------------------------------------------------------------
 
 
 def logged_steps(folder: Folder) -> list[dict]:
     """One row a step, in order: what is logged twice for a step (a resumed run, a closing summary) is merged."""
     merged: dict[float, dict] = {}
-    for i, row in enumerate(folder.rows("metrics.jsonl"), 1):
-        if (step := number(row.get("step"))) is None:
-            folder.notes.append(f"metrics.jsonl, row {i} is left out: it has no step.")
-        else:
+    for row in folder.rows("metrics.jsonl"):
+        if (step := number(row.get("step"))) is not None:
             merged.setdefault(step, {}).update(row, step=step)
+        else:
+            folder.notes.append("metrics.jsonl: a row without a step is left out.")
     return [merged[step] for step in sorted(merged)]
 
 
@@ -231,74 +225,64 @@ def trouble(folder: Folder, rows: list[dict], run: dict) -> list[str]:
     if rows and rows[-1]["step"] < planned:
         found.append(f"The log ends at step {rows[-1]['step']:g} of {planned:g}.")
     found += [f"{count} × {why}." for why, count in folder.pictures.items() if count]
-    notes = list(dict.fromkeys(folder.notes))
-    more = [f"… and {len(notes) - MOST_NOTES} more of this kind."] if len(notes) > MOST_NOTES else []
-    return found + notes[:MOST_NOTES] + more
+    return found + list(dict.fromkeys(folder.notes))
 
 
 def _tiles(rows: list[dict], summary: dict) -> list[tuple[str, str]]:
     """The figures to be read first: (label, value) pairs."""
+    tiles = list((summary.get("figures") or {}).items())
     rewards = [value for value in column(rows, "reward") if value is not None]
-    ends = max(1, len(rewards) // 10)
-    scores = {name: number((one or {}).get("mean")) for name, one in (summary.get("oracle") or {}).items()}
+    if rewards:
+        ends = max(1, len(rewards) // 10)
+        first, last = sum(rewards[:ends]) / ends, sum(rewards[-ends:]) / ends
+        tiles.append((f"reward, first → last {ends} steps", f"{first:.3f} → {last:.3f}"))
     logged = [value for value in column(rows, "seconds_since_start") if value is not None]
     seconds = number((summary.get("seconds") or {}).get("total")) or max(logged, default=None)
     figures = (
-        ("oracle accuracy, before → after", [scores.get("start"), scores.get("trained")], "{:.2f} → {:.2f}"),
-        ("of the gap to the ideal rewrite closed", [number(summary.get("gap_closed"))], "{:.0%}"),
-        (
-            f"reward, first → last {ends} steps",
-            [sum(part) / ends if rewards else None for part in (rewards[:ends], rewards[-ends:])],
-            "{:.3f} → {:.3f}",
-        ),
-        ("rollouts", [number(summary.get("rollouts"))], "{:,.0f}"),
-        ("rollouts a second", [number(summary.get("rollouts_per_second"))], "{:.3g}"),
-        ("minutes", [seconds / 60 if seconds else None], "{:.1f}"),
+        ("rollouts", number(summary.get("rollouts")), "{:,.0f}"),
+        ("rollouts a second", number(summary.get("rollouts_per_second")), "{:.3g}"),
+        ("minutes", seconds / 60 if seconds else None, "{:.1f}"),
     )
-    return [(label, form.format(*values)) for label, values, form in figures if None not in values]
+    return tiles + [(label, form.format(value)) for label, value, form in figures if value is not None]
 
 
 def write_report(run_dir: Path) -> Path:
     """Write `report.html` into a run folder from whatever of the run's files is there; returns its path."""
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
-        raise NotADirectoryError(f"no run folder at {run_dir}: name the --outdir of a training run, e.g. runs/demo")
+        raise UserError(f"no run folder at {run_dir}: name the --outdir of a training run, e.g. runs/demo")
     folder = Folder(run_dir)
     run, summary = folder.record("run.json"), folder.record("summary.json")
     rows = logged_steps(folder)
-    sections = {"gallery": gallery(folder), "rollouts": rollout_steps(folder), "oracle": oracle(summary)}
-    page = (
-        _environment()
-        .get_template("report.html.jinja")
-        .render(
-            title=folder.root.name,
-            run=run,
-            tiles=_tiles(rows, summary),
-            seconds={phase: number(s) for phase, s in (summary.get("seconds") or {}).items() if number(s)},
-            phases=PHASES,
-            panels=panels(rows),
-            steps=len(rows),
-            curve_points=CURVE_POINTS,
-            trouble=trouble(folder, rows, run),
-            size=BOX,
-            **sections,
-        )
+    sections = {"gallery": gallery(folder), "rollouts": rollout_steps(folder), "table": summary.get("table")}
+    page = _template().render(
+        title=folder.root.name,
+        run=run,
+        tiles=_tiles(rows, summary),
+        seconds={phase: number(s) for phase, s in (summary.get("seconds") or {}).items() if number(s)},
+        phases=PHASES,
+        panels=panels(rows),
+        steps=len(rows),
+        curve_points=CURVE_POINTS,
+        trouble=trouble(folder, rows, run),
+        size=BOX,
+        **sections,
     )
     path = run_dir / "report.html"
     path.write_bytes(page.encode("utf-8", "replace"))  # a lone surrogate in a completion is no reason to fail
     return path
 
 
-def _environment() -> Environment:
-    here = FileSystemLoader(Path(__file__).parent)
+def _template() -> Template:
     environment = Environment(
-        loader=here, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
     environment.filters["json"] = json.dumps
     environment.filters["clip"] = lambda text, most=700: (
         text if len(text) <= most else f"{text[:most]} … (+{len(text) - most} characters)"
     )
-    return environment
+    return environment.get_template("report.html.jinja")
 
 
 def main() -> int:
@@ -307,9 +291,8 @@ def main() -> int:
     parser.add_argument("run_dir", type=Path, help="the run folder, e.g. runs/demo")
     try:
         print(write_report(parser.parse_args().run_dir))
-    except NotADirectoryError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except UserError as error:
+        parser.error(str(error))
     return 0
 
 

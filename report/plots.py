@@ -64,6 +64,7 @@ PANELS = (
     ("KL", "from the reference policy", {"kl": "KL"}, True),
     ("Entropy", "of the policy per token", {"entropy": "entropy"}, True),
     ("Gradient norm", "before clipping", {"grad_norm": "norm"}, True),
+    ("Seconds a step", "by phase", {f"seconds/{phase}": phase for phase in PHASES}, True),
 )
 
 
@@ -122,33 +123,12 @@ def panel(rows: list[dict], title: str, note: str, keys: dict[str, str], from_ze
     known = [v for raw, _ in lines.values() for v in raw if v is not None] + [0.0] * from_zero
     marks = ticks(min(known), max(known))
     xs, grid = _axes(thin([row["step"] for row in rows], CURVE_POINTS), marks)
-    series = [
-        {"label": label, "raw": _path(xs, raw, marks), "smooth": _path(xs, soft, marks), "last": _last(soft)}
-        for label, (raw, soft) in lines.items()
-    ]
-    return {"title": title, "note": note, "grid": grid, "series": series, "areas": []}
-
-
-def _last(values: list[float | None]) -> str:
-    return f"{next(value for value in reversed(values) if value is not None):.3g}"
-
-
-def phases_panel(rows: list[dict]) -> dict | None:
-    """Stacked areas of the seconds that a step spends in each phase."""
-    named = [(phase, column(rows, f"seconds/{phase}")) for phase in PHASES]
-    named = [(phase, thin([v or 0.0 for v in values], CURVE_POINTS)) for phase, values in named if any(values)]
-    if not named:
-        return None
-    columns = [values for _, values in named]
-    tops = [[sum(parts) for parts in zip(*columns[: i + 1], strict=True)] for i in range(len(columns))]
-    marks = ticks(0.0, max(tops[-1]))
-    xs, grid = _axes(thin([row["step"] for row in rows], CURVE_POINTS), marks)
-    areas, below = [], [0.0] * len(xs)
-    for (phase, values), top in zip(named, tops, strict=True):
-        back = _path(xs[::-1], below[::-1], marks).replace("M", "L").replace("h0", "")
-        areas.append({"label": phase, "path": _path(xs, top, marks) + back + "Z", "last": _last(values)})
-        below = top
-    return {"title": "Seconds a step", "note": "by phase", "grid": grid, "series": [], "areas": areas}
+    series = []
+    for label, (raw, soft) in lines.items():
+        last = next(value for value in reversed(soft) if value is not None)
+        paths = {"raw": _path(xs, raw, marks), "smooth": _path(xs, soft, marks)}
+        series.append({"label": label, **paths, "last": f"{last:.3g}"})
+    return {"title": title, "note": note, "grid": grid, "series": series}
 
 
 def progressing(keys: Iterable[str]) -> list[str]:
@@ -160,14 +140,8 @@ def progressing(keys: Iterable[str]) -> list[str]:
     return [part for part in parts if part != "preference" or "preference/win_rate_vs_raw" in keys]
 
 
-def _part_panels(rows: list[dict]) -> list[tuple]:
-    parts = sorted(progressing({key for row in rows for key in row}))
-    return [(f"Reward part: {part}", "mean of a step", {f"rewards/{part}/mean": part}, False) for part in parts]
-
-
-def _families(rows: list[dict]) -> list[tuple]:
+def _families(keys: Sequence[str]) -> list[tuple]:
     """One plot each of the metrics whose names depend on which rewards a run has."""
-    keys = sorted({key for row in rows for key in row})
 
     def family(title: str, note: str, pattern: str, from_zero: bool) -> tuple:
         found = {key: match[1] for key in keys if (match := re.fullmatch(pattern, key))}
@@ -188,6 +162,9 @@ def panels(rows: list[dict]) -> list[dict]:
     """All plots of a run, the reward and its parts first."""
     if not rows:
         return []
-    wanted = [("Reward", "weighted sum, mean of a step", {"reward": "reward"}, False), *_part_panels(rows)]
-    plots = [panel(rows, *one) for one in (*wanted, *_families(rows), *PANELS)]
-    return [plot for plot in (*plots, phases_panel(rows)) if plot]
+    keys = sorted({key for row in rows for key in row})
+    wanted = [("Reward", "weighted sum, mean of a step", {"reward": "reward"}, False)]
+    for part in sorted(progressing(keys)):
+        wanted.append((f"Reward part: {part}", "mean of a step", {f"rewards/{part}/mean": part}, False))
+    plots = [panel(rows, *one) for one in (*wanted, *_families(keys), *PANELS)]
+    return [plot for plot in plots if plot]

@@ -44,20 +44,22 @@ class RewardOptions:
         choices=DTYPES,
     )
     reward_batch_size: int = option(32, "Pictures or texts per forward pass of a reward.", changes="nothing")
+    reward_formula: str = option(
+        "faithful",
+        "Of git and gdino: the published formula, or that of T2I-R1's released code with its bugs.",
+        changes="run",
+        choices=FORMULAS,
+    )
     hps_path: str | None = option(
         None, "HPS checkpoint, .pt file or open_clip folder; unset: the published v2.1.", changes="run"
     )
     git_path: str | None = option(None, "GIT folder; unset: microsoft/git-large-vqav2.", changes="run")
-    git_formula: str = option(
-        "faithful", "Published formula, or the released code's.", changes="run", choices=FORMULAS
-    )
     gdino_path: str | None = option(
         None, "GroundingDINO folder; unset: IDEA-Research/grounding-dino-tiny.", changes="run"
     )
-    gdino_formula: str = option(
-        "faithful", "Published formula, or the released code's bugs too.", changes="run", choices=FORMULAS
+    orm_path: str | None = option(
+        None, "ORM folder, from scripts/convert_orm.py; unset: CaraJ/ORM-T2I-R1, if it is converted.", changes="run"
     )
-    orm_path: str | None = option(None, "ORM folder; unset: CaraJ/ORM-T2I-R1.", changes="run")
     orm_dtype: str = option(
         "bfloat16", "Weights and arithmetic of the ORM, 8 billion parameters.", changes="run", choices=DTYPES
     )
@@ -116,6 +118,11 @@ def _computing(options: RewardOptions, context: RewardContext) -> dict[str, obje
     return {"device": context.device, "dtype": options.reward_dtype, "batch_size": options.reward_batch_size}
 
 
+def _formula(options: RewardOptions, context: RewardContext) -> dict[str, object]:
+    """The keyword arguments of T2I-R1's two rewards."""
+    return {"released": options.reward_formula == "released", "prompts": context.prompts}
+
+
 def _hps(options: RewardOptions, context: RewardContext) -> Reward:
     from rewards.hps import DEFAULT, HPS
 
@@ -125,15 +132,14 @@ def _hps(options: RewardOptions, context: RewardContext) -> Reward:
 def _git(options: RewardOptions, context: RewardContext) -> Reward:
     from rewards.git import GIT, PUBLISHED
 
-    path, formula = options.git_path or PUBLISHED.repo, options.git_formula
-    return GIT(path, formula=formula, prompts=context.prompts, **_computing(options, context))
+    return GIT(options.git_path or PUBLISHED.repo, **_formula(options, context), **_computing(options, context))
 
 
 def _gdino(options: RewardOptions, context: RewardContext) -> Reward:
     from rewards.gdino import PUBLISHED, GroundingDino
 
-    path, formula = options.gdino_path or PUBLISHED.repo, options.gdino_formula
-    return GroundingDino(path, formula=formula, prompts=context.prompts, **_computing(options, context))
+    path = options.gdino_path or PUBLISHED.repo
+    return GroundingDino(path, **_formula(options, context), **_computing(options, context))
 
 
 def _orm(options: RewardOptions, context: RewardContext) -> Reward:
@@ -268,6 +274,6 @@ def build(names: Sequence[str], options: RewardOptions, context: RewardContext) 
         raise UserError("; and ".join(missing))
     if not options.reward_offload:
         return rewards
-    from models.frozen import offloaded
+    from rewards.offload import offloaded
 
     return [offloaded(reward) for reward in rewards]

@@ -9,9 +9,16 @@ and its box counts for that noun above 0.3. One query may serve several nouns. T
 
 Scores lie in [0, 1]. Attributes are not looked at, nor is the relation of a "complex" prompt. Source: T2I-R1, arXiv
 2505.00703; detector GroundingDINO, arXiv 2303.05499, as `IDEA-Research/grounding-dino-tiny`; the position term is the
-2-D rule of T2I-CompBench, arXiv 2307.06350. `Formula` names each habit of T2I-R1's released code: the formula
-"faithful" is the published one without them, "released" has all. Left out: relations in depth, the single-image loop,
-and downloading weights. Not checked: that this checkpoint scores like the authors' own file (swint_ogc).
+2-D rule of T2I-CompBench, arXiv 2307.06350. Left out: relations in depth and the single-image loop. Not checked: that
+this checkpoint scores like the authors' own file (swint_ogc).
+
+With `released` scores are those of T2I-R1's released code, whose formula differs from the published one:
+
+    - position weighs 0.5, not 0.6; "above" and "on top of" never hold; two objects of one name score 0
+    - distances stay shares of the picture and "near" is 150 of them, so always reached
+    - only the first and the last word of a noun are looked at, so that one of three or more words is never found
+    - suppression takes centre, width and height for corners, so it suppresses few boxes
+    - a wrong number of boxes scores 0.2 if there is any
 """
 
 from __future__ import annotations
@@ -24,9 +31,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoTokenizer,
@@ -37,9 +43,10 @@ from transformers import (
 from transformers.models.grounding_dino.modeling_grounding_dino import SPECIAL_TOKENS
 
 from data.grammar import RELATIONS
-from errors import UserError, one_line
+from errors import UserError
 from interfaces import Prompt, Reward, Sample
-from models.frozen import arithmetic, autocast, batches, check_loaded, check_pictures, folder_of, freeze
+from models.frozen import arithmetic, autocast, batches, check_pictures, load
+from models.hub import read, resolve
 from models.weights import locked
 from prompting import well_formed
 
@@ -47,9 +54,7 @@ log = logging.getLogger(__name__)
 
 PUBLISHED = locked("IDEA-Research/grounding-dino-tiny")
 WEIGHTS = "model.safetensors"
-BOX_HEAD = (
-    "bbox_embed.0.layers.0.weight"  # tied: transformers leaves it random, unsaid, if only its other name is there
-)
+BOX_HEAD = "bbox_embed.0.layers.0.weight"  # tied: transformers makes it up in silence if only its other name is there
 NO_NOUNS = 1.0  # score of a prompt without objects: the same for its whole group, so it moves nothing
 NMS_IOU = 0.5
 MOST_OVERLAP = 0.1  # IoU of two objects from which their position term falls
@@ -57,79 +62,25 @@ NEAR_PIXELS, FRAME = 150, 480  # "near", in T2I-CompBench's pictures of 480 pixe
 
 # locality -> axis and sign of centre 2 - centre 1, y growing downward; None is nearness
 _DIRECTIONS = {
-    "left of": ("x", 1),
-    "on the left of": ("x", 1),
-    "right of": ("x", -1),
-    "on the right of": ("x", -1),
-    "above": ("y", 1),
-    "on top of": ("y", 1),
-    "on the top of": ("y", 1),
-    "below": ("y", -1),
-    "on the bottom of": ("y", -1),
-    "next to": None,
-    "near": None,
-    "on side of": None,
+    **dict.fromkeys(("left of", "on the left of"), ("x", 1)),
+    **dict.fromkeys(("right of", "on the right of"), ("x", -1)),
+    **dict.fromkeys(("above", "on top of", "on the top of"), ("y", 1)),
+    **dict.fromkeys(("below", "on the bottom of"), ("y", -1)),
+    **dict.fromkeys(("next to", "near", "on side of")),
 }
 _UNHANDLED = ("above", "on top of")  # by the released code
 
 Box = tuple[float, float, float, float]
+Size = tuple[int, int]  # width, height in pixels
 
 
 @dataclass(frozen=True)
 class Detection:
-    """A box that scored above the threshold for one noun.
+    """A box that scored above the threshold for one noun."""
 
-    Attributes:
-        noun_index: of the noun in `Prompt.nouns`.
-        score: mean sigmoid over the noun's tokens.
-        box: centre x, centre y, width, height, as shares of the picture's width and height.
-    """
-
-    noun_index: int
-    score: float
-    box: Box
-
-
-@dataclass(frozen=True)
-class Formula:
-    """What the scores are made of. The defaults are the published formula; a `bug_` is one of the released code.
-
-    Attributes:
-        spatial_weights: of existence (both objects found) and of the position term.
-        bug_near_normalised: distances stay shares of the picture and "near" is 150 of them, so always reached; on a
-            picture that is not square, the larger of two distances may then be another one.
-        bug_above_unhandled: "above" and "on top of" hold for no picture.
-        bug_swallow_errors: a relation between two objects of one name scores 0.
-        bug_label_slice: only the first and the last word of a noun are looked at, and are all of it that its boxes are
-            called by: a noun of three and more words is never found.
-        bug_nms_cxcywh: centre, width and height are taken for corners when overlapping boxes are suppressed, so most
-            are not.
-        count_partial_credit: score of a wrong number of boxes that is not zero.
-    """
-
-    spatial_weights: tuple[float, float] = (0.4, 0.6)
-    bug_near_normalised: bool = False
-    bug_above_unhandled: bool = False
-    bug_swallow_errors: bool = False
-    bug_label_slice: bool = False
-    bug_nms_cxcywh: bool = False
-    count_partial_credit: float = 0.0
-
-
-FAITHFUL = Formula()
-RELEASED = Formula(
-    spatial_weights=(0.4, 0.5),
-    bug_near_normalised=True,
-    bug_above_unhandled=True,
-    bug_swallow_errors=True,
-    bug_label_slice=True,
-    bug_nms_cxcywh=True,
-    count_partial_credit=0.2,
-)
-FORMULAS = {"faithful": FAITHFUL, "released": RELEASED}
-
-
-# ----- boxes
+    noun_index: int  # in `Prompt.nouns`
+    score: float  # mean sigmoid over the noun's tokens
+    box: Box  # centre x, centre y, width, height, as shares of the picture's width and height
 
 
 def corners(box: Box) -> Box:
@@ -148,30 +99,20 @@ def iou(one: Box, other: Box) -> float:
     return width * height / (sum(areas) - width * height)
 
 
-def nms(detections: Sequence[Detection], threshold: float = NMS_IOU, formula: Formula = FAITHFUL) -> list[Detection]:
-    """The detections, best first, that overlap no better one by more than `threshold`; ties keep their order."""
+def nms(detections: Sequence[Detection], released: bool = False) -> list[Detection]:
+    """The detections, best first, that overlap no better one by more than NMS_IOU; ties keep their order."""
     kept: list[Detection] = []
     for one in sorted(detections, key=lambda detection: -detection.score):
-        if all(iou(_box(one, formula), _box(better, formula)) <= threshold for better in kept):
+        box, better = one.box, [other.box for other in kept]
+        if not released:
+            box, better = corners(box), [corners(other) for other in better]
+        if all(iou(box, other) <= NMS_IOU for other in better):
             kept.append(one)
     return kept
 
 
-def _box(detection: Detection, formula: Formula) -> Box:
-    return detection.box if formula.bug_nms_cxcywh else corners(detection.box)
-
-
-# ----- formulas
-
-
-def picture_score(
-    prompt: Prompt,
-    detections: Sequence[Detection],
-    size: tuple[int, int],
-    formula: Formula = FAITHFUL,
-    nms_iou: float = NMS_IOU,
-) -> float:
-    """Score in [0, 1] of one picture of `size` (width, height) in pixels, by the prompt's task.
+def picture_score(prompt: Prompt, detections: Sequence[Detection], size: Size, released: bool = False) -> float:
+    """Score in [0, 1] of one picture of `size`, by the prompt's task.
 
     A prompt without nouns scores `NO_NOUNS`; one of task "position" or "counting" without the fields for it is judged
     by its nouns.
@@ -182,60 +123,53 @@ def picture_score(
     if not prompt.nouns:
         return NO_NOUNS
     if prompt.task == "position" and prompt.spatial:
-        return spatial_score(prompt, detections, size, formula, nms_iou)
+        return spatial_score(prompt, detections, size, released)
     if prompt.task == "counting" and prompt.counts:
-        return count_score(prompt, detections, formula, nms_iou)
-    return object_score(prompt, detections, formula)
+        return count_score(prompt, detections, released)
+    return object_score(prompt, detections, released)
 
 
-def object_score(prompt: Prompt, detections: Sequence[Detection], formula: Formula = FAITHFUL) -> float:
+def object_score(prompt: Prompt, detections: Sequence[Detection], released: bool = False) -> float:
     """Share of the nouns with at least one box."""
-    if not prompt.nouns:
-        return NO_NOUNS
-    return sum(bool(_boxes_of(noun, prompt, detections, formula)) for noun in prompt.nouns) / len(prompt.nouns)
+    return sum(bool(_boxes_of(noun, prompt, detections, released)) for noun in prompt.nouns) / len(prompt.nouns)
 
 
-def spatial_score(
-    prompt: Prompt,
-    detections: Sequence[Detection],
-    size: tuple[int, int],
-    formula: Formula = FAITHFUL,
-    nms_iou: float = NMS_IOU,
-) -> float:
+def spatial_score(prompt: Prompt, detections: Sequence[Detection], size: Size, released: bool = False) -> float:
     """Weighted existence and position of the best box of each object.
 
     "A dog left of a dog" asks for two boxes of one name: the two best after suppression, in the order that suits.
     """
     first, relation, second = prompt.spatial
-    if first == second and formula.bug_swallow_errors:
-        return 0.0
-    if first == second:
-        found = nms(_boxes_of(first, prompt, detections, formula), nms_iou, formula)[:2]
-        pairs = list(permutations(found, 2))
-    else:
-        found = [one for name in (first, second) for one in _boxes_of(name, prompt, detections, formula)[:1]]
+    if first != second:
+        found = [one for name in (first, second) for one in _boxes_of(name, prompt, detections, released)[:1]]
         pairs = [found] if len(found) == 2 else []
-    position = max((position_term(relation, one.box, two.box, size, formula) for one, two in pairs), default=0.0)
-    for_existence, for_position = formula.spatial_weights
-    return for_existence * len(found) / 2 + for_position * position
+    elif released:
+        return 0.0
+    else:
+        found = nms(_boxes_of(first, prompt, detections))[:2]
+        pairs = list(permutations(found, 2))
+    position = max((position_term(relation, one.box, two.box, size, released) for one, two in pairs), default=0.0)
+    return 0.4 * len(found) / 2 + (0.5 if released else 0.6) * position
 
 
-def position_term(relation: str, first: Box, second: Box, size: tuple[int, int], formula: Formula = FAITHFUL) -> float:
+def position_term(relation: str, first: Box, second: Box, size: Size, released: bool = False) -> float:
     """How far "first [is] relation second" holds, in [0, 1], for boxes (centre x, centre y, width, height).
 
     A direction holds if the centres differ more along its axis than across; overlapping objects (IoU from 0.1) then
     get 0.1 / IoU. Near are centres that differ by less than 150/480 of the picture's shorter side along x or along y
     (as published: two objects in one row are near however far apart); others get that distance over the larger one.
     """
-    direction = _direction(relation)
-    if formula.bug_above_unhandled and RELATIONS[relation] in _UNHANDLED:
+    if relation not in RELATIONS:
+        raise ValueError(f"locality is {relation!r}, known are {', '.join(RELATIONS)}")
+    relation = RELATIONS[relation]
+    if released and relation in _UNHANDLED:
         return 0.0
-    width, height = (1, 1) if formula.bug_near_normalised else size
-    near = NEAR_PIXELS if formula.bug_near_normalised else NEAR_PIXELS / FRAME * min(size)
+    width, height = (1, 1) if released else size
+    near = NEAR_PIXELS if released else NEAR_PIXELS / FRAME * min(size)
     x, y = (second[0] - first[0]) * width, (second[1] - first[1]) * height
-    if direction is None:
+    if _DIRECTIONS[relation] is None:
         return 1.0 if min(abs(x), abs(y)) < near else near / max(abs(x), abs(y))
-    axis, sign = direction
+    axis, sign = _DIRECTIONS[relation]
     along, across = (x, y) if axis == "x" else (y, x)
     if sign * along <= abs(across):
         return 0.0
@@ -243,56 +177,40 @@ def position_term(relation: str, first: Box, second: Box, size: tuple[int, int],
     return 1.0 if overlap < MOST_OVERLAP else MOST_OVERLAP / overlap
 
 
-def count_score(
-    prompt: Prompt, detections: Sequence[Detection], formula: Formula = FAITHFUL, nms_iou: float = NMS_IOU
-) -> float:
-    """Mean over the counted objects of 1 for the number asked for, `count_partial_credit` for another, 0 for none."""
+def count_score(prompt: Prompt, detections: Sequence[Detection], released: bool = False) -> float:
+    """Mean over the counted objects of 1 for the number asked for, else 0."""
     scores = []
     for name, number in prompt.counts:
-        found = len(nms(_boxes_of(name, prompt, detections, formula), nms_iou, formula))
-        scores.append(1.0 if found == number else formula.count_partial_credit * (found > 0))
+        found = len(nms(_boxes_of(name, prompt, detections, released), released))
+        scores.append(1.0 if found == number else 0.2 * (released and found > 0))
     return sum(scores) / len(scores)
 
 
-def _direction(relation: str) -> tuple[str, int] | None:
-    if relation not in RELATIONS:
-        raise ValueError(f"locality is {relation!r}, known are {', '.join(RELATIONS)}")
-    return _DIRECTIONS[RELATIONS[relation]]
-
-
-def _boxes_of(name: str, prompt: Prompt, detections: Sequence[Detection], formula: Formula) -> list[Detection]:
+def _boxes_of(name: str, prompt: Prompt, detections: Sequence[Detection], released: bool = False) -> list[Detection]:
     """The detections of the object `name`, best first; ties keep their order."""
     if name not in prompt.nouns:
-        raise ValueError(
-            f"{name!r} of prompt {prompt.text!r} is not among its nouns {list(prompt.nouns)}: add it there"
-        )
-    labels = [_label(noun, formula) for noun in prompt.nouns]
+        raise ValueError(f"{name!r} of prompt {prompt.text!r} is not among its nouns {prompt.nouns}: add it there")
+    labels = [_first_and_last(noun) if released else noun for noun in prompt.nouns]
     found = [detection for detection in detections if labels[detection.noun_index] == name]
     return sorted(found, key=lambda detection: -detection.score)
 
 
-def _label(noun: str, formula: Formula) -> str:
-    """What the boxes of a noun are called by."""
+def _first_and_last(noun: str) -> str:
     words = noun.split()
-    return f"{words[0]} {words[-1]}" if formula.bug_label_slice and len(words) > 1 else noun
-
-
-# ----- caption
+    return f"{words[0]} {words[-1]}" if len(words) > 1 else noun
 
 
 def caption_of(nouns: Sequence[str]) -> str:
     return " . ".join(nouns) + "."
 
 
-def spans(nouns: Sequence[str], formula: Formula = FAITHFUL) -> list[list[tuple[int, int]]]:
+def spans(nouns: Sequence[str], released: bool = False) -> list[list[tuple[int, int]]]:
     """The (start, end) characters of each noun in `caption_of(nouns)`: all of it, or its first and last word."""
     found, start = [], 0
     for noun in nouns:
         end, words = start + len(noun), noun.split()
-        if formula.bug_label_slice and len(words) > 1:
-            found.append([(start, start + len(words[0])), (end - len(words[-1]), end)])
-        else:
-            found.append([(start, end)])
+        two = released and len(words) > 1
+        found.append([(start, start + len(words[0])), (end - len(words[-1]), end)] if two else [(start, end)])
         start = end + len(" . ")
     return found
 
@@ -304,9 +222,6 @@ class Caption(NamedTuple):
     tokens: list[list[int]]
 
 
-# ----- model
-
-
 class GroundingDino(Reward):
     """Objects, numbers and positions of a sample's pictures against its original prompt; the mean over its pictures.
 
@@ -316,14 +231,13 @@ class GroundingDino(Reward):
         device: where the model runs.
         dtype: "float32", or "float16"/"bfloat16": autocast over float32 weights.
         batch_size: pictures per forward pass; 900 queries on 800 pixels need about 1 GB each in float32.
-        formula: "faithful", "released", or a `Formula`.
-        prompts: the data. One warning tells how many of them name no object: they can't be judged and score 1.0.
+        released: score as the released code does, see the module.
+        prompts: the data. One warning says how many of them name no object: they can't be judged and score 1.0.
         box_threshold: a query serves a noun if its score is above this.
-        nms_iou: boxes of one object that overlap by more than this are one.
 
     Raises:
         UserError: no checkpoint at `path`, one that is not whole, or a prompt with an unknown locality.
-        ValueError: an unknown `dtype` or `formula`, or a `batch_size` below 1.
+        ValueError: an unknown `dtype`, or a `batch_size` below 1.
     """
 
     name = "gdino"
@@ -336,28 +250,25 @@ class GroundingDino(Reward):
         device: str | torch.device,
         dtype: str = "float32",
         batch_size: int = 32,
-        formula: str | Formula = "faithful",
+        released: bool = False,
         prompts: Sequence[Prompt] = (),
         box_threshold: float = 0.3,
-        nms_iou: float = NMS_IOU,
     ):
         self.device, self.dtype, self.batch_size = torch.device(device), arithmetic(dtype, batch_size), batch_size
-        self.formula = _formula(formula)
-        self.box_threshold, self.nms_iou = box_threshold, nms_iou
+        self.released, self.box_threshold = released, box_threshold
         _check_prompts(prompts)
-        folder = folder_of(path, PUBLISHED, ("config.json", WEIGHTS, "tokenizer_config.json"))
-        model, self.tokenizer, self.image_processor = _load(folder)
-        self.model = freeze(model, self.device, folder)
-        self.max_tokens = min(model.config.max_text_len, model.config.text_config.max_position_embeddings)
+        folder = resolve(path, ("config.json", WEIGHTS, "tokenizer_config.json"))
+        self.model = load(GroundingDinoForObjectDetection, folder, self.device)
+        self.tokenizer = read(AutoTokenizer, folder)
+        self.image_processor = read(GroundingDinoImageProcessorPil, folder)
+        _check(self.tokenizer, folder)
+        config = self.model.config
+        self.max_tokens = min(config.max_text_len, config.text_config.max_position_embeddings)
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
         """One score in [0, 1] per sample, None where the model's outputs are not finite.
 
         Each distinct picture (the same PIL object) is looked at once per distinct nouns, in batches.
-
-        Raises:
-            ValueError: a sample without pictures, or with one that failed; the caller leaves such samples out. Or a
-                prompt whose objects are not among its nouns, or with an unknown locality.
         """
         check_pictures(samples, self.name)
         rows = {
@@ -370,12 +281,13 @@ class GroundingDino(Reward):
         return [self._score(sample, found) for sample in samples]
 
     def _score(self, sample: Sample, found: dict) -> float | None:
-        prompt, scores = sample.prompt, []
-        for image in sample.images:
-            detections = found[id(image), prompt.nouns] if prompt.nouns else []
-            if detections is None:
-                return None
-            scores.append(picture_score(prompt, detections, image.size, self.formula, self.nms_iou))
+        prompt, images = sample.prompt, sample.images
+        seen = [found[id(image), prompt.nouns] if prompt.nouns else [] for image in images]
+        if None in seen:
+            return None
+        scores = [
+            picture_score(prompt, one, image.size, self.released) for one, image in zip(seen, images, strict=True)
+        ]
         return sum(scores) / len(scores)
 
     @torch.inference_mode()
@@ -384,7 +296,7 @@ class GroundingDino(Reward):
 
         Only pictures of one size share a batch: padded ones would depend on their neighbours through the backbone.
         """
-        captions = {nouns: self.read(nouns) for nouns in dict.fromkeys(nouns for _, nouns in rows)}
+        captions = {nouns: self.tokenize(nouns) for nouns in dict.fromkeys(nouns for _, nouns in rows)}
         found: dict[int, list[Detection] | None] = {}
         order = sorted(range(len(rows)), key=lambda row: rows[row][0].size)
         for _, same_size in groupby(order, key=lambda row: rows[row][0].size):
@@ -393,32 +305,23 @@ class GroundingDino(Reward):
                 found.update(zip(some, detections, strict=True))
         return [found[row] for row in range(len(rows))]
 
-    def read(self, nouns: Sequence[str]) -> Caption:
+    def tokenize(self, nouns: Sequence[str]) -> Caption:
         """The caption of `nouns` in tokens; a noun that does not fit into the model's text length has none."""
         nouns = [well_formed(noun) for noun in nouns]
         encoded = self.tokenizer(
-            caption_of(nouns),
-            return_offsets_mapping=True,
-            split_special_tokens=True,
-            truncation=False,
-            verbose=False,
+            caption_of(nouns), return_offsets_mapping=True, split_special_tokens=True, truncation=False, verbose=False
         )
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-        tokens = [_tokens_of(noun_spans, offsets) for noun_spans in spans(nouns, self.formula)]
+        tokens = [  # a token that the tokenizer adds has no characters
+            [token for token, (start, end) in enumerate(offsets) if any(max(start, a) < min(end, b) for a, b in parts)]
+            for parts in spans(nouns, self.released)
+        ]
         if len(ids) <= self.max_tokens:
             return Caption(ids, tokens)
         last = self.max_tokens - 1  # where the closing token now stands
-        cut = [any(token >= last for token in noun_tokens) for noun_tokens in tokens]
-        if any(cut):
-            log.warning(
-                "gdino reads %d of %d tokens of %.60r: %d of its %d nouns are cut and count as not found",
-                self.max_tokens,
-                len(ids),
-                caption_of(nouns),
-                sum(cut),
-                len(nouns),
-            )
-        fitting = [[] if gone else noun_tokens for gone, noun_tokens in zip(cut, tokens, strict=True)]
+        fitting = [of_noun if max(of_noun, default=0) < last else [] for of_noun in tokens]
+        if fitting != tokens:
+            log.warning("gdino: nouns beyond %d tokens of %.60r count as not found", last, caption_of(nouns))
         return Caption([*ids[:last], self.tokenizer.sep_token_id], fitting)
 
     def _forward(self, images: Sequence[Image.Image], captions: Sequence[Caption]) -> list[list[Detection] | None]:
@@ -433,80 +336,42 @@ class GroundingDino(Reward):
                 attention_mask=mask.to(self.device),
             )
         probabilities, boxes = outputs.logits.float().sigmoid().cpu(), outputs.pred_boxes.float().cpu()
-        return [
-            self._detections(probabilities[row], boxes[row], caption.tokens) for row, caption in enumerate(captions)
-        ]
+        rows = zip(probabilities, boxes, captions, strict=True)
+        return [self._detections(scores, of_queries, caption.tokens) for scores, of_queries, caption in rows]
 
     def _detections(
         self, probabilities: torch.Tensor, boxes: torch.Tensor, tokens: Sequence[Sequence[int]]
     ) -> list[Detection] | None:
         """The detections of one picture from (queries, text) probabilities and (queries, 4) boxes."""
         found = []
-        for index, noun_tokens in enumerate(tokens):
-            if not noun_tokens:
-                continue
-            scores = probabilities[:, noun_tokens].mean(dim=1)
-            if not (scores.isfinite().all() and boxes.isfinite().all()):
-                return None
-            kept = scores > self.box_threshold
-            found += [
-                Detection(index, score, tuple(box))
-                for score, box in zip(scores[kept].tolist(), boxes[kept].tolist(), strict=True)
-            ]
+        for index, of_noun in enumerate(tokens):
+            if of_noun:
+                scores = probabilities[:, of_noun].mean(dim=1)
+                if not (scores.isfinite().all() and boxes.isfinite().all()):
+                    return None
+                kept = scores > self.box_threshold
+                rows = zip(scores[kept].tolist(), boxes[kept].tolist(), strict=True)
+                found += [Detection(index, score, tuple(box)) for score, box in rows]
         return found
-
-
-def _tokens_of(noun_spans: Sequence[tuple[int, int]], offsets: Sequence[tuple[int, int]]) -> list[int]:
-    """Positions of the tokens with a character inside one of the spans; a token added by the tokenizer has none."""
-    return [
-        token
-        for token, (start, end) in enumerate(offsets)
-        if any(max(start, first) < min(end, last) for first, last in noun_spans)
-    ]
-
-
-def _formula(formula: str | Formula) -> Formula:
-    if isinstance(formula, Formula):
-        return formula
-    if formula not in FORMULAS:
-        raise ValueError(f"formula {formula!r} is none of {', '.join(FORMULAS)}")
-    return FORMULAS[formula]
 
 
 def _check_prompts(prompts: Sequence[Prompt]) -> None:
     for prompt in prompts:
         if prompt.task == "position" and prompt.spatial and prompt.spatial[1] not in RELATIONS:
-            raise UserError(
-                f"reward 'gdino' knows no locality {prompt.spatial[1]!r} (prompt {prompt.text!r}): correct it to "
-                f"one of {', '.join(_DIRECTIONS)}"
-            )
-    mute = sum(not prompt.nouns for prompt in prompts)
-    if mute:
+            known = ", ".join(_DIRECTIONS)
+            raise UserError(f"gdino knows no locality {prompt.spatial[1]!r} (prompt {prompt.text!r}), only {known}")
+    if mute := sum(not prompt.nouns for prompt in prompts):
         log.warning("gdino cannot judge %d of %d prompts: they name no object and score 1.0", mute, len(prompts))
 
 
-def _load(
-    folder: Path,
-) -> tuple[GroundingDinoForObjectDetection, PreTrainedTokenizerBase, GroundingDinoImageProcessorPil]:
-    """(model, tokenizer, image processor) of a checkpoint folder, whole and fit for each other."""
-    try:
-        model, info = GroundingDinoForObjectDetection.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        image_processor = GroundingDinoImageProcessorPil.from_pretrained(folder, local_files_only=True)
-        with safe_open(folder / WEIGHTS, "pt") as file:
-            names = set(file.keys())
-    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        raise UserError(f"cannot read {folder} as a GroundingDINO checkpoint ({one_line(error)})") from error
-    missing = sorted(info["missing_keys"]) or [name for name in (BOX_HEAD,) if name not in names]
-    check_loaded(missing, folder, "GroundingDINO", PUBLISHED)
-    if not tokenizer.is_fast:
-        raise UserError(f"the tokenizer of {folder} has no offsets: save its fast form there (tokenizer.json)")
+def _check(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Raise UserError unless the box head is in the file, and the tokenizer is the one that the model knows."""
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        if BOX_HEAD not in file.keys():
+            raise UserError(f"{folder} lacks {BOX_HEAD}: fetch it again, or name another folder")
     ids = [tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.convert_tokens_to_ids(".")]
     if ids != SPECIAL_TOKENS[:3]:
         raise UserError(
             f"the tokenizer of {folder} has [CLS], [SEP] and '.' at {ids}, GroundingDINO at {SPECIAL_TOKENS[:3]}: put "
             "the tokenizer there that the model was trained with"
         )
-    return model, tokenizer, image_processor

@@ -7,10 +7,10 @@ Every item of `prompt.attr_nouns` (of `prompt.nouns` where there are none) is as
 
 Source: T2I-R1, arXiv 2505.00703, and its released code; model microsoft/git-large-vqav2 (GIT, arXiv 2205.14100).
 
-- `formula="faithful"`: the objects of every prompt are asked about, whatever its task.
-- `formula="released"`: prompts about places and numbers score a constant 0, as in the released code.
+The objects of every prompt are asked about, whatever its task. With `released`, prompts about places and numbers score
+a constant 0, as in the released code. A prompt that names no object scores `UNJUDGED` in both: the same for its whole
+group, hence without any advantage.
 
-A prompt that names no object scores `UNJUDGED` in both: the same for its whole group, hence without any advantage.
 Left out of the released code: encoding the picture anew for each question, and loading weights with names unchecked.
 """
 
@@ -20,27 +20,16 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoImageProcessor, AutoTokenizer, DynamicCache, GitForCausalLM
 
-from errors import UserError, one_line
+from errors import UserError
 from interfaces import Prompt, Reward, Sample
-from models.frozen import (
-    arithmetic,
-    autocast,
-    batches,
-    check_loaded,
-    check_pictures,
-    distinct_pictures,
-    folder_of,
-    freeze,
-    known_token,
-)
+from models.frozen import arithmetic, autocast, batches, check_pictures, distinct_pictures, known_token, load
+from models.hub import read, resolve
 from models.weights import locked
 from prompting import well_formed
 
@@ -48,8 +37,7 @@ log = logging.getLogger(__name__)
 
 PUBLISHED = locked("microsoft/git-large-vqav2")
 NEEDS = ("config.json", "preprocessor_config.json", "tokenizer_config.json")
-FORMULAS = ("faithful", "released")
-CONSTANT_TASKS = ("position", "counting")  # 0 under "released"
+ZERO_TASKS = ("position", "counting")  # of the released code
 UNJUDGED = 1.0  # of a prompt without objects
 
 
@@ -62,12 +50,12 @@ class GIT(Reward):
         device: where the model runs.
         dtype: "float32", as in the released code, or "float16"/"bfloat16": autocast over float32 weights.
         batch_size: pictures, or questions, per forward pass.
-        formula: "faithful" or "released", see the module.
+        released: score as the released code does, see the module.
         prompts: the data; what cannot be judged in it is counted in one log line.
 
     Raises:
         UserError: no checkpoint at `path`, or one that cannot be used.
-        ValueError: an unknown `dtype` or `formula`, or a `batch_size` below 1.
+        ValueError: an unknown `dtype`, or a `batch_size` below 1.
     """
 
     name = "git"
@@ -80,18 +68,18 @@ class GIT(Reward):
         device: str | torch.device,
         dtype: str = "float32",
         batch_size: int = 32,
-        formula: str = "faithful",
+        released: bool = False,
         prompts: Sequence[Prompt] = (),
     ):
-        if formula not in FORMULAS:
-            raise ValueError(f"git's formula {formula!r} is none of {', '.join(FORMULAS)}")
         self.device, self.dtype, self.batch_size = torch.device(device), arithmetic(dtype, batch_size), batch_size
-        self.formula = formula
-        folder = folder_of(path, PUBLISHED, NEEDS)
-        model, self.tokenizer, self.processor = _load(folder)
-        self.model = freeze(model, self.device, folder)
+        self.released = released
+        folder = resolve(path, NEEDS, pickles=True)
+        self.model = load(GitForCausalLM, folder, self.device)
+        self.tokenizer, self.processor = read(AutoTokenizer, folder), read(AutoImageProcessor, folder, backend="pil")
+        if self.tokenizer.cls_token_id is None:
+            raise UserError(f"the tokenizer in {folder} has no [CLS], with which GIT's questions begin: set cls_token")
         self.yes, self.no = (known_token(self.tokenizer, word, folder, "GIT") for word in ("yes", "no"))
-        self.longest = model.config.max_position_embeddings
+        self.longest = self.model.config.max_position_embeddings
         self._log_unjudged(prompts)
 
     @torch.inference_mode()
@@ -99,9 +87,6 @@ class GIT(Reward):
         """One score in [0, 1] per sample, None where it is not finite.
 
         Each distinct picture (the same PIL object) is encoded once, and asked each distinct question once.
-
-        Raises:
-            ValueError: a sample without pictures, or with one that failed; the caller leaves such samples out.
         """
         check_pictures(samples, self.name)
         asked = {}  # id of a picture -> its questions, each once
@@ -121,7 +106,7 @@ class GIT(Reward):
 
     def _constant(self, prompt: Prompt) -> float | None:
         """The score that every picture of this prompt gets, or None if the model is asked."""
-        if self.formula == "released" and prompt.task in CONSTANT_TASKS:
+        if self.released and prompt.task in ZERO_TASKS:
             return 0.0
         return None if prompt.nouns or prompt.attr_nouns else UNJUDGED
 
@@ -179,28 +164,9 @@ class GIT(Reward):
 
     def _log_unjudged(self, prompts: Sequence[Prompt]) -> None:
         constants = [self._constant(prompt) for prompt in prompts]
-        unjudged, zero = constants.count(UNJUDGED), constants.count(0.0)
-        if unjudged or zero:
+        if constant := len(prompts) - constants.count(None):
             log.warning(
-                "git: %d of %d prompts name no object and always score %g%s: no advantage comes from them",
-                unjudged,
-                len(prompts),
-                UNJUDGED,
-                f", {zero} are about {' or '.join(CONSTANT_TASKS)} and always score 0" if zero else "",
-            )
-
-
-def _load(folder: Path):
-    """(model, tokenizer, image processor on PIL, as the original) of a folder; every weight must be there."""
-    try:
-        model, report = GitForCausalLM.from_pretrained(
-            folder, local_files_only=True, dtype=torch.float32, weights_only=True, output_loading_info=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
-    except (OSError, EOFError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
-        raise UserError(f"cannot read {folder} as a GIT checkpoint ({one_line(error)})") from error
-    check_loaded(report["missing_keys"], folder, "GitForCausalLM", PUBLISHED)
-    if tokenizer.cls_token_id is None:
-        raise UserError(f"the tokenizer in {folder} has no [CLS], with which GIT's questions begin: set cls_token")
-    return model, tokenizer, processor
+                "git: %d of %d prompts always score the same, %d of them 0 because they are about %s, the others %g "
+                "because they name no object: no advantage comes from them",
+                constant, len(prompts), constants.count(0.0), " or ".join(ZERO_TASKS), UNJUDGED,
+            )  # fmt: skip

@@ -16,17 +16,15 @@ from pathlib import Path
 import open_clip
 import torch
 import torch.nn.functional as F
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import LocalEntryNotFoundError
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from PIL import Image
-from safetensors import SafetensorError
 from torchvision.transforms.v2 import functional as tv
 
-from errors import UserError
+from errors import UserError, one_line
 from interfaces import Reward, Sample
-from models.frozen import arithmetic, autocast, batches, check_files, check_pictures, freeze, mean_cosines, tensors_of
-from models.weights import locked
+from models.frozen import arithmetic, autocast, batches, check_pictures, freeze, mean_cosines
+from models.hub import resolve
+from models.weights import locked, read_weights
 
 PUBLISHED, DEFAULT_FILE = locked("xswu/HPSv2"), "HPS_v2.1_compressed.pt"
 DEFAULT = f"{PUBLISHED.repo}/{DEFAULT_FILE}"
@@ -79,9 +77,6 @@ class HPS(Reward):
         """One score in [-1, 1] per sample, None where it is not finite.
 
         Each distinct prompt and each distinct picture (the same PIL object) is encoded once, in batches.
-
-        Raises:
-            ValueError: a sample without pictures, or with one that failed; the caller leaves such samples out.
         """
         check_pictures(samples, self.name)
         scores = mean_cosines(samples, self.encode_texts, self.encode_images)
@@ -120,19 +115,13 @@ class HPS(Reward):
 
 def _locate(path: str | Path) -> Path:
     """The checkpoint file or folder on this disk. Nothing is fetched: that is a person's call."""
-    if str(path) != DEFAULT:
-        if not Path(path).exists():
-            raise UserError(
-                f"no HPS checkpoint at {str(path)!r}: give a .pt file, a folder with {CONFIG}, or {DEFAULT!r}"
-            )
-        return Path(path)
-    try:
-        return Path(hf_hub_download(PUBLISHED.repo, DEFAULT_FILE, revision=PUBLISHED.revision, local_files_only=True))
-    except LocalEntryNotFoundError as error:
-        raise UserError(
-            f"{DEFAULT_FILE} (HPS v2.1, {PUBLISHED.size}, {PUBLISHED.licence}) is not in the Hugging Face cache: "
-            f"run `{PUBLISHED.command}`"
-        ) from error
+    if str(path) == DEFAULT:
+        return resolve(PUBLISHED.repo, (DEFAULT_FILE,)) / DEFAULT_FILE
+    if Path(path).is_dir():
+        return resolve(path, (CONFIG, WEIGHTS))
+    if not Path(path).is_file():
+        raise UserError(f"no HPS checkpoint at {path}: give a .pt file, a folder with {CONFIG}, or {DEFAULT!r}")
+    return Path(path)
 
 
 def _load_file(path: Path, model_name: str) -> Loaded:
@@ -140,28 +129,24 @@ def _load_file(path: Path, model_name: str) -> Loaded:
     model_cfg = open_clip.get_model_config(model_name)
     if model_cfg is None:
         raise UserError(f"open_clip has no architecture {model_name!r}; known: {', '.join(open_clip.list_models())}")
-    weights = tensors_of(path, under="state_dict")
+    weights = read_weights(path, under="state_dict")
     model = open_clip.CLIP(**model_cfg)
     try:
         model.load_state_dict(weights, strict=True)
     except RuntimeError as error:
-        raise UserError(f"the weights of {path} are not those of {model_name} ({_cause(error)})") from error
+        raise UserError(f"the weights of {path} are not those of {model_name} ({one_line(error)})") from error
     return model, open_clip.get_tokenizer(model_name), OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
 
 def _load_folder(path: Path) -> Loaded:
     """(model, tokenizer, mean, std) of a folder in open_clip's own layout."""
-    for name in (CONFIG, WEIGHTS):
-        if not (path / name).is_file():
-            raise UserError(f"{path} has no {name}: an open_clip folder needs {CONFIG} and {WEIGHTS}")
-    check_files(path)
     source = f"local-dir:{path}"
     try:
         model = open_clip.create_model(source, require_pretrained=True)
         tokenizer = open_clip.get_tokenizer(source)
         preprocess = json.loads((path / CONFIG).read_text(encoding="utf-8")).get("preprocess_cfg", {})
-    except (ValueError, TypeError, OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot read {path} as an open_clip folder ({_cause(error)})") from error
+    except Exception as error:  # open_clip lets through whatever its readers raise on damaged files
+        raise UserError(f"cannot read {path} as an open_clip folder ({one_line(error)})") from error
     for key, value in PREPROCESSING.items():
         if preprocess.get(key, value) != value:
             raise UserError(
@@ -176,8 +161,3 @@ def _square_size(model: torch.nn.Module, path: Path) -> int:
     if height != width:
         raise UserError(f"the model in {path} reads {height}x{width} pictures, HPS needs square ones")
     return height
-
-
-def _cause(error: Exception) -> str:
-    """On one line, the two in which torch and open_clip name what is wrong."""
-    return " ".join(" ".join(str(error).splitlines()[:2]).split())

@@ -28,7 +28,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from torch import nn
 from torchvision.transforms.v2 import functional as tv
@@ -36,17 +35,9 @@ from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisio
 
 from errors import UserError, one_line
 from interfaces import Reward, Sample
-from models.frozen import (
-    arithmetic,
-    autocast,
-    batches,
-    check_pictures,
-    distinct_pictures,
-    folder_of,
-    freeze,
-    tensors_of,
-)
-from models.weights import locked
+from models.frozen import arithmetic, autocast, batches, check_pictures, distinct_pictures, freeze
+from models.hub import read, resolve
+from models.weights import locked, read_weights
 from prompting import well_formed
 
 PUBLISHED, WORDS = locked("THUDM/ImageReward"), locked("google-bert/bert-base-uncased")
@@ -153,7 +144,7 @@ class ImageReward(Reward):
         batch_size: int = 32,
     ):
         self.device, self.dtype, self.batch_size = torch.device(device), arithmetic(dtype, batch_size), batch_size
-        folder = folder_of(path, PUBLISHED, ("med_config.json",))
+        folder = resolve(path, ("med_config.json",))
         model, self.tokenizer, vision = _load(folder)
         self.model = freeze(model, self.device, folder)
         self.size, self.mean, self.std = vision["image_size"], vision["image_mean"], vision["image_std"]
@@ -164,9 +155,6 @@ class ImageReward(Reward):
 
         Each distinct picture (the same PIL object) goes through the ViT once, and each distinct pair of a picture and
         a prompt through the BERT once, in batches.
-
-        Raises:
-            ValueError: a sample without pictures, or with one that failed; the caller leaves such samples out.
         """
         check_pictures(samples, self.name)
         texts = {id(image): {} for image in distinct_pictures(samples)}  # id of a picture -> its prompts, each once
@@ -229,59 +217,29 @@ def our_name(name: str) -> str:
 
 def _load(folder: Path) -> tuple[Network, BertTokenizer, Mapping]:
     """(network, tokenizer, the ViT's configuration) of a folder; names and shapes of all weights must match."""
-    text = {key: value for key, value in _json(folder / "med_config.json", TEXT).items() if key in TEXT}
-    sizes = folder / "vision_config.json"
-    vision = _json(sizes, VISION) if sizes.is_file() else VISION
-    try:
-        network = Network(vision, text)
-    except (StrictDataclassError, TypeError, ValueError) as error:
-        raise UserError(
-            f"the sizes in {folder} make no BLIP ({one_line(error)}): correct its *_config.json"
-        ) from error
-    _fill(network, _weights(folder), folder)
-    return network, _tokenizer(folder, text["vocab_size"]), vision
-
-
-def _json(path: Path, keys: Sequence[str] | Mapping) -> dict:
-    """The object in a JSON file, which must have all `keys`."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no JSON ({one_line(error)}): fetch it again") from error
-    if not isinstance(values, dict) or not set(keys) <= set(values):
-        lacking = ", ".join(sorted(set(keys) - set(values))) if isinstance(values, dict) else "all"
-        raise UserError(f"{path} lacks {lacking}: it must name {', '.join(keys)}")
-    return values
-
-
-def _weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights of a folder under their original names."""
     path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if path is None:
         raise UserError(f"{folder} has neither {' nor '.join(WEIGHTS)}: run `{PUBLISHED.command}`")
-    return tensors_of(path)
-
-
-def _fill(network: Network, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
-    """Load weights with original names into the network; one too many or too few is an error."""
-    used = {our_name(name): value for name, value in weights.items() if not UNUSED.search(name)}
+    weights = {our_name(name): value for name, value in read_weights(path).items() if not UNUSED.search(name)}
+    sizes = folder / "vision_config.json"
     try:
-        report = network.load_state_dict(used, strict=False)
-    except RuntimeError as error:
-        raise UserError(f"the weights in {folder} do not have the configured sizes ({one_line(error)})") from error
-    for problem, names in (("lack", report.missing_keys), ("have unknown", report.unexpected_keys)):
-        if names:
-            named = ", ".join(original_name(name) for name in names[:5])
-            raise UserError(f"the weights in {folder} {problem} {named} ({len(names)} in all): no ImageReward")
+        text = json.loads((folder / "med_config.json").read_text(encoding="utf-8"))
+        vision = json.loads(sizes.read_text(encoding="utf-8")) if sizes.is_file() else VISION
+        vision = {key: vision[key] for key in VISION}
+        network = Network(vision, text)
+        network.load_state_dict(weights)
+    except Exception as error:  # whatever transformers and torch say of wrong numbers in the two files
+        raise UserError(
+            f"weights and sizes in {folder} make no ImageReward ({one_line(error)}): fetch it again, or correct its "
+            "*_config.json"
+        ) from error
+    return network, _tokenizer(folder, text["vocab_size"]), vision
 
 
 def _tokenizer(folder: Path, vocab_size: int) -> BertTokenizer:
     """The folder's own words, else those of bert-base-uncased, with BLIP's two tokens after them."""
-    reader = folder if (folder / "tokenizer.json").is_file() else folder_of(WORDS.repo, WORDS, ("tokenizer.json",))
-    try:
-        tokenizer = BertTokenizer.from_pretrained(reader, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the tokenizer in {reader} ({one_line(error)})") from error
+    reader = folder if (folder / "tokenizer.json").is_file() else resolve(WORDS.repo, ("tokenizer.json",))
+    tokenizer = read(BertTokenizer, reader)
     tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
     if len(tokenizer) != vocab_size:
         raise UserError(

@@ -64,11 +64,7 @@ class Judge(Reward):
         self.metrics: dict[str, float] = {}
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
-        """One score in [-1, 1] per sample, None where the call for one of its pictures failed.
-
-        Raises:
-            ValueError: a sample without pictures, or with one that failed; the caller leaves such samples out.
-        """
+        """One score in [-1, 1] per sample, None where the call for one of its pictures failed."""
         grades = iter(self.client.ask(self._questions(samples)))
         self.metrics = {f"{self.name}/{key}": value for key, value in self.client.metrics.items()}
         return [_score([next(grades) for _ in sample.images]) for sample in samples]

@@ -11,42 +11,26 @@ picture is one tile of 730 tokens: padded to a square, the patches of SigLIP wit
 Left out of the released code: sampling an answer, with reward 0 if it is another word, which makes the score random.
 Transformers' own processor is not used: it cuts any picture into tiles and follows it by a line break, not a space.
 
-Checkpoints in the original layout (`llava_qwen`) are converted once, see `native_folder`.
+A checkpoint in the original layout (`llava_qwen`, as published) is converted once, by scripts/convert_orm.py.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
-import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from huggingface_hub.constants import HF_HOME
-from huggingface_hub.utils import WeakFileLock
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+from transformers import AutoTokenizer, LlavaOnevisionForConditionalGeneration, PreTrainedTokenizerBase
 
 from errors import UserError, one_line
 from interfaces import Reward, Sample
-from models.frozen import (
-    arithmetic,
-    batches,
-    check_loaded,
-    check_pictures,
-    distinct_pictures,
-    folder_of,
-    freeze,
-    known_token,
-    tensors_of,
-)
+from models.frozen import arithmetic, batches, check_pictures, distinct_pictures, known_token, load
+from models.hub import read, resolve
 from models.weights import locked
 from prompting import MAX_PROMPT_CHARS, well_formed
 
@@ -67,9 +51,8 @@ class ORM(Reward):
     """Probability that the picture matches the original prompt; the mean over a sample's pictures.
 
     Args:
-        path: a folder with a `LlavaOnevisionForConditionalGeneration` and its tokenizer, or one in the original layout
-            (`llava_qwen`), or `PUBLISHED.repo`, from the hub's local cache. `image_mean` and `image_std` of
-            `preprocessor_config.json` count, 0.5 where there is none.
+        path: a folder, or a hub name in the hub's local cache, with a `LlavaOnevisionForConditionalGeneration` and its
+            tokenizer. `image_mean` and `image_std` of `preprocessor_config.json` count, 0.5 where there is none.
         device: where the model runs.
         dtype: weights and arithmetic, "bfloat16" as in the released code, "float16" or "float32".
         batch_size: pictures, or questions, per forward pass.
@@ -96,12 +79,19 @@ class ORM(Reward):
             raise ValueError(f"orm's temperature is {temperature}, must be above 0; 1 is the model's own probability")
         self.device, self.dtype, self.batch_size = torch.device(device), arithmetic(dtype, batch_size), batch_size
         self.temperature = temperature
-        folder = native_folder(folder_of(path, PUBLISHED, NEEDS))
-        model, self.tokenizer = _load(folder, self.dtype, self.device)
-        self.model = freeze(model, self.device, folder)
+        folder = resolve(path, NEEDS)
+        if _json(folder / "config.json").get("model_type") == "llava_qwen":
+            raise UserError(
+                f"{folder} has the ORM in its original layout: run `python scripts/convert_orm.py --source {path} "
+                "--out orm-native` once (it takes as much room again), then give --orm_path orm-native"
+            )
+        kind = LlavaOnevisionForConditionalGeneration
+        self.model = load(kind, folder, self.device, self.dtype, device_map=self.device)
+        self.tokenizer = read(AutoTokenizer, folder)
+        _check(self.model, self.tokenizer, folder)
         self.yes, self.no = (known_token(self.tokenizer, word, folder, "the ORM") for word in ("yes", "no"))
         self.before, self.answer = self._ids(BEFORE_IMAGE), self._ids(ANSWER)  # the same around every question
-        self.size = model.config.vision_config.image_size
+        self.size = self.model.config.vision_config.image_size
         self.mean, self.std = _normalisation(folder)
 
     @torch.inference_mode()
@@ -109,9 +99,6 @@ class ORM(Reward):
         """One score in [0, 1] per sample, None where it is not finite.
 
         Each distinct picture (the same PIL object) is encoded once, and judged once for each distinct prompt.
-
-        Raises:
-            ValueError: a sample without pictures, or with one that failed; the caller leaves such samples out.
         """
         check_pictures(samples, self.name)
         pictures = self._look(distinct_pictures(samples))
@@ -180,21 +167,8 @@ class ORM(Reward):
         return tokens["input_ids"]
 
 
-def _load(folder: Path, dtype: torch.dtype, device: torch.device):
-    """(model, tokenizer) of a folder in native layout; every weight must be there, and read as `ORM` reads it."""
-    try:
-        model, report = LlavaOnevisionForConditionalGeneration.from_pretrained(
-            folder,
-            local_files_only=True,
-            dtype=dtype,
-            device_map=device,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot read {folder} as a LLaVA-OneVision checkpoint ({one_line(error)})") from error
-    check_loaded(report["missing_keys"], folder, "LlavaOnevisionForConditionalGeneration", PUBLISHED)
+def _check(model: LlavaOnevisionForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Raise UserError unless the checkpoint is one that `ORM` reads rightly."""
     config = model.config
     if config.vision_feature_select_strategy != "full" or not isinstance(config.vision_feature_layer, int):
         raise UserError(
@@ -203,227 +177,20 @@ def _load(folder: Path, dtype: torch.dtype, device: torch.device):
         )
     for marker in MARKERS:
         known_token(tokenizer, marker, folder, "the ORM")
-    return model, tokenizer
 
 
 def _normalisation(folder: Path) -> tuple[list[float], list[float]]:
     """(mean, std) per channel, from whichever file the image processor was saved in; 0.5, SigLIP's, if in none."""
-    found = {}
-    if (folder / "preprocessor_config.json").is_file():
-        found = _json(folder / "preprocessor_config.json")
-    elif (folder / "processor_config.json").is_file():
-        found = _json(folder / "processor_config.json").get("image_processor", {})
-    found = {**HALF, **found}
+    found = _json(folder / "preprocessor_config.json") or _json(folder / "processor_config.json").get(
+        "image_processor"
+    )
+    found = {**HALF, **(found or {})}
     return found["image_mean"], found["image_std"]
 
 
-# The original layout. Only names differ: the weights are the same tensors, in the same precision.
-
-ORIGINAL_NAMES = {  # prefix there -> prefix here
-    "model.vision_tower.vision_tower.vision_model.": "model.vision_tower.",
-    "model.mm_projector.0.": "model.multi_modal_projector.linear_1.",
-    "model.mm_projector.2.": "model.multi_modal_projector.linear_2.",
-    "model.image_newline": "model.image_newline",
-    "model.embed_tokens.": "model.language_model.embed_tokens.",
-    "model.layers.": "model.language_model.layers.",
-    "model.norm.": "model.language_model.norm.",
-    "lm_head.": "lm_head.",
-}
-TEXT_FIELDS = (
-    "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers",
-    "max_position_embeddings", "rope_theta", "rms_norm_eps", "vocab_size",
-)  # fmt: skip
-TOWERS = {  # name of mm_vision_tower -> its shape, which the original configuration leaves to that repository
-    "siglip-so400m-patch14-384": {
-        "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
-        "image_size": 384, "patch_size": 14,
-    },
-}  # fmt: skip
-ORIGINAL_CONFIG = {  # the one kind of checkpoint that the conversion is right for
-    "mm_projector_type": "mlp2x_gelu",
-    "mm_patch_merge_type": "spatial_unpad",
-    "mm_vision_select_layer": -2,
-    "rope_scaling": None,
-    "use_sliding_window": False,
-}
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt",
-)  # fmt: skip
-INDEX, RECORD = "model.safetensors.index.json", "converted_from.json"
-
-
-def native_folder(folder: Path) -> Path:
-    """`folder` if it is in transformers' own layout, else a copy of it in that layout, made on first use.
-
-    The copy, as large as the original, is `<folder>-native`, or in `$HF_HOME/r1-prompter` where that cannot be written
-    or `folder` is the hub's cache. One process makes it while others wait; it is made again once the original changes.
-
-    Raises:
-        UserError: another model, one that cannot be converted, or no room for the copy.
-    """
-    config = _json(folder / "config.json")
-    if config.get("model_type") == "llava_onevision":
-        return folder
-    if config.get("model_type") != "llava_qwen":
-        raise UserError(
-            f"{folder / 'config.json'} has model_type {config.get('model_type')!r}: the ORM is a 'llava_onevision', "
-            "or a 'llava_qwen' in the original layout"
-        )
-    target = _beside(folder)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with WeakFileLock(target.with_name(f"{target.name}.lock")):
-            if not _converted(folder, target):
-                convert(folder, target)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot convert {folder} to {target} ({one_line(error)}): make room there") from error
-    return target
-
-
-def convert(folder: Path, target: Path) -> None:
-    """Write `folder`, in the original layout, to `target` in transformers' own, shard by shard.
-
-    Raises:
-        UserError: a weight or a setting that does not belong to such a model, or one that is missing.
-    """
-    config = _native_config(folder)
-    renames = _renames(folder, config)
-    part = target.with_name(f"{target.name}.part")  # renamed once it is whole; what a crash left is written anew
-    for stale in (part, target):
-        if stale.exists():
-            shutil.rmtree(stale)
-    part.mkdir()
-    for shard, names in renames.items():
-        tensors = tensors_of(folder / shard)
-        save_file({native: tensors[name] for name, native in names.items()}, part / shard, metadata={"format": "pt"})
-    index = {"weight_map": {native: shard for shard, names in renames.items() for native in names.values()}}
-    _write_json(part / INDEX, {"metadata": {}, **index})
-    _write_json(part / "preprocessor_config.json", HALF)
-    config.save_pretrained(part)
-    for name in TOKENIZER_FILES:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, part / name)
-    _write_json(part / RECORD, _record(folder))
-    part.rename(target)
-
-
-def _native_config(folder: Path) -> LlavaOnevisionConfig:
-    path = folder / "config.json"
-    original = _json(path)
-    for key, value in ORIGINAL_CONFIG.items():
-        if original.get(key, value) != value:
-            raise UserError(f"{path} has {key} {original[key]!r}: only checkpoints with {value!r} can be converted")
-    absent = [field for field in (*TEXT_FIELDS, "mm_vision_tower", "mm_hidden_size") if field not in original]
-    if absent:
-        raise UserError(f"{path} has no {', '.join(absent)}: fetch it again, run `{PUBLISHED.command}`")
-    tower = TOWERS.get(Path(original["mm_vision_tower"]).name)
-    if tower is None or tower["hidden_size"] != original["mm_hidden_size"]:
-        raise UserError(
-            f"{path} has mm_vision_tower {original['mm_vision_tower']!r} of width {original['mm_hidden_size']}: only "
-            f"{', '.join(TOWERS)} can be converted"
-        )
-    tied = original.get("tie_word_embeddings", False)
-    return LlavaOnevisionConfig(
-        text_config={
-            "model_type": "qwen2",
-            "tie_word_embeddings": tied,
-            **{key: original[key] for key in TEXT_FIELDS},
-        },
-        vision_config={  # without the last layer, which the original drops before its weights are loaded
-            "model_type": "siglip_vision_model",
-            "vision_use_head": False,
-            **tower,
-            "num_hidden_layers": tower["num_hidden_layers"] - 1,
-        },
-        vision_feature_layer=-1,
-        tie_word_embeddings=tied,
-    )
-
-
-def _renames(folder: Path, config: LlavaOnevisionConfig) -> dict[str, dict[str, str]]:
-    """Shard file -> (name there -> name here) of each weight that the model uses; all of them must be there."""
-    if (folder / INDEX).is_file():
-        shards = sorted(set(_json(folder / INDEX)["weight_map"].values()))
-    else:
-        shards = ["model.safetensors"]
-    renames = {}
-    try:
-        for shard in shards:
-            with safe_open(folder / shard, framework="pt") as weights:
-                renames[shard] = {name: _native_name(name) for name in weights.keys()}
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"cannot read {folder / shard} ({one_line(error)}): fetch it again, run `{PUBLISHED.command}`"
-        ) from error
-    with torch.device("meta"):
-        expected = set(LlavaOnevisionForConditionalGeneration(config).state_dict())
-    _check_names(
-        folder, {name: native for names in renames.values() for name, native in names.items()}, expected, config
-    )
-    return {shard: {k: v for k, v in names.items() if v in expected} for shard, names in renames.items()}
-
-
-def _native_name(name: str) -> str:
-    for there, here in ORIGINAL_NAMES.items():
-        if name.startswith(there):
-            return here + name.removeprefix(there)
-    return name
-
-
-def _check_names(folder: Path, names: dict[str, str], expected: set[str], config: LlavaOnevisionConfig) -> None:
-    """Raise UserError unless `names` (there -> here) are those `expected`, but for what the original never reads."""
-    if not any(name.startswith("model.vision_tower.") for name in names):
-        raise UserError(
-            f"{folder} holds no vision tower, only a reference to {_json(folder / 'config.json')['mm_vision_tower']}: "
-            "save the model together with its tower"
-        )
-    unread = (
-        "model.vision_tower.head.",
-        f"model.vision_tower.encoder.layers.{config.vision_config.num_hidden_layers}.",
-    )
-    unknown = [name for name, native in names.items() if native not in expected and not native.startswith(unread)]
-    missing = expected - set(names.values()) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
-    if unknown or missing:
-        faults = [f"{what} {_some(found)}" for what, found in (("lacks", missing), ("has unknown", unknown)) if found]
-        raise UserError(f"{folder} is no LLaVA-OneVision in the original layout: it {' and '.join(faults)}")
-
-
-def _beside(folder: Path) -> Path:
-    """Where the copy of `folder` goes."""
-    folder = folder.resolve()
-    if folder.parent.name != "snapshots" and os.access(folder.parent, os.W_OK):
-        return folder.with_name(f"{folder.name}-native")
-    place = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
-    return Path(HF_HOME) / "r1-prompter" / f"{folder.name}-{place}"
-
-
-def _converted(folder: Path, target: Path) -> bool:
-    """Whether `target` is the copy of `folder` as it is now."""
-    if not target.exists():
-        return False
-    if not (target / RECORD).is_file():
-        raise UserError(f"{target} is in the way of a converted copy of {folder}: move it, or name it as --orm_path")
-    return _json(target / RECORD) == _record(folder)
-
-
-def _record(folder: Path) -> dict[str, list[int]]:
-    """Name -> size and time of each file that a copy is made from."""
-    files = [folder / name for name in ("config.json", *TOKENIZER_FILES)] + sorted(folder.glob("*.safetensors"))
-    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()}
-
-
 def _json(path: Path) -> dict:
+    """The object in a JSON file, an empty one if there is no file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({one_line(error)}): fetch it again") from error
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
-
-
-def _some(names: Iterable[str]) -> str:
-    names = sorted(names)
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -17,22 +17,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError
-from transformers import AutoTokenizer, CLIPModel
+from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from errors import UserError, one_line
+from errors import UserError
 from interfaces import Reward, Sample
-from models.frozen import (
-    arithmetic,
-    autocast,
-    batches,
-    check_loaded,
-    check_pictures,
-    folder_of,
-    freeze,
-    mean_cosines,
-)
+from models.frozen import arithmetic, autocast, batches, check_pictures, load, mean_cosines
+from models.hub import read, resolve
 from models.weights import locked
 from prompting import well_formed
 
@@ -70,11 +61,11 @@ class PickScore(Reward):
         batch_size: int = 32,
     ):
         self.device, self.dtype, self.batch_size = torch.device(device), arithmetic(dtype, batch_size), batch_size
-        folder = folder_of(path, PUBLISHED, ("config.json",))
-        model, self.tokenizer, self.processor = _load(folder)
-        self.model = freeze(model, self.device, folder)
-        self.longest = model.config.text_config.max_position_embeddings
-        self.scale = model.logit_scale.exp().item()
+        folder = resolve(path, ("config.json",))
+        self.model = load(CLIPModel, folder, self.device)
+        self.tokenizer, self.processor = _readers(self.model, folder)
+        self.longest = self.model.config.text_config.max_position_embeddings
+        self.scale = self.model.logit_scale.exp().item()
         self.range = (-self.scale, self.scale)
 
     @torch.inference_mode()
@@ -82,9 +73,6 @@ class PickScore(Reward):
         """One score in `range` per sample, None where it is not finite.
 
         Each distinct prompt and each distinct picture (the same PIL object) is encoded once, in batches.
-
-        Raises:
-            ValueError: a sample without pictures, or with one that failed; the caller leaves such samples out.
         """
         check_pictures(samples, self.name)
         scores = [self.scale * cosine for cosine in mean_cosines(samples, self.encode_texts, self.encode_images)]
@@ -118,27 +106,15 @@ class PickScore(Reward):
         return torch.cat(encoded)
 
 
-def _load(folder: Path):
-    """(model, tokenizer, image processor on PIL, as the original) of a folder; every weight must be there."""
-    try:
-        model, report = CLIPModel.from_pretrained(
-            folder, local_files_only=True, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot read {folder} as a CLIP checkpoint ({one_line(error)})") from error
-    check_loaded(report["missing_keys"], folder, "CLIPModel", PUBLISHED)
-    reader = folder
+def _readers(model: CLIPModel, folder: Path) -> tuple[PreTrainedTokenizerBase, CLIPImageProcessorPil]:
+    """(tokenizer, image processor on PIL, as the original) of a folder, or the published ones where it has none."""
     if not all((folder / name).is_file() for name in PROCESSOR_FILES):
-        reader = folder_of(PROCESSOR.repo, PROCESSOR, PROCESSOR_FILES)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(reader, local_files_only=True)
-        processor = CLIPImageProcessorPil.from_pretrained(reader, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the tokenizer or image processor in {reader} ({one_line(error)})") from error
+        folder = resolve(PROCESSOR.repo, PROCESSOR_FILES)
+    tokenizer, processor = read(AutoTokenizer, folder), read(CLIPImageProcessorPil, folder)
     side, crop = model.config.vision_config.image_size, processor.crop_size
     if (crop["height"], crop["width"]) != (side, side):
         raise UserError(
-            f"the image processor in {reader} crops to {crop['height']}x{crop['width']}, the model in {folder} reads "
+            f"the image processor in {folder} crops to {crop['height']}x{crop['width']}, the model reads "
             f"{side}x{side}: give the {PROCESSOR_FILES[0]} that the model was trained with"
         )
-    return model, tokenizer, processor
+    return tokenizer, processor

@@ -16,7 +16,6 @@ that over the first.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shlex
@@ -25,58 +24,70 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from scipy import stats
 from tqdm import tqdm
 
+from errors import UserError
+from run.options import option, parse, run_main
+
 ROOT = Path(__file__).resolve().parent.parent
 NAME = re.compile(r"[\w+.=-]+")
 
 
+@dataclass
+class AblateOptions:
+    """Which runs, where, and how many at once."""
+
+    outdir: Path = option(help="Each run gets a folder in here.", changes="nothing")
+    launch: str = option(help="The command to which options are appended.", changes="run")
+    variant: list[str] = option(help='"name: options"; once for each variant.', changes="run", action="append")
+    table: Path | None = option(None, "The table's file; unset: table.md in --outdir.", changes="nothing")
+    seeds: list[int] = option([0], "Each variant runs with each of them.", changes="run")
+    jobs: int = option(1, "Runs at once; set OMP_NUM_THREADS so that they fit.", changes="nothing")
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Run variants of one training and write one table.")
-    parser.add_argument("--outdir", type=Path, required=True, help="one folder a run is made in here")
-    parser.add_argument("--table", type=Path, help="the table's file (default: table.md in --outdir)")
-    parser.add_argument("--launch", required=True, help="the command to which options are appended")
-    parser.add_argument("--variant", action="append", required=True, help='"name: options"; once for each')
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="each variant runs with each of them")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once; set OMP_NUM_THREADS so that they fit")
-    parser.add_argument("common", nargs="*", help="after --: options of every run")
-    args = parser.parse_args()
-    try:
-        variants = dict(read_variant(text) for text in args.variant)
-    except ValueError as error:
-        parser.error(str(error))
-    args.outdir = args.outdir.resolve()
-    args.outdir.mkdir(parents=True, exist_ok=True)
-    table, launch = args.table or args.outdir / "table.md", shlex.split(args.launch)
-    runs = [(name, seed) for seed in args.seeds for name in variants]
+    """Run the command line; returns the exit code."""
+    words = sys.argv[1:]
+    split = words.index("--") if "--" in words else len(words)
+    return run_main("ablate", lambda: ablate(*parse([AblateOptions], None, words[:split]), words[split + 1 :]))
+
+
+def ablate(options: AblateOptions, common: Sequence[str]) -> int:
+    """Make all runs that are not there yet and write the table; returns 1 if a run failed.
+
+    Args:
+        common: options of every run.
+    """
+    variants = dict(read_variant(text) for texts in options.variant for text in texts)
+    outdir, launch = options.outdir.resolve(), shlex.split(options.launch)
+    outdir.mkdir(parents=True, exist_ok=True)
+    table = options.table or outdir / "table.md"
+    runs = [(name, seed) for seed in options.seeds for name in variants]
     failures: dict[tuple[str, int], str] = {}
 
     def one(name: str, seed: int) -> None:
-        options = [word.replace("{seed}", str(seed)) for word in (*args.common, *variants[name])]
-        failure = run(args.outdir / f"{name}_s{seed}", [*launch, "--seed", str(seed), *options])
+        words = [word.replace("{seed}", str(seed)) for word in (*common, *variants[name])]
+        failure = run(outdir / f"{name}_s{seed}", [*launch, "--seed", str(seed), *words])
         if failure is not None:
             failures[name, seed] = failure
 
-    with ThreadPoolExecutor(args.jobs) as pool:
+    with ThreadPoolExecutor(options.jobs) as pool:
         for _ in tqdm(pool.map(one, *zip(*runs, strict=True)), total=len(runs), desc="runs", unit="run"):
-            write_table(table, args.outdir, list(variants), args.seeds, failures)
+            write_table(table, outdir, list(variants), options.seeds, failures)
     print(table.read_text(encoding="utf-8"))
     return 1 if failures else 0
 
 
 def read_variant(text: str) -> tuple[str, list[str]]:
-    """ "H+D: --rewards hps gdino" -> ("H+D", ["--rewards", "hps", "gdino"]).
-
-    Raises:
-        ValueError: no colon, or a name that would be no plain file name.
-    """
+    """ "H+D: --rewards hps gdino" -> ("H+D", ["--rewards", "hps", "gdino"]); the name becomes a file name."""
     name, colon, options = text.partition(":")
     if not colon or not NAME.fullmatch(name.strip()):
-        raise ValueError(f"--variant {text!r}: write 'name: options', the name of letters, digits and + . = - _")
+        raise UserError(f"--variant {text!r}: write 'name: options', the name of letters, digits and + . = - _")
     return name.strip(), shlex.split(options)
 
 
@@ -134,8 +145,8 @@ def figures(folder: Path) -> dict[str, float]:
     found = {}
     if (folder / "summary.json").exists():
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        systems = {"raw": "raw", "before": "start", "after": "trained"}
-        found = {name: summary["oracle"][system]["mean"] for name, system in systems.items()}
+        means = {row["name"]: row["mean"] for row in summary["table"]["rows"]}
+        found = {"raw": means["raw"], "before": means["start"], "after": means["trained"]}
         found["gap_closed"] = summary["gap_closed"]
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     names = sorted({key for row in rows for key in row if re.fullmatch(r"(held_out|rewards)/[^/]+/mean", key)})

@@ -8,7 +8,7 @@ python="${PYTHON:-.venv/bin/python}"
 [ -x "$python" ] || python=python
 out="${OUTDIR:-runs/ablate}"
 seeds="${SEEDS:-0 1 2}"
-launch="${LAUNCH:-$python scripts/demo.py --images 1}"
+launch="${LAUNCH:-$python scripts/demo.py --samples 1}"
 short=(--max_steps 15 --per_device_train_batch_size 64)  # a fifth of the demo's steps, half its rollouts
 
 ablate() {

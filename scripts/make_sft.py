@@ -6,115 +6,190 @@
     ... --best_of 8 --sdmodel_name PATH --rewards hps git     draw and score 8 answers a prompt, keep the best
 
 An answer that is refused, cut off, malformed, or that lost something of the prompt (`data.intent`) is dropped and
-asked for again, `--attempts` times. Of several answers the one with the highest sum of weight x reward is kept, the
-sum that GRPO is trained on; rewards have different units, so `--reward_weights` matter as they do there. The first
-wins a tie.
+asked for again, `--attempts` times. Of several answers the one with the highest sum of weight x reward is kept; the
+first wins a tie.
 
-    FILE             one example a line, in the order of the prompts; written when all are done
-    FILE.journal     every answer and score as it comes: run the same command again after Ctrl-C, a kill or a dead
-                     server, and only what is missing is asked for
+    FILE             one example a line, added when its prompt is done; in the end in the order of the prompts
     FILE.dropped     prompts without an example, and why
+    FILE.settings    what the two depend on
 
-Exit code: 0 done; 1 something is missing that the same command may still get, or nothing was kept; 2 bad input or a
-teacher that cannot be asked; 130 interrupted. Left out: several teachers at once, editing of answers.
+After Ctrl-C, a kill or a dead server run the same command again: prompts that are done are not asked again. Exit code:
+0 done; 1 something is missing that the same command may still get, or nothing was kept; 2 bad input, or a teacher that
+denies access; 130 interrupted.
 """
 
 from __future__ import annotations
 
 import asyncio
-import difflib
+import fcntl
 import hashlib
 import json
+import random
+import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, dataclass, field
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
+from openai.types.chat import ChatCompletion
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
+from clients.chat import ChatClient
+from clients.http import CallFailed
 from data.intent import lost
 from data.prompts import load_prompts
-from errors import UserError, one_line
+from errors import Stopped, UserError, one_line
 from interfaces import Prompt
-from prompting import SYSTEM_PROMPT, completion
-from rendering import AUTO, RenderOptions
-from rewards import REWARDS, RewardContext, RewardOptions, build, check, option
-from run.files import atomic_write
-from scripts.journal import Journal
-from scripts.teacher import (
-    FOR_A_TEACHER,
-    FOREIGN,
-    MALFORMED,
-    REFUSED,
-    TRUNCATED,
-    CallFailed,
-    ChatTeacher,
-    Draft,
-    MiniatureTeacher,
-)
+from models.policy import pick_device
+from prompting import SYSTEM_PROMPT, completion, messages
+from prompting import parse as parse_answer
+from rendering import RenderOptions, load_renderer
+from rewards import REWARDS, RewardContext, RewardOptions, build, check
+from run.files import append_line, atomic_write, complete_lines, differences
+from run.options import may_differ, option, parse, run_main
+from scoring.drawing import Drawer
+from scoring.rollouts import Scorer
 
-INTENT = "intent lost"
-DROPS = (REFUSED, TRUNCATED, MALFORMED, INTENT, FOREIGN)
-THINGS = ("object", "attribute", "number", "relation", "absence", "colour")  # the first words of what `lost` returns
-KEPT_ALL = {"on": "", "off": "; kept all the same, --intent off"}
-AGAIN = ("API failure", "unscored")  # why a prompt has no example yet
-TOLD = ("drop", "lost", "text", "rewrite")  # of an answer, in the list of dropped prompts
-NOT_RESULTS = {  # options that a run may go on with other values of; --data and --limit count by the prompts they give
-    "data", "limit", "out", "teacher_url", "concurrency", "timeout", "price_in", "price_out",
-    "render_device", "render_batch_size", "render_offload_text", "render_timeout", "render_batch_timeout",
-    "render_concurrency",
-    "reward_device", "reward_offload", "reward_batch_size",
-    "judge_url", "judge_concurrency", "judge_timeout", "judge_batch_timeout", "judge_cache",
-}  # fmt: skip
-COUNTS = (  # options that are 1 or more
-    "limit", "attempts", "max_tokens", "concurrency", "best_of", "images_per_rewrite", "render_steps", "resolution",
-    "max_sequence_length", "render_batch_size",
-)  # fmt: skip
-PATIENCE = 3  # batches in a row without any score before scoring stops
+# Added to what the policy itself is told.
+FOR_A_TEACHER = (
+    " Your answer is an example from which a small model will learn. Think in two to six short lines. In the final "
+    "prompt name every thing of the request with its own words, its number, its attributes beside it and its place in "
+    "the picture; where the request says how things stand to each other, say so again. "
+    "Begin with <think> and end with </answer>."
+)
+REFUSED, TRUNCATED, MALFORMED = "refused", "truncated", "malformed"
+INTENT, FOREIGN = "intent lost", "not of the miniature world"
+_REFUSAL = re.compile(
+    r"\W*(?:(?:i['’]?m |i am )?(?:(?:very|so|really|truly) )?sorry|i apologi[sz]e|my apologies|unfortunately,? i"
+    r"|as an ai|i (?:cannot|can['’]t|(?:can|could|will|do|am) not|(?:could|do)n['’]t|won['’]t)"
+    r"|(?:i['’]m|i am) (?:not|unable))\b",
+    re.IGNORECASE,
+)
+ATTEMPTS = 6  # at one call of the teacher's API
+PATIENCE = 20  # prompts in a row without any score before the run stops
+
+Teacher = Callable[[Prompt, int], Awaitable[dict]]  # prompt, sampling seed -> an answer as `read` returns it
 
 
 @dataclass
 class Options:
-    """The command line, but for what the rewards have of their own."""
+    """What is asked of whom; the renderer's and the rewards' own options have the trainer's names."""
 
-    data: Path = option(MISSING, "User prompts: .txt, one a line, or .jsonl (data/README.md).")
-    out: Path = option(MISSING, "Examples, .jsonl: a new file, or this run's own to go on with.")
-    limit: int | None = option(None, "Take only the first so many prompts.")
-    seed: int = option(0, "Of sampling and of the noise that pictures start from.")
-    attempts: int = option(3, "At one answer, before it is given up.")
-    intent: str = option("on", "Drop answers that lost something of the prompt.", choices=["on", "off"])
-    teacher: str = option("chat", "Who writes: a chat API, or the miniature world.", choices=["chat", "miniature"])
-    teacher_url: str | None = option(None, "OpenAI-compatible API, ends in /v1; key: environment TEACHER_API_KEY.")
-    teacher_model: str | None = option(None, "Its name there.")
-    temperature: float = option(0.8, "Of the teacher's sampling.")
-    max_tokens: int = option(2048, "Of one answer; a longer one is dropped.")
-    concurrency: int = option(16, "Requests in flight.")
-    timeout: float = option(120.0, "Seconds for one request.")
-    price_in: float | None = option(None, "Of a million tokens read; without it tokens are shown, but no cost.")
-    price_out: float | None = option(None, "Of a million tokens written.")
-    skill: float = option(0.35, "Share, 0 to 1, of what the miniature's writer means to write with care.")
-    best_of: int = option(1, "Answers a prompt, of which the best is kept; needs rewards.")
-    min_score: float | None = option(None, "A prompt whose best answer scores less is dropped.")
-    rewards: list[str] = field(default_factory=list, metadata={"help": f"Of: {', '.join(REWARDS)}."})
-    reward_weights: list[float] | None = option(None, "One for each reward; unset: 1 each.")
-    images_per_rewrite: int = option(1, "Pictures per answer, averaged.")
+    data: str = option(help="User prompts: .txt, one a line, or .jsonl (data/README.md).", changes="nothing")
+    out: str = option(help="Examples, .jsonl: a new file, or this run's own to continue.", changes="nothing")
+    limit: int | None = option(None, "Take only the first so many prompts.", changes="nothing")
+    seed: int = option(0, "Of sampling and of the noise that pictures start from.", changes="run")
+    attempts: int = option(3, "At one answer, before it is given up.", changes="run")
+    intent: bool = option(True, "Drop answers that lost something of the prompt.", changes="run")
+    teacher: str = option(
+        "chat", "Who writes: a chat API, or the miniature world.", changes="run", choices=["chat", "miniature"]
+    )
+    teacher_url: str = option(
+        "", "OpenAI-compatible API, ends in /v1; its key: environment TEACHER_API_KEY.", changes="nothing"
+    )
+    teacher_model: str = option("", "The teacher's name there.", changes="run")
+    teacher_concurrency: int = option(16, "Calls in flight at once.", changes="nothing")
+    teacher_timeout: float = option(300.0, "Seconds for one call, repeats included.", changes="nothing")
+    temperature: float = option(0.8, "Of the teacher's sampling.", changes="run")
+    max_new_tokens: int = option(2048, "Of one answer; a longer one is dropped.", changes="run")
+    price_in: float = option(0.0, "Of a million tokens read.", changes="nothing")
+    price_out: float = option(0.0, "Of a million tokens written.", changes="nothing")
+    skill: float = option(0.35, "Share of what the miniature's writer means to write with care.", changes="run")
+    best_of: int = option(1, "Answers a prompt, of which the best is kept; needs rewards.", changes="run")
+    min_score: float | None = option(None, "A prompt whose best answer scores less is dropped.", changes="run")
+    rewards: list[str] = option([], f"Of: {', '.join(REWARDS)}.", changes="run")
+    reward_weights: list[float] = option([], "One for each reward; unset: 1 each.", changes="run")
+    images_per_rewrite: int = option(1, "Pictures per answer, averaged.", changes="run")
 
 
 # --- asking ---------------------------------------------------------------------------------------
 
 
-def open_slots(args: Options, prompts: Sequence[Prompt], journal: Journal) -> list[tuple[Prompt, int]]:
-    """(prompt, slot) of every answer that is neither there nor given up."""
-    slots = []
-    for prompt in prompts:
-        for slot in range(args.best_of):
-            rows = journal.answers.get(prompt.id, {}).get(slot, [])
-            if len(rows) < args.attempts and not (rows and not rows[-1]["drop"]):
-                slots.append((prompt, slot))
-    return slots
+@asynccontextmanager
+async def chat_teacher(client: ChatClient, **sampling: float) -> AsyncIterator[Teacher]:
+    """The teacher behind a chat API. A call may raise CallFailed, and ends the run where the API is of no use."""
+    async with client.connect() as complete:
+
+        async def draft(prompt: Prompt, seed: int) -> dict:
+            system, user = messages(prompt.text)
+            asked = [{**system, "content": system["content"] + FOR_A_TEACHER}, user]
+            try:
+                return read(await complete(asked, seed=seed, **sampling))
+            except CallFailed as error:
+                if error.code == "content_filter":
+                    return {"drop": REFUSED, "tokens": None}
+                if error.status in (401, 403, 404):
+                    raise client.unusable(error) from error
+                if client.circuit.is_open:
+                    raise Stopped(
+                        f"{client.url} does not answer ({error}): run the same command again later"
+                    ) from error
+                raise
+
+        yield draft
+
+
+def read(reply: ChatCompletion) -> dict:
+    """The answer in a chat completion, or why it is of no use ("drop").
+
+    Returns:
+        {"drop": "", "reasoning", "rewrite", "tokens"} or {"drop", "text", "tokens"}; tokens are (read, written) as the
+        API counts them, None if it does not say.
+    """
+    choice, usage = reply.choices[0], reply.usage
+    counts = (usage.prompt_tokens, usage.completion_tokens) if usage else (None,)
+    tokens, text = None if None in counts else counts, choice.message.content or ""
+    # A model that always thinks may put a think block of its own before the one that it was asked for.
+    answer = parse_answer(text) or parse_answer(text.partition("</think>")[2])
+    said = answer.rewrite if answer else text
+    if choice.message.refusal or choice.finish_reason == "content_filter" or _REFUSAL.match(said):
+        return {"drop": REFUSED, "text": (choice.message.refusal or text)[:200], "tokens": tokens}
+    if choice.finish_reason == "length" or not answer:
+        why = TRUNCATED if choice.finish_reason == "length" else MALFORMED
+        return {"drop": why, "text": text[:200], "tokens": tokens}
+    return {"drop": "", **vars(answer), "tokens": tokens}
+
+
+@asynccontextmanager
+async def miniature_teacher(skill: float) -> AsyncIterator[Teacher]:
+    """The miniature's own writer, right in content `skill` of the time; an answer is a function of prompt and seed."""
+    from miniature import world
+
+    looks = {f"{color} {shape}" for color in world.COLORS for shape in world.SHAPES}
+
+    def can_be_drawn(prompt: Prompt) -> bool:
+        number = sum(number for _, number in prompt.counts) or len(prompt.nouns)
+        known = {*prompt.nouns} <= {*world.SHAPES} and {*prompt.attr_nouns} <= looks
+        return (
+            0 < number <= world.MAX_THINGS and known and (not prompt.spatial or prompt.spatial[1] in world.RELATIONS)
+        )
+
+    async def draft(prompt: Prompt, seed: int) -> dict:
+        await asyncio.sleep(0)  # so that Ctrl-C is heard
+        if not can_be_drawn(prompt):
+            return {"drop": FOREIGN, "tokens": None}
+        reasoning, rewrite = world.lesson(prompt, random.Random(seed), skill)
+        return {"drop": "", "reasoning": reasoning, "rewrite": rewrite, "tokens": None}
+
+    yield draft
+
+
+def open_teacher(options: Options) -> AbstractAsyncContextManager[Teacher]:
+    """The teacher that the options name; a URL that cannot work is a UserError at once."""
+    if options.teacher == "miniature":
+        return miniature_teacher(options.skill)
+    client = ChatClient(
+        "teacher",
+        options.teacher_url,
+        options.teacher_model,
+        concurrency=options.teacher_concurrency,
+        call_timeout=options.teacher_timeout,
+        attempts=ATTEMPTS,
+    )
+    return chat_teacher(client, temperature=options.temperature, max_tokens=options.max_new_tokens)
 
 
 def sampling_seed(seed: int, prompt: Prompt, slot: int, attempt: int) -> int:
@@ -122,129 +197,44 @@ def sampling_seed(seed: int, prompt: Prompt, slot: int, attempt: int) -> int:
     return int(hashlib.sha256(f"{seed}/{prompt.id}/{slot}/{attempt}".encode()).hexdigest()[:8], 16) >> 1
 
 
-async def ask_all(
-    args: Options,
-    teacher: ChatTeacher | MiniatureTeacher,
-    slots: Sequence[tuple[Prompt, int]],
-    journal: Journal,
-) -> Counter[str]:
-    """Fill the open slots, `--concurrency` at a time; returns how often each API failure left one open.
+async def ask(options: Options, teacher: Teacher, prompt: Prompt) -> list[dict]:
+    """All answers to a prompt: for each of `--best_of` slots, attempts until one can be kept or all are spent."""
 
-    Raises:
-        UserError: nobody can be asked; what was answered is in the journal.
-    """
-    failures: Counter[str] = Counter()
-    waiting = iter(slots)
-    with tqdm(total=len(slots), desc="asking", unit="answer", disable=not slots) as bar:
+    async def fill(slot: int) -> list[dict]:
+        answers: list[dict] = []
+        while len(answers) < options.attempts and (not answers or answers[-1]["drop"]):
+            attempt = len(answers)
+            answer = await teacher(prompt, sampling_seed(options.seed, prompt, slot, attempt))
+            if not answer["drop"] and (gone := lost(prompt, answer["rewrite"])):
+                answer |= {"drop": INTENT if options.intent else "", "lost": gone}
+            answers.append({"slot": slot, "attempt": attempt, **answer})
+        return answers
 
-        async def work() -> None:
-            for prompt, slot in waiting:
-                try:
-                    await _fill(args, teacher, prompt, slot, journal)
-                except CallFailed as error:
-                    failures[str(error)] += 1
-                failed = f", {failures.total():,} calls failed" if failures else ""
-                bar.set_postfix_str(spent(args, journal) + failed, refresh=False)
-                bar.update()
-
-        async with teacher:
-            await asyncio.gather(*(work() for _ in range(args.concurrency)))
-    return failures
-
-
-async def _fill(
-    args: Options, teacher: ChatTeacher | MiniatureTeacher, prompt: Prompt, slot: int, journal: Journal
-) -> None:
-    """Ask until an answer can be kept or all attempts are spent."""
-    for attempt in range(len(journal.answers.get(prompt.id, {}).get(slot, [])), args.attempts):
-        draft = await teacher(prompt, sampling_seed(args.seed, prompt, slot, attempt))
-        row = _row(prompt, draft, args.intent)
-        journal.add({"id": prompt.id, "slot": slot, "attempt": attempt, **row})
-        if not row["drop"]:
-            return
-
-
-def _row(prompt: Prompt, draft: Draft, intent: str) -> dict:
-    if draft.answer is None:
-        return {"drop": draft.drop, "text": draft.text, "tokens": draft.tokens}
-    gone = lost(prompt, draft.answer.rewrite)
-    return {
-        "drop": INTENT if gone and intent == "on" else "",
-        "lost": gone,
-        "reasoning": draft.answer.reasoning,
-        "rewrite": draft.answer.rewrite,
-        "tokens": draft.tokens,
-    }
+    slots = await asyncio.gather(*map(fill, range(options.best_of)))
+    return [answer for answers in slots for answer in answers]
 
 
 # --- scoring --------------------------------------------------------------------------------------
 
 
-def load_scorer(args: Options, render: RenderOptions, reward: RewardOptions, prompts: Sequence[Prompt]):
-    """The renderer and rewards that the arguments name, as the trainer has them."""
-    from models.policy import pick_device  # torch: seconds that asking alone need not cost
-    from scoring.drawing import Drawer
-    from scoring.rollouts import Scorer
-
-    try:
-        device = pick_device(render.render_device or "auto")
-        renderer = render.load(device)
-        context = RewardContext(reward.reward_device or device, renderer, prompts, args.seed)
-        rewards = build(args.rewards, reward, context)
-    except (UserError, ValueError) as error:
-        raise UserError(f"renderer: {error}") from error
-    # Groups differ in size here, and no answer is unreadable: what the size of a group is for does not occur. Pictures
-    # of one prompt start from the same noise all the same, which depends on seed, prompt and image index alone.
-    drawer = Drawer(renderer, group=1, images_per_rewrite=args.images_per_rewrite, run_seed=args.seed)
-    return Scorer(drawer, rewards, {prompt.id: prompt for prompt in prompts})
+def load_scorer(options: Options, render: RenderOptions, reward: RewardOptions, prompts: Sequence[Prompt]) -> Scorer:
+    """The renderer and rewards that the options name, as the trainer has them."""
+    device = pick_device(render.render_device or "auto")
+    renderer = load_renderer(render, device)
+    context = RewardContext(reward.reward_device or device, renderer, prompts, options.seed)
+    # Groups of 1, because all answers can be read. Pictures of one prompt start from the same noise all the same: it
+    # depends on seed, prompt and image index alone.
+    drawer = Drawer(renderer, group=1, images_per_rewrite=options.images_per_rewrite, run_seed=options.seed)
+    return Scorer(drawer, build(options.rewards, reward, context), {prompt.id: prompt for prompt in prompts})
 
 
-def unscored(args: Options, prompts: Sequence[Prompt], journal: Journal) -> list[Prompt]:
-    """Prompts with answers and all slots closed, but without scores."""
-    if not args.rewards:
-        return []
-    waiting = {prompt.id for prompt, _ in open_slots(args, prompts, journal)} | journal.scores.keys()
-    return [prompt for prompt in prompts if prompt.id not in waiting and journal.kept(prompt)]
+def score(scorer: Scorer, prompt: Prompt, answers: Sequence[dict]) -> list[dict[str, float | None]]:
+    """The scores of each answer to a prompt that was kept, by reward."""
+    texts = [completion(answer["reasoning"], answer["rewrite"]) for answer in answers if not answer["drop"]]
+    return [scored.parts for scored in scorer.score(texts, [prompt.id] * len(texts), step=0)] if texts else []
 
 
-def score_all(args: Options, scorer, prompts: Sequence[Prompt], journal: Journal, pictures: int) -> None:
-    """Score the answers to `prompts`, `pictures` or so at once; a prompt with no score at all is left as it is.
-
-    Raises:
-        UserError: PATIENCE batches in a row without a single score.
-    """
-    size = max(1, pictures // (args.best_of * args.images_per_rewrite))
-    bad = 0
-    with tqdm(total=len(prompts), desc="scoring", unit="prompt", disable=not prompts) as bar:
-        for start in range(0, len(prompts), size):
-            batch = prompts[start : start + size]
-            bad = 0 if _score(args, scorer, batch, journal) else bad + 1
-            if bad == PATIENCE:
-                raise UserError(
-                    f"no score at all in {bad * size} prompts: pictures fail or a reward returns nothing, see the log "
-                    "above; repair the cause and run the same command again"
-                )
-            bar.update(len(batch))
-
-
-def _score(args: Options, scorer, batch: Sequence[Prompt], journal: Journal) -> int:
-    """Score one batch; returns how many of its prompts got a score."""
-    answers = [(prompt, row) for prompt in batch for row in journal.kept(prompt)]
-    texts = [completion(row["reasoning"], row["rewrite"]) for _, row in answers]
-    scored = scorer.score(texts, [prompt.id for prompt, _ in answers], step=0)
-    rows: dict[str, list[dict]] = {}
-    for (prompt, _), one in zip(answers, scored, strict=True):
-        rows.setdefault(prompt.id, []).append(one.parts)
-    there = 0
-    for id, parts in rows.items():
-        totals = [_total(args.reward_weights, each) for each in parts]
-        if any(total is not None for total in totals):
-            there += 1
-            journal.add({"id": id, "totals": totals, "parts": parts})
-    return there
-
-
-def _total(weights: Sequence[float], parts: dict[str, float | None]) -> float | None:
+def total_of(weights: Sequence[float], parts: dict[str, float | None]) -> float | None:
     """Sum of weight x reward; None if any part is absent, which is not zero."""
     if None in parts.values():
         return None
@@ -254,84 +244,112 @@ def _total(weights: Sequence[float], parts: dict[str, float | None]) -> float | 
 # --- what comes of it -----------------------------------------------------------------------------
 
 
-def examples(args: Options, prompts: Sequence[Prompt], journal: Journal) -> list[tuple[dict | None, str]]:
-    """For each prompt its example, or None and why there is none."""
-    waiting = {prompt.id for prompt, _ in open_slots(args, prompts, journal)}
-    return [(None, "API failure") if prompt.id in waiting else _choose(args, prompt, journal) for prompt in prompts]
+def row_of(options: Options, prompt: Prompt, answers: list[dict], parts: Sequence[dict]) -> dict | None:
+    """The row of a prompt: its example, or why it has none ("why"). None where no answer got a score.
 
-
-def _choose(args: Options, prompt: Prompt, journal: Journal) -> tuple[dict | None, str]:
-    kept, scores = journal.kept(prompt), journal.scores.get(prompt.id)
+    Args:
+        options: of the run.
+        prompt: the user's.
+        answers: all that the teacher gave.
+        parts: scores of the answers that were kept; none without rewards.
+    """
+    kept = [answer for answer in answers if not answer["drop"]]
+    tokens = [answer["tokens"] for answer in answers if answer["tokens"]]
+    row = {"prompt": prompt.text, "id": prompt.id, "task": prompt.task, "candidates": len(kept)}
+    row |= {"drops": [answer["drop"] for answer in answers if answer["drop"]]}
+    row |= {"tokens": [sum(column) for column in zip(*tokens, strict=True)]}
     if not kept:
-        return None, "given up"
-    if not args.rewards:
-        return _example(args, prompt, kept, 0), ""
-    if scores is None:
-        return None, "unscored"
-    totals = scores["totals"]
-    best = max((i for i, total in enumerate(totals) if total is not None), key=lambda i: totals[i])
-    if args.min_score is not None and totals[best] < args.min_score:
-        return None, "below --min_score"
-    scored = {"score": totals[best], "rewards": scores["parts"][best]}
-    return {**_example(args, prompt, kept, best), **scored}, ""
+        return {**row, "why": "given up", "answers": answers}
+    best, scores = 0, {}
+    if options.rewards:
+        totals = [total_of(options.reward_weights, each) for each in parts]
+        there = [i for i, total in enumerate(totals) if total is not None]
+        if not there:
+            return None
+        best = max(there, key=totals.__getitem__)
+        scores = {"score": totals[best], "rewards": parts[best], "scores": totals}
+        if options.min_score is not None and totals[best] < options.min_score:
+            return {**row, "why": "below --min_score", **scores, "answers": answers}
+    names = ("reasoning", "rewrite", "slot", "attempt", "lost")
+    example = {name: kept[best][name] for name in names if name in kept[best]}
+    return {**row, **example, "teacher": options.teacher_model or options.teacher, **scores}
 
 
-def _example(args: Options, prompt: Prompt, kept: list[dict], best: int) -> dict:
-    """What sft.py reads, prompt, reasoning and rewrite, and where it comes from."""
-    row = kept[best]
-    return {
-        "prompt": prompt.text,
-        "reasoning": row["reasoning"],
-        "rewrite": row["rewrite"],
-        "id": prompt.id,
-        "task": prompt.task,
-        "teacher": args.teacher_model if args.teacher == "chat" else args.teacher,
-        "candidate": row["slot"],
-        "attempt": row["attempt"],
-        "candidates": len(kept),
-        **({"lost": row["lost"]} if row["lost"] else {}),
-    }
+class Output:
+    """FILE and FILE.dropped with a row for each prompt that is done; one process at a time holds them.
+
+    Args:
+        out: FILE.
+        settings: all that a row depends on, as JSON has it.
+
+    Attributes:
+        rows: prompt id -> its row; one with "why" belongs to FILE.dropped.
+
+    Raises:
+        UserError: the files cannot be written, are in use, or belong to other settings or another program.
+    """
+
+    def __init__(self, out: Path, settings: dict[str, Any]):
+        self.out, self.dropped = out, out.with_name(out.name + ".dropped")
+        record = out.with_name(out.name + ".settings")
+        if out.exists() and not record.exists():
+            raise UserError(f"--out {out} was not made by this program: name another")
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            self._record = open(record, "a+", encoding="utf-8")
+            fcntl.flock(self._record, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._record.seek(0)
+            lines = [line for path in (out, self.dropped) if path.exists() for line in complete_lines(path, cut=True)]
+            self.rows = {row["id"]: row for row in map(json.loads, lines)}
+            if self.rows and (changed := differences(json.loads(self._record.read()), settings)):
+                raise UserError(f"--out {out} was begun with other settings ({changed}): use those, or name another")
+            if not self.rows:
+                self._record.truncate(0)
+                self._record.write(json.dumps(settings))
+                self._record.flush()
+        except BlockingIOError as error:
+            raise UserError(f"--out {out} is in use by another run: wait for it, or name another") from error
+        except OSError as error:
+            raise UserError(f"--out {out} cannot be written ({one_line(error)}): name another") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"--out {out} has rows that this program did not write: name another") from error
+
+    def close(self) -> None:
+        """Let other processes have the files."""
+        self._record.close()
+
+    def add(self, row: dict) -> None:
+        """Append a row; raises Stopped where there is no room for it."""
+        try:
+            append_line(self.dropped if "why" in row else self.out, json.dumps(row))
+        except OSError as error:
+            raise Stopped(f"{self.out} cannot be written ({one_line(error)}): make room and run again") from error
+        self.rows[row["id"]] = row
+
+    def sort(self, prompts: Sequence[Prompt]) -> None:
+        """Put the rows of both files into the order of the prompts."""
+        rows = [self.rows[prompt.id] for prompt in prompts if prompt.id in self.rows]
+        for path, dropped in ((self.out, False), (self.dropped, True)):
+            text = "".join(json.dumps(row) + "\n" for row in rows if ("why" in row) == dropped)
+            atomic_write(path, text.encode())
 
 
-def write(path: Path, rows: Sequence[dict]) -> None:
-    """All rows or nothing."""
-    try:
-        atomic_write(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({one_line(error)}): repair that, then run again") from error
-
-
-def spent(args: Options, journal: Journal) -> str:
-    """ "120 kept, 4 dropped, 81,000 + 40,200 tokens, cost 0.10": what the answers so far are and cost."""
-    kept = journal.counts["kept"]
-    parts = [f"{kept:,} kept", f"{sum(journal.counts[reason] for reason in DROPS):,} dropped"]
-    if any(journal.tokens):
-        parts.append(f"{journal.tokens[0]:,} + {journal.tokens[1]:,} tokens")
-        if args.price_in is not None:
-            cost = (journal.tokens[0] * args.price_in + journal.tokens[1] * args.price_out) / 1e6
-            parts.append(f"cost {cost:,.2f}")
-    return ", ".join(parts)
-
-
-def report(args: Options, outcomes: Sequence[tuple[dict | None, str]], journal: Journal) -> str:
+def report(options: Options, count: int, rows: Sequence[dict]) -> str:
     """What was kept, dropped and why, and what it cost, in a few lines."""
-    missing, counts = Counter(why for example, why in outcomes if example is None), journal.counts
-    lines = [f"{len(outcomes) - missing.total():,} of {len(outcomes):,} prompts have an example: {args.out}"]
-    if missing:
-        lines.append(f"  without: {_listed(missing)} (see {_dropped(args.out).name})")
-    reasons = Counter({reason: counts[reason] for reason in DROPS if counts[reason]})
-    lines.append(f"  {spent(args, journal)}" + (f": {_listed(reasons)}" if reasons else ""))
-    things = Counter({thing: counts[thing] for thing in THINGS if counts[thing]})
-    if things:
-        lines.append(f"  answers that lost something of the prompt: {_listed(things)}" + KEPT_ALL[args.intent])
-    if journal.uncounted and any(journal.tokens):
-        lines.append(f"  {journal.uncounted:,} answers came without token counts")
-    if journal.scores:
-        every = [total for row in journal.scores.values() for total in row["totals"] if total is not None]
-        best = [example["score"] for example, _ in outcomes if example is not None]
-        lines.append(
-            f"  mean score: {_mean(every)} of {len(every):,} answers, {_mean(best)} of the {len(best):,} kept"
-        )
+    kept, dropped = [row for row in rows if "why" not in row], Counter(row["why"] for row in rows if "why" in row)
+    lines = [f"{len(kept):,} of {count:,} prompts have an example: {options.out}"]
+    if missing := dropped + Counter({"not done": count - len(rows)}):
+        lines.append(f"  without: {_listed(missing)}")
+    if drops := Counter(reason for row in rows for reason in row["drops"]):
+        lines.append(f"  answers dropped: {_listed(drops)}")
+    if tokens := [row["tokens"] for row in rows if row["tokens"]]:
+        read, written = map(sum, zip(*tokens, strict=True))
+        cost = (read * options.price_in + written * options.price_out) / 1e6
+        lines.append(f"  {read:,} + {written:,} tokens" + (f", cost {cost:,.2f}" if cost else ""))
+    every = [total for row in rows for total in row.get("scores", ()) if total is not None]
+    if best := [row["score"] for row in kept if "score" in row]:
+        means = (sum(every) / len(every), sum(best) / len(best))
+        lines.append("  mean score: {:.3f} of all answers, {:.3f} of those kept".format(*means))
     return "\n".join(lines)
 
 
@@ -339,132 +357,103 @@ def _listed(counts: Counter[str]) -> str:
     return ", ".join(f"{name} {count:,}" for name, count in counts.most_common())
 
 
-def _mean(values: Sequence[float]) -> str:
-    return f"{sum(values) / len(values):.3f}" if values else "none"
-
-
-def _dropped(out: Path) -> Path:
-    return out.with_name(out.name + ".dropped")
-
-
 # --- the command ----------------------------------------------------------------------------------
 
 
-def run(args: Options, render: RenderOptions, reward: RewardOptions) -> int:
-    """The whole job; returns the exit code.
+async def make(
+    options: Options,
+    teacher: AbstractAsyncContextManager[Teacher],
+    scorer: Scorer | None,
+    prompts: Sequence[Prompt],
+    output: Output,
+) -> Counter[str]:
+    """Add the row of each prompt to `output`; returns how often each failure of the API left a prompt undone.
+
+    A prompt is scored in another thread while others are asked; at most `--teacher_concurrency` are under way.
 
     Raises:
-        UserError: one line each.
+        Stopped: PATIENCE prompts in a row had answers and no score.
     """
-    check(args.rewards, reward)
-    prompts = load_prompts(args.data)[: args.limit]
-    teacher = load_teacher(args)
-    with Journal(args.out, _settings(args, render, reward, prompts)) as journal:
-        slots = open_slots(args, prompts, journal)
-        scorer = None
-        if args.rewards and (slots or unscored(args, prompts, journal)):
-            # before the first question, so that a missing checkpoint is missed at once
-            scorer = load_scorer(args, render, reward, prompts)
-        failures = asyncio.run(ask_all(args, teacher, slots, journal))
-        if scorer is not None:
-            score_all(args, scorer, unscored(args, prompts, journal), journal, 4 * render.render_batch_size)
-        outcomes = examples(args, prompts, journal)
-        write(args.out, [example for example, _ in outcomes if example])
-        write(_dropped(args.out), list(_given_up(prompts, outcomes, journal)))
-    print(report(args, outcomes, journal))
+    failures: Counter[str] = Counter()
+    room, scoring, unscored = asyncio.Semaphore(options.teacher_concurrency), asyncio.Lock(), 0
+
+    async def work(draft: Teacher, prompt: Prompt) -> None:
+        nonlocal unscored
+        async with room:
+            try:
+                answers = await ask(options, draft, prompt)
+            except CallFailed as error:
+                failures[str(error)] += 1
+                return
+            async with scoring:
+                parts = await asyncio.to_thread(score, scorer, prompt, answers) if scorer else []
+        row = row_of(options, prompt, answers, parts)
+        unscored = unscored + 1 if row is None else 0
+        if row is not None:
+            output.add(row)
+        elif unscored == PATIENCE:
+            raise Stopped("no score at all: pictures fail or a reward returns nothing, see the log above")
+        bar.update()
+
+    with tqdm(total=len(prompts), unit="prompt", disable=not prompts) as bar:
+        async with teacher as draft:
+            await asyncio.gather(*(work(draft, prompt) for prompt in prompts))
+    return failures
+
+
+def run(options: Options, render: RenderOptions, reward: RewardOptions) -> int:
+    """The exit code; see the head of this file."""
+    check(options.rewards, reward)
+    prompts = load_prompts(options.data)[: options.limit]
+    teacher = open_teacher(options)
+    with closing(Output(Path(options.out), _settings(options, render, reward, prompts))) as output:
+        todo = [prompt for prompt in prompts if prompt.id not in output.rows]
+        scorer = load_scorer(options, render, reward, prompts) if options.rewards and todo else None
+        failures = asyncio.run(make(options, teacher, scorer, todo, output))
+        output.sort(prompts)
+    print(report(options, len(prompts), list(output.rows.values())))
     for failure, count in failures.most_common(3):
         print(f"API failure, {count} times: {failure}", file=sys.stderr)
-    again, kept = sum(why in AGAIN for _, why in outcomes), any(example for example, _ in outcomes)
-    if again:
-        print(f"{again} prompts are not done: run the same command again", file=sys.stderr)
-    elif not kept:
-        print(f"error: no example was kept, {_dropped(args.out)} says why", file=sys.stderr)
-    return 1 if again or not kept else 0
+    if left := len(prompts) - len(output.rows):
+        raise Stopped(f"{left} prompts are not done: run the same command again")
+    if all("why" in row for row in output.rows.values()):
+        raise Stopped(f"no example was kept, {output.dropped} says why")
+    return 0
 
 
-def _given_up(
-    prompts: Sequence[Prompt], outcomes: Sequence[tuple[dict | None, str]], journal: Journal
-) -> Iterator[dict]:
-    for prompt, (example, why) in zip(prompts, outcomes, strict=True):
-        if example is None:
-            slots = journal.answers.get(prompt.id, {})
-            tries = [{k: row[k] for k in TOLD if row.get(k)} for slot in sorted(slots) for row in slots[slot]]
-            yield {"prompt": prompt.text, "id": prompt.id, "task": prompt.task, "why": why, "answers": tries}
-
-
-def load_teacher(args: Options) -> ChatTeacher | MiniatureTeacher:
-    if args.teacher == "miniature":
-        return MiniatureTeacher(args.skill)
-    sampling = {"timeout": args.timeout, "temperature": args.temperature, "max_tokens": args.max_tokens}
-    return ChatTeacher(args.teacher_url, args.teacher_model, **sampling)
-
-
-def _settings(args: Options, render: RenderOptions, reward: RewardOptions, prompts: Sequence[Prompt]) -> dict:
-    """All that an example depends on."""
-    settings = {**vars(args), **({**vars(render), **vars(reward)} if args.rewards else {})}
-    settings = {name: value for name, value in settings.items() if name not in NOT_RESULTS}
+def _settings(options: Options, render: RenderOptions, reward: RewardOptions, prompts: Sequence[Prompt]) -> dict:
+    """All that a row depends on."""
+    kinds = (options, render, reward) if options.rewards else (options,)
+    given = {name: value for kind in kinds for name, value in vars(kind).items()}
+    settings = {name: value for name, value in given.items() if name not in may_differ(*kinds)}
     ids = hashlib.sha256("".join(prompt.id for prompt in prompts).encode()).hexdigest()[:16]
     told = hashlib.sha256((SYSTEM_PROMPT + FOR_A_TEACHER).encode()).hexdigest()[:16]
-    return {**settings, "prompts": f"{len(prompts)}: {ids}", "instructions": told if args.teacher == "chat" else None}
+    return {**settings, "prompts": f"{len(prompts)}: {ids}", "instructions": told}
 
 
-class _Parser(HfArgumentParser):
-    """The dataclasses' parser, with every complaint as an `UserError` of one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
-def parse_args(argv: Sequence[str] | None = None) -> tuple[Options, RenderOptions, RewardOptions]:
+def parse_options(argv: Sequence[str]) -> tuple[Options, RenderOptions, RewardOptions]:
     """The command line.
 
     Raises:
-        UserError: an unknown flag (with the nearest one), a missing or bad value.
+        UserError: an unknown flag (with the nearest one), a missing or bad value, or options that do not go together.
     """
-    parser = _Parser((Options, RenderOptions, RewardOptions), description=__doc__.splitlines()[0], allow_abbrev=False)
-    try:
-        args, render, reward, unknown = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
-    except ValueError as error:  # of a dataclass
-        raise UserError(str(error)) from error
-    if unknown:
-        flags = [f"--{name}" for name in (*vars(args), *vars(render), *vars(reward))]
-        nearest = difflib.get_close_matches(unknown[0], flags, n=1, cutoff=0.0)[0]
-        raise UserError(f"unknown argument {unknown[0]!r}, did you mean {nearest!r}?")
-    if complaint := _complaint(args, render):
-        raise UserError(complaint)
-    args.reward_weights = args.reward_weights or [1.0] * len(args.rewards)
-    return args, render, reward
-
-
-def _complaint(args: Options, render: RenderOptions) -> str:
-    """What is wrong with the options, "" if nothing is."""
-    if args.teacher == "chat" and not (args.teacher_url and args.teacher_model):
-        return "give --teacher_url and --teacher_model, or --teacher miniature"
-    if not args.rewards and (args.best_of > 1 or args.min_score is not None):
-        return "nothing to choose by: give --rewards, or neither --best_of nor --min_score"
-    if not args.rewards and render.sdmodel_name != RenderOptions.sdmodel_name:
-        return f"--sdmodel_name {render.sdmodel_name} without --rewards would draw nothing: name what scores pictures"
-    if args.reward_weights and len(args.reward_weights) != len(args.rewards):
-        return f"--reward_weights {args.reward_weights} for --rewards {args.rewards}: give one for each"
-    if (args.price_in is None) != (args.price_out is None):
-        return "--price_in and --price_out go together"
-    numbers = {**vars(args), **vars(render)}
-    limits = {"temperature": (0, 10), "timeout": (1e-3, 86400), "skill": (0, 1), **dict.fromkeys(COUNTS, (1, 10**9))}
-    for name, (low, high) in limits.items():
-        if numbers[name] == AUTO:
-            return f"--{name} {AUTO} is settled by r1_prompter.py alone: give a number"
-        if numbers[name] is not None and not low <= numbers[name] <= high:  # NaN too
-            return f"--{name} is {numbers[name]}: give {low:g} to {high:g}"
-    return ""
+    options, render, reward = parse((Options, RenderOptions, RewardOptions), None, argv)
+    if options.teacher == "chat" and not (options.teacher_url and options.teacher_model):
+        raise UserError("give --teacher_url and --teacher_model, or --teacher miniature")
+    if not options.rewards and (options.best_of > 1 or options.min_score is not None):
+        raise UserError("--best_of and --min_score choose by a score: name --rewards")
+    if options.reward_weights and len(options.reward_weights) != len(options.rewards):
+        raise UserError(
+            f"--reward_weights {options.reward_weights} for --rewards {options.rewards}: give one for each"
+        )
+    options.reward_weights = options.reward_weights or [1.0] * len(options.rewards)
+    return options, render, reward
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: see the head of this file."""
     try:
-        return run(*parse_args(argv))
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return run_main("make_sft", lambda: run(*parse_options(sys.argv[1:] if argv is None else argv)))
     except KeyboardInterrupt:
         print("interrupted: what is done is kept, run the same command again to go on", file=sys.stderr)
         return 130

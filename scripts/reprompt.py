@@ -26,7 +26,7 @@ from inference import Reprompter
 from interfaces import Prompt, Renderer
 from models.policy import DTYPES, pick_device
 from prompting import well_formed
-from rendering import RenderOptions
+from rendering import RenderOptions, load_renderer
 from run.files import atomic_write, check_settings, complete_lines, save_png
 from run.options import may_differ, option, parse, run_main
 from run.seeds import render_seed
@@ -187,7 +187,7 @@ def run(options: RepromptOptions, drawing: Drawing) -> None:
         tokens, seconds = rewrite_all(policy, out, prompts, rows)
     ordered = [rows[prompt.id] for prompt in prompts]
     if drawing.sdmodel_name is not None:
-        renderer = drawing.load(pick_device(options.device))
+        renderer = load_renderer(drawing, pick_device(options.device))
         _write_json(out / "pictures.json", pictures)
         drawn, failed = draw_all(options, drawing.render_batch_size, renderer, ordered)
         drawn_text = f"; {drawn} pictures drawn, {failed} could not be drawn"

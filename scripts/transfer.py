@@ -8,56 +8,54 @@ read by the oracle. Prints and writes one table; a row a run, then mean and 95 %
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from scipy import stats
 from tqdm import tqdm
 
-from interfaces import Renderer
-from miniature import build, world
-from scripts.demo import SYSTEMS, draw, gap_closed, judged, read_options, rewrite_all, scores, written
+from errors import UserError
+from miniature import build
+from miniature.held_out import SYSTEMS, measure
+from run.options import option, parse, run_main
 
-LABELS = ("raw prompt", "policy before", "policy after", "written")
+
+@dataclass
+class TransferOptions:
+    """Which runs, in front of which renderer."""
+
+    runs: list[Path] = option(help="Run folders of scripts/demo.py.", changes="run")
+    renderer: Path = option(help="Diffusers folder of the other renderer.", changes="run")
+    guidance: float | None = option(
+        None, "The other renderer's; miniature/weights/sd3 wants 1; unset: its own.", changes="run"
+    )
+    samples: int = option(2, "Pictures per held-out prompt and column.", changes="run")
+    out: Path | None = option(None, "Write the table to this file too.", changes="nothing")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Draw the rewrites of trained policies with another renderer.")
-    parser.add_argument("--runs", type=Path, nargs="+", required=True, help="run folders of scripts/demo.py")
-    parser.add_argument("--renderer", type=Path, required=True, help="diffusers folder of the other renderer")
-    parser.add_argument("--guidance", type=float, help="of it; miniature/weights/sd3 wants 1; unset: its own")
-    parser.add_argument("--images", type=int, default=2, help="pictures per held-out prompt and column")
-    parser.add_argument("--out", type=Path, help="write the table to this file too")
-    args = parser.parse_args()
-    runs = [run for run in args.runs if not run.is_file()]  # a pattern also finds the logs beside the folders
+def transfer(options: TransferOptions) -> None:
+    """Draw the rewrites of all runs and print the table."""
+    runs = [run for run in options.runs if not run.is_file()]  # a pattern also finds the logs beside the folders
     for run in runs:
         if not (run / "run.json").is_file() or not (run / "report.html").is_file():
-            parser.error(f"{run} is no finished run of scripts/demo.py")
-    renderer = build.renderer(sdmodel_name=args.renderer.resolve(), guidance=args.guidance)
-    rows = [measure(run, renderer, args.images) for run in tqdm(runs, desc="runs", unit="run")]
+            raise UserError(f"--runs {run} is no finished run of scripts/demo.py")
+    renderer = build.renderer(sdmodel_name=options.renderer.resolve(), guidance=options.guidance)
+    rows = []
+    for run in tqdm(runs, desc="runs", unit="run"):
+        found = measure(run, renderer, options.samples)
+        rows.append([*(found.mean(system) for system in SYSTEMS), found.gap_closed()])
     text = table([run.name for run in runs], rows)
-    if args.out:
-        args.out.write_text(text, encoding="utf-8")
+    if options.out:
+        options.out.write_text(text, encoding="utf-8")
     print(text)
-    return 0
-
-
-def measure(run: Path, renderer: Renderer, images: int) -> list[float]:
-    """Oracle accuracy of each of SYSTEMS in front of `renderer`, then the share of the gap that is closed."""
-    options, (_, prompts) = read_options(run), world.splits()
-    lines = {"raw": [p.text for p in prompts], "written": written(prompts, options["seed"])}
-    lines |= {name: [row.rewrite for row in rows] for name, rows in rewrite_all(run, options, prompts).items()}
-    pictures = {system: draw(renderer, prompts, lines[system], options["seed"], images) for system in SYSTEMS}
-    oracle = {system: scores(prompts, judged(prompts, rows)) for system, rows in pictures.items()}
-    return [*(oracle[system]["mean"] for system in SYSTEMS), gap_closed(oracle)]
 
 
 def table(names: Sequence[str], rows: Sequence[Sequence[float]]) -> str:
     """Markdown; the last row is the mean over runs, with an interval where there are two or more."""
-    columns = (*LABELS, "gap_closed")
+    columns = ("raw prompt", "policy before", "policy after", "written", "gap_closed")
     lines = ["| run | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     lines += [
         f"| {name} | " + " | ".join(f"{v:.3f}" for v in row) + " |" for name, row in zip(names, rows, strict=True)
@@ -70,4 +68,4 @@ def table(names: Sequence[str], rows: Sequence[Sequence[float]]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main("transfer", lambda: transfer(*parse([TransferOptions], None, sys.argv[1:]))))

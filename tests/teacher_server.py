@@ -17,20 +17,20 @@ class TeacherServer(JudgeServer):
     no answers (`fail_share`, `drop_share`, `delay`, see `JudgeServer`) fall on requests in order of arrival.
 
     Args:
-        shares: kind of useless answer -> its share of all: "refusal field", "refusal", "filter", "blocked",
+        useless: kind of useless answer -> its share of all: "refusal field", "refusal", "filter", "blocked",
             "truncated", "malformed", "lost".
 
     Attributes:
         answered: (prompt, sampling seed, kind) of each answer, "" for a good one.
     """
 
-    def __init__(self, shares: Mapping[str, float] | None = None, **faults):
+    def __init__(self, useless: Mapping[str, float] | None = None, **faults):
         super().__init__(lambda samples: [], model=MODEL, **faults)
-        self.shares = dict(shares or {})
+        self.useless = dict(useless or {})
         self.answered: list[tuple[str, int, str]] = []
 
     def _reply(self, body: bytes, fate: float) -> tuple[int, dict] | None:
-        if fate < self.fail_share + self.drop_share:
+        if self.fault(fate):
             return super()._reply(body, fate)
         request = json.loads(body)
         prompt, seed = request["messages"][-1]["content"], request["seed"]
@@ -58,7 +58,7 @@ class TeacherServer(JudgeServer):
 
     def _kind(self, prompt: str, seed: int) -> str:
         fate = int(hashlib.sha256(f"{prompt}/{seed}".encode()).hexdigest()[:8], 16) / 2**32
-        for kind, share in self.shares.items():
+        for kind, share in self.useless.items():
             fate -= share
             if fate < 0:
                 return kind

@@ -23,9 +23,6 @@ from data.grammar import RELATIONS, read
 from errors import UserError
 from interfaces import Prompt, Sample
 from rewards.gdino import (
-    FAITHFUL,
-    PUBLISHED,
-    RELEASED,
     Detection,
     GroundingDino,
     caption_of,
@@ -43,18 +40,11 @@ from rewards.gdino import (
 FRAME = (480, 480)
 # locality -> where it puts object 1, as seen from object 2
 PLACES = {
-    "left of": "left",
-    "on the left of": "left",
-    "right of": "right",
-    "on the right of": "right",
-    "above": "top",
-    "on top of": "top",
-    "on the top of": "top",
-    "below": "bottom",
-    "on the bottom of": "bottom",
-    "next to": "near",
-    "near": "near",
-    "on side of": "near",
+    **dict.fromkeys(("left of", "on the left of"), "left"),
+    **dict.fromkeys(("right of", "on the right of"), "right"),
+    **dict.fromkeys(("above", "on top of", "on the top of"), "top"),
+    **dict.fromkeys(("below", "on the bottom of"), "bottom"),
+    **dict.fromkeys(("next to", "near", "on side of"), "near"),
 }
 SHIFTS = {"left": (-0.375, 0.0625), "right": (0.375, 0.0625), "top": (0.0625, -0.375), "bottom": (0.0625, 0.375)}
 
@@ -90,26 +80,18 @@ def test_a_position_is_full_where_the_locality_puts_it_and_nowhere_else(locality
     found = [box(0, 0.5 + x, 0.5 + y), box(1, 0.5, 0.5)]
     holds = PLACES[locality] in (place, "near")
     assert spatial_score(related(locality), found, FRAME) == pytest.approx(1.0 if holds else 0.4)
-    handled = locality not in ("above", "on top of")
-    assert spatial_score(related(locality), found, FRAME, RELEASED) == pytest.approx(0.9 if holds and handled else 0.4)
+    assert spatial_score(related(locality), found[1:], FRAME) == pytest.approx(0.2)
+    assert spatial_score(related(locality), [], FRAME) == 0
 
 
 @pytest.mark.parametrize("locality", [locality for locality, place in PLACES.items() if place != "near"])
 def test_a_direction_needs_strictly_more_along_than_across(locality):
     for x in (-0.25, 0.25):
         for y in (-0.25, 0.25):
-            for formula in (FAITHFUL, RELEASED):
-                assert position_term(locality, (0.5 + x, 0.5 + y, 0.1, 0.1), (0.5, 0.5, 0.1, 0.1), FRAME, formula) == 0
+            assert position_term(locality, (0.5 + x, 0.5 + y, 0.1, 0.1), (0.5, 0.5, 0.1, 0.1), FRAME) == 0
     x, y = SHIFTS[PLACES[locality]]
     nearly = (0.5 + np.sign(x) * (0.25 + (abs(x) > abs(y)) / 64), 0.5 + np.sign(y) * (0.25 + (abs(y) > abs(x)) / 64))
     assert position_term(locality, (*nearly, 0.1, 0.1), (0.5, 0.5, 0.1, 0.1), FRAME) == 1
-
-
-def test_two_objects_in_one_place_stand_in_no_direction():
-    same = [box(0, 0.5, 0.5), box(1, 0.5, 0.5)]
-    assert [spatial_score(related(locality), same, FRAME) for locality in PLACES] == pytest.approx(
-        [1.0 if place == "near" else 0.4 for place in PLACES.values()]
-    )
 
 
 def test_overlap_takes_from_a_direction_from_a_tenth_on():
@@ -120,13 +102,12 @@ def test_overlap_takes_from_a_direction_from_a_tenth_on():
     assert spatial_score(related("left of"), tenth, FRAME) == pytest.approx(1.0)
     assert spatial_score(related("left of"), eighth, FRAME) == pytest.approx(0.4 + 0.6 * 0.8)
     assert spatial_score(related("left of"), quarter, FRAME) == pytest.approx(0.4 + 0.6 * 0.1 / 0.25)
-    assert spatial_score(related("left of"), quarter, FRAME, RELEASED) == pytest.approx(0.4 + 0.5 * 0.1 / 0.25)
     assert spatial_score(related("near"), quarter, FRAME) == pytest.approx(1.0)
 
 
 def test_near_is_150_of_480_pixels_along_x_or_y_and_falls_with_the_larger_distance():
-    def score(x: float, y: float, size=FRAME, formula=FAITHFUL) -> float:
-        return spatial_score(related("near"), [box(0, 0.125, 0.125), box(1, 0.125 + x, 0.125 + y)], size, formula)
+    def score(x: float, y: float, size=FRAME) -> float:
+        return spatial_score(related("near"), [box(0, 0.125, 0.125), box(1, 0.125 + x, 0.125 + y)], size)
 
     assert score(0.3125, 0.3125) == pytest.approx(1.0)
     assert score(0.625, 0.625) == pytest.approx(0.4 + 0.6 * 150 / 300)
@@ -134,34 +115,22 @@ def test_near_is_150_of_480_pixels_along_x_or_y_and_falls_with_the_larger_distan
     assert score(0.75, 0.3125) == pytest.approx(0.4 + 0.6 * 150 / 360)  # 150 is not below 150
     assert score(0.75, 0.3) == score(0.3, 0.75) == pytest.approx(1.0)  # one row or one column is near: as published
     assert score(0.625, 0.625, (64, 64)) == pytest.approx(0.7)
-    assert score(0.625, 0.625, formula=RELEASED) == pytest.approx(0.9)
 
 
 def test_near_is_measured_on_the_shorter_side_of_a_picture():
     far = [box(0, 0.125, 0.125), box(1, 0.125 + 0.3125, 0.125 + 0.625)]  # 300 and 300, or 150 and 600 pixels
     assert spatial_score(related("next to"), far, (960, 480)) == pytest.approx(0.4 + 0.6 * 150 / 300)
     assert spatial_score(related("next to"), far, (480, 960)) == pytest.approx(0.4 + 0.6 * 150 / 600)
-    assert spatial_score(related("next to"), far, (960, 480), RELEASED) == pytest.approx(0.9)
 
 
-def test_directions_are_compared_in_pixels_unlike_in_the_released_code():
+def test_directions_are_compared_in_pixels():
     found = [box(0, 0.25, 0.25), box(1, 0.45, 0.55)]  # 192 pixels to the right, 144 down on 960 x 480
     assert spatial_score(related("left of"), found, (960, 480)) == pytest.approx(1.0)
     assert spatial_score(related("on the top of"), found, (960, 480)) == pytest.approx(0.4)
-    assert spatial_score(related("left of"), found, (960, 480), RELEASED) == pytest.approx(0.4)
-    assert spatial_score(related("on the top of"), found, (960, 480), RELEASED) == pytest.approx(0.9)
 
 
-def test_an_object_that_is_missing_takes_half_of_existence_and_all_of_position():
-    one = [box(1, 0.7, 0.5)]
-    for formula in (FAITHFUL, RELEASED):
-        assert spatial_score(related("near"), one, FRAME, formula) == pytest.approx(0.2)
-        assert spatial_score(related("near"), [], FRAME, formula) == 0
-
-
-@pytest.mark.parametrize("formula", [FAITHFUL, RELEASED])
-def test_the_best_box_of_each_object_is_compared_and_the_first_of_equals(formula):
-    zebra, best = box(1, 0.5, 0.5), formula.spatial_weights[1]
+def test_the_best_box_of_each_object_is_compared_and_the_first_of_equals():
+    zebra = box(1, 0.5, 0.5)
     left, right = box(0, 0.1, 0.5, score=0.5), box(0, 0.9, 0.5, score=0.4)
     for cars, holds in [
         ([left, right], True),
@@ -170,19 +139,18 @@ def test_the_best_box_of_each_object_is_compared_and_the_first_of_equals(formula
         ([left, replace(right, score=0.5)], True),
         ([replace(right, score=0.5), left], False),
     ]:
-        assert spatial_score(related("left of"), [*cars, zebra], FRAME, formula) == pytest.approx(0.4 + best * holds)
+        assert spatial_score(related("left of"), [*cars, zebra], FRAME) == pytest.approx(0.4 + 0.6 * holds)
 
 
 def test_two_objects_of_one_name_are_its_two_best_boxes_in_either_order():
-    def score(locality: str, *found: Detection, formula=FAITHFUL) -> float:
-        return spatial_score(related(locality, "dog", "dog"), found, FRAME, formula)
+    def score(locality: str, *found: Detection) -> float:
+        return spatial_score(related(locality, "dog", "dog"), found, FRAME)
 
     left, right, copy = box(0, 0.2, 0.5, score=0.5), box(1, 0.8, 0.5, score=0.8), box(1, 0.2, 0.5, score=0.4)
     for locality, expected in [("left of", 1.0), ("right of", 1.0), ("near", 1.0), ("above", 0.4)]:
         assert score(locality, left, right, copy) == pytest.approx(expected)
     assert score("left of", left, copy) == pytest.approx(0.2), "one dog, seen for both nouns, is one dog"
     assert score("left of") == 0
-    assert score("left of", left, right, formula=RELEASED) == 0
 
 
 # ----- number
@@ -193,32 +161,14 @@ def test_two_objects_of_one_name_are_its_two_best_boxes_in_either_order():
 def test_a_number_scores_one_if_it_is_right(asked, there):
     found = [box(0, 0.1 + 0.2 * i, 0.5) for i in range(there)]
     copies = [box(0, 0.105 + 0.2 * i, 0.5, score=0.4) for i in range(there)]  # IoU 0.095 / 0.105: the same objects
-    prompt = counted(("dog", asked))
-    assert count_score(prompt, copies + found) == (there == asked)
-    assert count_score(prompt, found, RELEASED) == (0 if there == 0 else 1 if there == asked else 0.2)
-    inflated = 2 * there  # nothing is suppressed
-    assert count_score(prompt, copies + found, RELEASED) == (0 if there == 0 else 1 if inflated == asked else 0.2)
-
-
-def test_numbers_of_several_objects_are_averaged():
-    found = [box(0, 0.2, 0.5), box(1, 0.5, 0.5), box(1, 0.8, 0.5)]
-    assert count_score(counted(("dog", 1), ("cat", 3)), found) == 0.5
-    assert count_score(counted(("dog", 1), ("cat", 3)), found, RELEASED) == pytest.approx(0.6)
-    assert count_score(counted(("dog", 1), ("cat", 2)), found) == 1
-
-
-def test_suppression_takes_centre_and_size_for_corners_only_in_the_released_code():
-    small = [box(0, 0.5, 0.5, 0.4, 0.4), box(0, 0.5, 0.5, 0.4, 0.4, 0.8)]  # (0.5, 0.5)-(0.4, 0.4) as corners: empty
-    large = [box(0, 0.5, 0.5, 0.9, 0.9), box(0, 0.5, 0.5, 0.9, 0.9, 0.8)]  # (0.5, 0.5)-(0.9, 0.9) as corners: a box
-    assert (nms(small), nms(small, formula=RELEASED)) == (small[:1], small)
-    assert (nms(large), nms(large, formula=RELEASED)) == (large[:1], large[:1])
-    assert count_score(counted(("dog", 1)), small, RELEASED) == 0.2
+    assert count_score(counted(("dog", asked)), copies + found) == (there == asked)
+    cat = box(1, 0.5, 0.9)
+    assert count_score(counted(("dog", asked), ("cat", 1)), [*found, cat]) == ((there == asked) + 1) / 2
 
 
 def test_suppression_keeps_the_best_first_and_an_overlap_of_just_the_threshold():
     whole, half, low = cells(0, 0, 0, 4, 2, 0.5), cells(0, 0, 0, 2, 2, 0.7), cells(0, 0, 0, 4, 2, 0.4)
     assert nms([whole, half, low]) == [half, whole]
-    assert nms([whole, half, low], 0.49) == [half]
     assert nms([]) == []
     twins = [replace(whole, noun_index=i) for i in range(3)]
     assert nms(twins) == twins[:1]
@@ -233,20 +183,6 @@ def test_objects_score_the_share_that_has_a_box():
     assert object_score(prompt, []) == 0
     one_query = (0.5, 0.5, 0.2, 0.2)
     assert object_score(prompt, [Detection(noun, 0.4, one_query) for noun in range(3)]) == 1
-
-
-def test_a_noun_of_three_words_is_never_found_by_the_released_code():
-    nouns = ("car", "teddy bear", "toy train set")
-    found = [box(noun, 0.2 + 0.3 * noun, 0.5) for noun in range(3)]
-    assert object_score(Prompt("", "", nouns), found) == 1
-    assert object_score(Prompt("", "", nouns), found, RELEASED) == pytest.approx(2 / 3)
-    toy = related("left of", "teddy bear", "toy train set")
-    toys = [box(0, 0.2, 0.5), box(1, 0.8, 0.5)]
-    assert spatial_score(toy, toys, FRAME) == pytest.approx(1.0)
-    assert spatial_score(toy, toys, FRAME, RELEASED) == pytest.approx(0.2)
-    assert count_score(counted(("toy train set", 1)), [box(0, 0.5, 0.5)]) == 1
-    assert count_score(counted(("toy train set", 1)), [box(0, 0.5, 0.5)], RELEASED) == 0
-    assert object_score(Prompt("", "", ("toy train set", "toy set")), [box(0, 0.5, 0.5)], RELEASED) == 0.5
 
 
 def test_empty_boxes_and_boxes_beyond_the_picture_are_counted_and_never_overlap_wrongly():
@@ -287,11 +223,6 @@ def test_a_prompt_of_the_grammar_is_judged_as_it_reads():
         assert picture_score(read(text), on_the_left, FRAME) == pytest.approx(expected), text
 
 
-def test_a_prompt_without_nouns_scores_one():
-    assert picture_score(Prompt("sunset vibes"), [], FRAME) == 1
-    assert object_score(Prompt("sunset vibes"), []) == 1
-
-
 def test_an_object_or_a_locality_that_is_unknown_is_named():
     with pytest.raises(ValueError, match="'cow' of prompt 'x' is not among its nouns"):
         picture_score(Prompt("x", "counting", ("dog",), counts=(("cow", 1),)), [], FRAME)
@@ -301,29 +232,45 @@ def test_an_object_or_a_locality_that_is_unknown_is_named():
         picture_score(related("behind"), [box(0, 0.5, 0.5), box(1, 0.5, 0.5)], FRAME)
 
 
-def test_each_habit_of_the_released_code_has_its_own_switch():
-    wide = [box(0, 0.25, 0.25), box(1, 0.45, 0.55)]
-    assert spatial_score(related("above"), wide, FRAME, replace(FAITHFUL, bug_above_unhandled=True)) == 0.4
-    normalised = replace(FAITHFUL, bug_near_normalised=True)
-    assert spatial_score(related("left of"), wide, (960, 480), normalised) == 0.4
-    swallowed = replace(FAITHFUL, bug_swallow_errors=True)
-    assert spatial_score(related("near", "dog", "dog"), wide, FRAME, swallowed) == 0
-    assert count_score(counted(("dog", 2)), wide[:1], replace(FAITHFUL, count_partial_credit=0.5)) == 0.5
-    assert spatial_score(related("left of"), wide, (960, 480), replace(FAITHFUL, spatial_weights=(0.2, 0.8))) == 1
+# ----- the released formula
+
+
+def test_the_released_formula_scores_as_the_released_code():
+    def position(locality: str, *found: Detection, size=FRAME, names=("car", "zebra")) -> float:
+        return spatial_score(related(locality, *names), found, size, released=True)
+
+    left, right = box(0, 0.2, 0.5), box(1, 0.8, 0.5)
+    assert position("left of", left, right) == position("next to", left, right) == pytest.approx(0.9)
+    assert position("right of", left, right) == pytest.approx(0.4) and position("near", right) == pytest.approx(0.2)
+    over, tops = (box(0, 0.5, 0.1), box(1, 0.5, 0.8)), ("above", "on top of", "on the top of")
+    assert [position(name, *over) for name in tops] == pytest.approx([0.4, 0.4, 0.9])
+    assert position("near", box(0, 0.0, 0.0), box(1, 1.0, 1.0), size=(960, 480)) == pytest.approx(0.9)
+    aslant = box(0, 0.25, 0.25), box(1, 0.45, 0.55)  # more to the right in pixels of 960 x 480, lower as shares
+    assert position("left of", *aslant, size=(960, 480)) == pytest.approx(0.4)
+    assert position("left of", left, right, names=("dog", "dog")) == 0
+
+    def count(asked: int, *found: Detection) -> float:
+        return count_score(counted(("dog", asked)), found, released=True)
+
+    small = [box(0, 0.5, 0.5, 0.4, 0.4), box(0, 0.5, 0.5, 0.4, 0.4, 0.8)]  # (0.5, 0.5)-(0.4, 0.4) as corners: empty
+    large = [box(0, 0.5, 0.5, 0.9, 0.9), box(0, 0.5, 0.5, 0.9, 0.9, 0.8)]  # (0.5, 0.5)-(0.9, 0.9) as corners: a box
+    assert (len(nms(small)), len(nms(small, released=True)), len(nms(large, released=True))) == (1, 2, 1)
+    assert [count(1), count(1, *small), count(2, *small), count(1, *large)] == [0, 0.2, 1, 1]
+    nouns = ("car", "teddy bear", "toy train set")
+    found = [box(noun, 0.2 + 0.3 * noun, 0.5) for noun in range(3)]
+    assert object_score(Prompt("", "", nouns), found) == 1
+    assert object_score(Prompt("", "", nouns), found, released=True) == pytest.approx(2 / 3)
+    assert object_score(Prompt("", "", ("toy train set", "toy set")), found[:1], released=True) == 0.5
+    assert spans(nouns, released=True) == [[(0, 3)], [(6, 11), (12, 16)], [(19, 22), (29, 32)]]
 
 
 # ----- caption
 
 
-def test_a_noun_is_all_its_characters_and_its_first_and_last_word_in_the_released_code():
+def test_a_noun_is_all_its_characters():
     nouns = ("car", "teddy bear", "toy train set")
-    caption = caption_of(nouns)
-    assert caption == "car . teddy bear . toy train set."
+    assert caption_of(nouns) == "car . teddy bear . toy train set."
     assert spans(nouns) == [[(0, 3)], [(6, 16)], [(19, 32)]]
-    assert spans(nouns, RELEASED) == [[(0, 3)], [(6, 11), (12, 16)], [(19, 22), (29, 32)]]
-    assert [[caption[start:end] for start, end in of_noun] for of_noun in spans(nouns, RELEASED)] == [
-        ["car"], ["teddy", "bear"], ["toy", "set"],
-    ]  # fmt: skip
 
 
 # ----- the model, a random toy
@@ -432,16 +379,16 @@ def ids_of(*words: str) -> list[int]:
 
 def test_the_tokens_of_a_noun_are_those_of_its_characters(folder, gdino):
     nouns = ("toy train set", "elephant", "Car")
-    caption = gdino.read(nouns)
+    caption = gdino.tokenize(nouns)
     assert caption.ids == ids_of("toy", "train", "set", ".", "ele", "##phant", ".", "car", ".")
     assert caption.tokens == [[1, 2, 3], [5, 6], [8]]
-    released = GroundingDino(folder, device="cpu", formula="released")
-    assert released.read(nouns).tokens == [[1, 3], [5, 6], [8]]
+    released = GroundingDino(folder, device="cpu", released=True)
+    assert released.tokenize(nouns).tokens == [[1, 3], [5, 6], [8]]
 
 
-@pytest.mark.parametrize("formula, rows", [("faithful", [[1, 2, 3], [5]]), ("released", [[1, 3], [5]])])
-def test_a_detection_is_a_query_whose_mean_sigmoid_over_the_noun_is_above_the_threshold(folder, formula, rows):
-    gdino, image = GroundingDino(folder, device="cpu", formula=formula), picture(3)
+@pytest.mark.parametrize("released, rows", [(False, [[1, 2, 3], [5]]), (True, [[1, 3], [5]])])
+def test_a_detection_is_a_query_whose_mean_sigmoid_over_the_noun_is_above_the_threshold(folder, released, rows):
+    gdino, image = GroundingDino(folder, device="cpu", released=released), picture(3)
     pixels = ((np.asarray(image) / 255 - MEAN) / STD).transpose(2, 0, 1)[None].astype(np.float32)
     ids = torch.tensor([ids_of("toy", "train", "set", ".", "dog", ".")])
     with torch.no_grad():
@@ -468,11 +415,6 @@ def test_a_score_is_the_formula_on_the_detections(gdino):
         assert gdino([one]) == [picture_score(one.prompt, found, one.images[0].size)]
 
 
-def test_pictures_and_prompts_make_a_difference(every_query):
-    found = every_query.detect([(one.images[0], one.prompt.nouns) for one in samples()])
-    assert len({round(sum(one.score for one in detections), 3) for detections in found}) == 8
-
-
 def test_a_row_alone_and_among_other_captions_and_sizes_is_the_same(every_query):
     nouns = [("dog",), ("toy train set", "elephant"), ("car", "zebra"), ("zebra", "car", "teddy bear", "cat")]
     sizes = [(64, 64), (64, 32), (32, 48), (30, 30), (128, 128)]
@@ -486,35 +428,6 @@ def test_boxes_are_shares_of_the_picture_itself(every_query, monkeypatch):
     shapes = forwarded(monkeypatch, every_query)
     every_query.detect([(picture(0), ("dog",)), (picture(1, 120, 40), ("dog",))])
     assert shapes == [(1, 3, 64, 64), (1, 3, 43, 128)], "no picture is padded to the size of another"
-
-
-def test_each_distinct_picture_and_caption_is_looked_at_once_in_batches(gdino, monkeypatch):
-    shapes = forwarded(monkeypatch, gdino)
-    batch, one, two = samples(), picture(90), picture(91)
-    gdino(batch)
-    assert [shape[0] for shape in shapes] == [3, 1, 3, 1], "four pictures of each of two sizes, three at once"
-    shapes.clear()
-    prompt, other = Prompt("a dog", "", ("dog",)), Prompt("a cat", "", ("cat",))
-    scores = gdino([sample(prompt, one), sample(prompt, two), sample(prompt, one, two), sample(other, one)])
-    assert sum(shape[0] for shape in shapes) == 3
-    assert scores[2] == pytest.approx((scores[0] + scores[1]) / 2)
-
-
-def test_the_score_of_several_pictures_is_their_mean(gdino):
-    prompt = related("left of")
-    pictures = [picture(seed) for seed in range(12)]
-    alone = [gdino([sample(prompt, image)])[0] for image in pictures]
-    assert len(set(alone)) > 1
-    assert gdino([sample(prompt, *pictures)]) == [pytest.approx(np.mean(alone))]
-
-
-def test_neither_rewrite_nor_reasoning_nor_attributes_are_read(gdino):
-    batch = samples()
-    changed = [
-        replace(one, rewrite="cat", completion="x", prompt=replace(one.prompt, attr_nouns=("red car",), text="y"))
-        for one in batch
-    ]
-    assert gdino(changed) == gdino(batch)
 
 
 def test_outputs_that_are_not_finite_leave_the_sample_without_a_score(gdino, monkeypatch):
@@ -543,115 +456,46 @@ def test_prompts_without_nouns_score_one_without_a_look_and_are_reported(folder,
         GroundingDino(folder, device="cpu", prompts=[related("near")])
         assert caplog.messages == []
         GroundingDino(folder, device="cpu", prompts=[related("near"), Prompt("sunset vibes"), Prompt("mood")])
-    assert caplog.messages == ["gdino cannot judge 2 of 3 prompts: they name no object and score 1.0"]
+    assert len(caplog.messages) == 1 and "2 of 3 prompts" in caplog.messages[0]
 
 
 def test_an_unknown_locality_in_the_data_stops_the_load(folder):
-    with pytest.raises(UserError, match="no locality 'behind' .*left of"):
+    with pytest.raises(UserError, match="'behind'"):
         GroundingDino(folder, device="cpu", prompts=[related("near"), related("behind")])
 
 
 def test_nouns_beyond_the_text_length_count_as_not_found_and_are_reported(gdino, every_query, caplog):
     nouns = ("dog", "teddy bear " * 20, "cat")
-    caption = gdino.read(nouns)
+    caption = gdino.tokenize(nouns)
     assert len(caption.ids) == MAX_TEXT and caption.ids[-1] == 102
     assert caption.tokens == [[1], [], []]
-    assert "reads 24 of 47 tokens" in caplog.text and "2 of its 3 nouns are cut" in caplog.text
-    assert "\n" not in caplog.messages[0]
+    assert len(caplog.messages) == 1
     assert every_query([sample(Prompt("x", "", nouns), picture(0))]) == [pytest.approx(1 / 3)]
 
 
-def test_a_caption_that_just_fits_is_not_cut(gdino, caplog):
-    nouns = ("dog " * 10 + "dog", "cat " * 8 + "cat")  # 11 + 9 words, two dots, [CLS] and [SEP]
-    caption = gdino.read(nouns)
-    assert len(caption.ids) == MAX_TEXT
-    assert caption.tokens == [list(range(1, 12)), list(range(13, 22))]
-    assert caplog.messages == []
-
-
 def test_a_noun_is_cut_as_soon_as_one_of_its_tokens_is(gdino, caplog):
-    assert gdino.read(("dog " * 21 + "dog",)).tokens == [list(range(1, 23))], "only the dot behind it is cut"
+    nouns = ("dog " * 10 + "dog", "cat " * 8 + "cat")  # 11 + 9 words, two dots, [CLS] and [SEP]: these just fit
+    assert gdino.tokenize(nouns).tokens == [list(range(1, 12)), list(range(13, 22))]
+    assert gdino.tokenize(("dog " * 21 + "dog",)).tokens == [list(range(1, 23))], "only the dot behind it is cut"
     assert caplog.messages == []
-    assert gdino.read(("dog " * 22 + "dog",)).tokens == [[]]
-    assert "1 of its 1 nouns are cut" in caplog.text
+    assert gdino.tokenize(("dog " * 22 + "dog",)).tokens == [[]]
+    assert len(caplog.messages) == 1
 
 
-STRANGE = {
-    "emoji": "🦓",
-    "emoji_between": "zebra 🦓🦓 car",
-    "one_long_word": "x" * 100_000,
-    "many_words": "dog " * 25_000 + "dog",
-    "bracket": "[SEP]",
-    "question": "?",
-    "invisible": "\u200b",
-    "half_a_pair": "\ud83e",
-    "accent": "café",
-}
-
-
-@pytest.mark.parametrize("noun", STRANGE.values(), ids=STRANGE)
-def test_strange_nouns_are_scored_like_others(gdino, noun):
-    prompt = Prompt("x", "position", (noun, "dog"), spatial=(noun, "left of", "dog"))
-    (score,) = gdino([sample(prompt, picture(0))])
-    assert 0 <= score <= 1
-    assert all(0 < token < MAX_TEXT - 1 for tokens in gdino.read(prompt.nouns).tokens for token in tokens)
-
-
-def test_characters_beyond_the_alphabet_do_not_shift_the_nouns_after_them(gdino):
-    caption = gdino.read(("🦓", "İ dog", "teddy bear"))
+def test_characters_beyond_the_alphabet_and_typed_brackets_do_not_shift_the_nouns_after_them(gdino):
+    assert gdino.tokenize(("[SEP]",)).ids.count(102) == 1
+    caption = gdino.tokenize(("🦓", "İ dog", "teddy bear"))
     assert [caption.ids[token] for token in caption.tokens[2]] == ids_of("teddy", "bear")[1:-1]
     assert FIRST_WORD + WORDS.index("dog") in [caption.ids[token] for token in caption.tokens[1]]
 
 
-def test_a_typed_bracket_is_no_special_token(gdino):
-    assert gdino.read(("[SEP]",)).ids.count(102) == 1
-
-
-def test_a_sample_without_its_pictures_is_refused_not_scored(gdino):
-    for images in [(), (picture(0), None)]:
-        with pytest.raises(ValueError, match="'a prompt'"):
-            gdino([sample(related("near"), *images)])
-
-
-def test_the_detector_is_frozen_in_float32_and_in_half_precision_agrees(folder, every_query):
+def test_half_precision_agrees_with_full(folder, every_query):
     row = (picture(0), ("toy train set", "dog"))
     full = numbers(every_query.detect([row])[0])
     for dtype, most in [("bfloat16", 0.01), ("float16", 0.001)]:
         half = GroundingDino(folder, device="cpu", dtype=dtype, box_threshold=-1.0)
-        assert {parameter.dtype for parameter in half.model.parameters()} == {torch.float32}
-        assert not half.model.training and not any(p.requires_grad for p in half.model.parameters())
         scores = numbers(half.detect([row])[0])[:, 1]
         assert np.median(np.abs(np.sort(scores) - np.sort(full[:, 1]))) < most
-
-
-def test_a_missing_published_checkpoint_names_size_licence_and_command(monkeypatch, tmp_path):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError) as caught:
-        GroundingDino(device="cpu")
-    message = str(caught.value)
-    assert "\n" not in message
-    for part in ("0.7 GB", "Apache-2.0", f"hf download {PUBLISHED.repo} --include"):
-        assert part in message
-    with pytest.raises(UserError, match="no folder at .*nowhere"):
-        GroundingDino(tmp_path / "nowhere", device="cpu")
-
-
-def test_a_folder_that_is_not_whole_is_refused(tmp_path):
-    write_folder(tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
-    lost = weights.pop("model.text_projection.weight")
-    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match="lacks 1 weights of a GroundingDINO .model.text_projection.weight"):
-        GroundingDino(tmp_path, device="cpu")
-    save_file({**weights, "model.text_projection.weight": lost[:5]}, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match="cannot read"):
-        GroundingDino(tmp_path, device="cpu")
-    (tmp_path / "model.safetensors").write_bytes(b"not weights")
-    with pytest.raises(UserError, match="cannot read"):
-        GroundingDino(tmp_path, device="cpu")
-    (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="no model.safetensors"):
-        GroundingDino(tmp_path, device="cpu")
 
 
 def test_a_box_head_under_its_tied_name_is_refused_for_it_would_stay_random(tmp_path):
@@ -660,24 +504,12 @@ def test_a_box_head_under_its_tied_name_is_refused_for_it_would_stay_random(tmp_
     weights = load_file(tmp_path / "model.safetensors")
     renamed = {(name.replace(head, tied) if name.startswith(head) else name): w for name, w in weights.items()}
     save_file(renamed, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match="lacks 1 weights of a GroundingDINO .bbox_embed.0"):
+    with pytest.raises(UserError, match="bbox_embed.0"):
         GroundingDino(tmp_path, device="cpu")
 
 
 def test_a_tokenizer_with_other_special_tokens_is_refused(tmp_path):
     write_folder(tmp_path)
     write_tokenizer(tmp_path, cls_id=7)
-    with pytest.raises(UserError, match=r"\[7, 102, 1012\], GroundingDINO at \[101, 102, 1012\]"):
+    with pytest.raises(UserError, match=r"\[7, 102, 1012\]"):
         GroundingDino(tmp_path, device="cpu")
-
-
-def test_bad_constructor_values_are_named(folder):
-    for wrong, message in [
-        ({"dtype": "fp16"}, "'fp16' is none of float32"),
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"formula": "published"}, "'published' is none of faithful, released"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            GroundingDino(folder, device="cpu", **wrong)
-    assert GroundingDino(folder, device="cpu", formula="released").formula == RELEASED
-    assert GroundingDino(folder, device="cpu", formula=replace(FAITHFUL, spatial_weights=(0, 1))).formula != FAITHFUL

@@ -19,7 +19,7 @@ from interfaces import Prompt, Reward, Sample
 from miniature.judge_server import JudgeServer
 from models.policy import load_tokenizer
 from prompting import MAX_PROMPT_CHARS, completion, messages
-from rendering.local import LocalRenderer
+from rendering import RenderOptions, load_renderer
 from rewards.hps import HPS
 from rewards.judge import TEMPLATE, Judge
 from scoring.drawing import Drawer
@@ -104,10 +104,11 @@ class Watching(Reward):
 
 def test_200_hostile_rewrites_are_drawn_scored_and_never_become_the_judges_text(toy):
     prompt, watching = Prompt("a photo of a red cat"), Watching()
-    renderer = LocalRenderer(
-        str(toy.flux), device="cpu", dtype="float32", steps=1, guidance=None, height=16, width=16,
-        max_sequence_length=64, chunk_size=40,
+    options = RenderOptions(
+        str(toy.flux), render_dtype="float32", render_steps=1, resolution=16, max_sequence_length=64,
+        render_batch_size=40,
     )  # fmt: skip
+    renderer = load_renderer(options, "cpu")
     hps = HPS(toy.hps, device="cpu")
     scorer = Scorer(Drawer(renderer, group=len(REWRITES)), [hps, watching], {prompt.id: prompt})
     answers = [f"<think>hm</think><answer>{rewrite}</answer>" for rewrite in REWRITES]

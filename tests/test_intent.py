@@ -50,15 +50,11 @@ KEPT = [
     (BEAR, "Two teddy bears, soft and fluffy, the teddy bears are purple"),
     # attributes
     (APPLE, "A glossy, vivid red apple rests on a wooden table."),
-    (APPLE, "a shiny apple, deep red in color, on a white plate"),
     (APPLE, "The apple is ripe, round and red, and lies on green leaves"),
     (APPLE, "a red and yellow apple"),
     (APPLE, "a bright-red apple under a green lamp"),
-    (APPLE, "An apple with a smooth red skin"),
     (ATTR, "a blue book leaning against a red cup"),
-    (ATTR, "On the left stands a bright red ceramic cup. Next to it lies a book in deep blue."),
     (ONE_COLORED, "a white cup next to a thick grey book"),
-    (TABLE, "a round table made of dark wood"),
     (TABLE, "a sturdy wooden dining table"),
     (BIG, "A huge dog towers over a tiny cat"),
     # numbers
@@ -94,7 +90,6 @@ KEPT = [
     (TOP, "a cat sitting on a dog"),
     (TOP, "a small cat perched on top of a big dog"),
     (NEXT, "a dog beside a cat"),
-    (NEXT, "a cat and a dog sit side by side"),
     (NEXT, "a cat to the left of a dog"),
     (FRONT, "a cat in front of a dog"),
     (FRONT, "a large dog behind a small cat"),

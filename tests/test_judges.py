@@ -1,10 +1,11 @@
-"""Claims about the VLM judges: the client against a real HTTP server with faults, grades, win rates, the miniature's
-server. Its score here is the brightness of the picture, so that every verdict is known beforehand."""
+"""Claims about the chat client against a real HTTP server with faults, about grades and win rates of the VLM judges,
+and about the miniature's server. Its score here is the brightness of the picture, so every verdict is known."""
 
 import base64
 import io
 import json
 import logging
+import math
 import os
 import pickle
 import random
@@ -16,11 +17,12 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
+from openai._models import construct_type
+from openai.types.chat import ChatCompletion
 from PIL import Image
 
 from clients import chat, http
@@ -108,7 +110,7 @@ def raw_server(*parts: bytes, pause: float = 0.0):
         listener.shutdown(socket.SHUT_RDWR)
 
 
-# ----- one call
+# ----- the client: when a call is repeated, and when it is given up
 
 
 class Starting(JudgeServer):
@@ -143,25 +145,16 @@ def test_only_what_may_pass_is_retried_and_a_failure_is_absent(status, calls):
     assert client.metrics == {"asked": 1, "cached": 0, "failed": 1, "unparsable": 0}
 
 
-def test_garbage_is_absent_counted_apart_and_not_cached(tmp_path):
-    server = JudgeServer(score, garbage_share=1)
+@pytest.mark.parametrize("fault, counted, calls", [("garbage_share", "unparsable", 2), ("fail_share", "failed", 2)])
+def test_what_gave_no_verdict_is_counted_and_not_cached(tmp_path, fault, counted, calls):
+    server = JudgeServer(score, fail_status=400, **{fault: 1})
     with server as url:
         client = VLMClient(url, MODEL, cache=tmp_path / "verdicts.sqlite")
         assert client.ask(questions(0, 51)) == [None, None]
-        assert client.metrics == {"asked": 2, "cached": 0, "failed": 0, "unparsable": 2}
-        assert server.requests == 2, "an answer without a verdict is no reason to ask again"
-        server.garbage_share = 0
+        assert client.metrics[counted] == server.requests == calls, "neither is a reason to ask again"
+        server.shares[fault] = 0
         assert client.ask(questions(0, 51)) == grades(0, 51)
         assert client.metrics["cached"] == 0
-
-
-def test_a_failed_call_is_not_cached(tmp_path):
-    server = JudgeServer(score, fail_share=1, fail_status=400)
-    with server as url:
-        client = VLMClient(url, MODEL, cache=tmp_path / "verdicts.sqlite")
-        assert client.ask(questions(51)) == [None]
-        server.fail_share = 0
-        assert client.ask(questions(51)) == grades(51)
 
 
 def test_a_dropped_connection_is_retried_then_absent():
@@ -170,19 +163,27 @@ def test_a_dropped_connection_is_retried_then_absent():
         client = VLMClient(url, MODEL, concurrency=1)
         assert client.ask(questions(*range(0, 200, 10))) == grades(*range(0, 200, 10))
         assert server.requests > 20
-        server.drop_share = 1
+        server.shares["drop_share"] = 1
         assert client.ask(questions(51)) == [None]
         assert client.metrics["failed"] == 1
 
 
-@pytest.mark.parametrize("body", [b"<html>Welcome</html>", b"{}", b'{"choices": [{"message": {"content": null}}]}'])
-def test_a_reply_that_is_no_chat_completion_is_absent(body):
+@pytest.mark.parametrize(
+    "body, counted",
+    [
+        (b"<html>Welcome</html>", "failed"),
+        (b"{}", "failed"),
+        (b'{"choices": [{"message": "hello"}]}', "failed"),
+        (b'{"choices": [{"message": {"content": null}}]}', "unparsable"),
+    ],
+)
+def test_a_reply_that_is_no_chat_completion_is_absent(body, counted):
     head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
     with raw_server(head % len(body) + body) as url:
         client = VLMClient(url, MODEL)
         assert client.ask(questions(51)) == [None]
-        assert client.metrics["unparsable"] == 1
-        with pytest.raises(UserError, match="no OpenAI-compatible API"):
+        assert client.metrics[counted] == 1
+        with pytest.raises(UserError, match="/v1|judge_url"):
             client.check()
 
 
@@ -195,21 +196,26 @@ def test_a_redirect_is_not_followed():
     assert target.requests == 0
 
 
-# ----- time
+def test_the_time_that_a_server_names_is_waited_up_to_a_minute(monkeypatch):
+    waited = []
+
+    async def sleep(seconds):
+        waited.append(seconds)
+
+    monkeypatch.setattr(http.asyncio, "sleep", sleep)
+    for named in (b"7", b"100000", b"Wed, 21 Oct 2026 07:28:00 GMT"):
+        head = b"HTTP/1.1 429 x\r\nRetry-After: " + named + b"\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+        with raw_server(head) as url:
+            assert VLMClient(url, MODEL).ask(questions(51)) == [None]
+    assert waited[:6] == [7.0] * 3 + [60.0] * 3 and max(waited[6:]) < 1
 
 
-def test_a_slow_call_ends_at_its_deadline_retries_included():
-    server = JudgeServer(score, delay=20)
-    with server as url:
-        assert VLMClient(url, MODEL, call_timeout=0.4).ask(questions(0, 51)) == [None, None]
-    assert server.requests <= 2, "none was repeated"
-
-
-def test_a_server_that_sends_one_byte_at_a_time_hits_the_deadline_too():
-    with raw_server(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n", *[b"x"] * 100, pause=0.1) as url:
-        client = VLMClient(url, MODEL, call_timeout=0.5)
+@pytest.mark.parametrize("parts", [[], [b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n", *[b"x"] * 100]])
+def test_a_call_ends_at_its_deadline_also_where_a_byte_comes_now_and_then(parts):
+    with raw_server(*(parts or [b""]), pause=20 if not parts else 0.1) as url:
+        client = VLMClient(url, MODEL, call_timeout=0.4)
         assert client.ask(questions(51)) == [None]
-    assert client.metrics["failed"] == 1, "cut off: all of it would be unparsable"
+    assert "0.4 s" in client.reasons[0]
 
 
 def test_a_batch_ends_at_its_deadline_with_what_it_has():
@@ -221,14 +227,12 @@ def test_a_batch_ends_at_its_deadline_with_what_it_has():
     assert client.metrics["failed"] == 7
 
 
-def test_a_dead_port_is_absent_and_the_check_names_the_script(caplog):
+def test_a_dead_port_is_absent_and_refused_by_the_check(caplog):
     client = VLMClient(f"http://127.0.0.1:{closed_port()}/v1", MODEL)
     assert client.ask(questions(*range(40))) == [None] * 40
     assert "40 of 40 judge calls failed" in caplog.text
-    assert "All connection attempts failed" in caplog.text
-    with pytest.raises(UserError, match=r"no judge at http://127.*scripts/serve_judge.sh") as caught:
+    with pytest.raises(UserError, match="http://127.*judge_url"):
         client.check()
-    assert "\n" not in str(caught.value)
 
 
 def test_no_more_calls_are_in_flight_than_allowed():
@@ -245,23 +249,23 @@ def test_the_circuit_opens_probes_and_closes_again(monkeypatch):
         client = VLMClient(url, MODEL, concurrency=1)
         assert client.ask(questions(*range(10))) == [None] * 10
         assert server.requests == 3, "open after three failures: the others failed without a call"
-        client.concurrency, server.delay = 4, 0.05
-        client._circuit.since -= chat.PAUSE  # as if it had passed
+        client.concurrency = 4
+        client.circuit.since -= chat.PAUSE  # as if it had passed
         assert client.ask(questions(*range(10))) == [None] * 10
         assert server.requests == 4, "half-open: one probe"
-        server.fail_share = 0
+        server.shares["fail_share"] = 0
         assert client.ask(questions(0)) == [None], "not yet time for the next probe"
-        client._circuit.since -= chat.PAUSE
+        client.circuit.since -= chat.PAUSE  # as if it had passed
         assert client.ask(questions(*range(10))) == grades(*range(10))
 
 
 def test_an_open_circuit_lets_one_probe_through_per_pause():
-    circuit = http.Circuit(trip=2, pause=60)
+    circuit = http.Circuit(trip=2, pause=30)
     circuit.failed("refused")
     assert circuit.lets_through()
     circuit.failed("refused")
     assert not circuit.lets_through()
-    circuit.since -= 60
+    circuit.since -= 30
     assert [circuit.lets_through() for _ in range(3)] == [True, False, False]
 
 
@@ -276,8 +280,7 @@ def test_refused_questions_do_not_open_the_circuit(monkeypatch):
     monkeypatch.setattr(chat, "TRIP", 3)
     server = JudgeServer(score, fail_share=1, fail_status=400)
     with server as url:
-        client = VLMClient(url, MODEL, concurrency=1)
-        assert client.ask(questions(*range(10))) == [None] * 10
+        assert VLMClient(url, MODEL, concurrency=1).ask(questions(*range(10))) == [None] * 10
     assert server.requests == 10
 
 
@@ -344,14 +347,13 @@ def test_processes_share_the_cache(tmp_path):
 def test_a_file_that_is_no_cache_is_refused_and_one_that_breaks_later_costs_only_its_verdicts(tmp_path, caplog):
     path = tmp_path / "verdicts.sqlite"
     path.write_text("dear diary, this is no database " * 50)
-    with pytest.raises(UserError, match="cannot hold the judge's verdicts .*name another file"):
+    with pytest.raises(UserError, match="verdicts.sqlite"):
         VLMClient("http://127.0.0.1:8080/v1", MODEL, cache=path)
     path.unlink()
     with JudgeServer(score) as url, caplog.at_level(logging.WARNING):
         client = VLMClient(url, MODEL, cache=path)
         path.write_text("dear diary, this is no database " * 50)
         assert client.ask(questions(51)) == grades(51)
-    assert "was not read" in caplog.text
     assert "were not added" in caplog.text
 
 
@@ -459,21 +461,24 @@ def test_a_proxy_of_the_environment_does_not_capture_loopback(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "url, message",
+    "url, options, named",
     [
-        ("127.0.0.1:8080/v1", "is none: give the base"),
-        ("ftp://127.0.0.1/v1", "is none: give the base"),
-        ("http://127.0.0.1:99999/v1", "cannot be read"),
-        ("http:///v1", "is none: give the base"),
-        ("https://me:SECRET@judge.example/v1", "JUDGE_API_KEY"),
-        ("http://judge.example/v1", "use https, or set environment JUDGE_ALLOW_HTTP=1"),
-        ("http://127.0.0.1.judge.example/v1", "use https"),
-        ("http://localhost.judge.example/v1", "use https"),
+        ("127.0.0.1:8080/v1", {}, "127.0.0.1:8080"),
+        ("ftp://127.0.0.1/v1", {}, "ftp"),
+        ("http://127.0.0.1:99999/v1", {}, "99999"),
+        ("http:///v1", {}, "http:///v1"),
+        ("https://me:SECRET@judge.example/v1", {}, "JUDGE_API_KEY"),
+        ("http://judge.example/v1", {}, "JUDGE_ALLOW_HTTP"),
+        ("http://127.0.0.1.judge.example/v1", {}, "JUDGE_ALLOW_HTTP"),
+        ("http://localhost.judge.example/v1", {}, "JUDGE_ALLOW_HTTP"),
+        ("https://judge.example/v1", {"concurrency": 0}, "concurrency is 0"),
+        ("https://judge.example/v1", {"call_timeout": math.nan}, "timeout nan"),
+        ("https://judge.example/v1", {"batch_timeout": -1.0}, "batch_timeout is -1"),
     ],
 )
-def test_a_url_that_cannot_work_or_would_leak_is_refused(url, message):
-    with pytest.raises(UserError, match=message) as caught:
-        VLMClient(url, MODEL)
+def test_what_cannot_work_or_would_leak_is_refused_by_name(url, options, named):
+    with pytest.raises(UserError, match=named) as caught:
+        VLMClient(url, MODEL, **options)
     assert "SECRET" not in str(caught.value)
 
 
@@ -484,29 +489,18 @@ def test_plain_http_is_for_this_machine_or_those_who_ask_for_it(monkeypatch):
     assert not VLMClient("http://judge.example/v1/", MODEL).loopback
 
 
-@pytest.mark.parametrize(
-    "name, value", [("concurrency", 0), ("call_timeout", 0.0), ("batch_timeout", -1.0), ("call_timeout", float("nan"))]
-)
-def test_a_setting_that_cannot_work_is_named_with_its_value(name, value):
-    with pytest.raises(UserError, match=f"{name} is {value}"):
-        VLMClient("http://127.0.0.1:8080/v1", MODEL, **{name: value})
-    with pytest.raises(UserError, match="no name"):
-        VLMClient("http://127.0.0.1:8080/v1", "")
-
-
-def test_the_check_passes_for_a_judge_that_is_there_and_says_what_is_wrong_otherwise():
+def test_the_check_passes_for_a_judge_that_is_there_and_names_the_option_otherwise():
     with JudgeServer(score) as url:
         VLMClient(url, MODEL).check()
-        with pytest.raises(UserError, match="serves 'miniature', not 'UnifiedReward': correct --judge_model"):
+        with pytest.raises(UserError, match="'UnifiedReward'.*--judge_model"):
             VLMClient(url, "UnifiedReward").check()
-        with pytest.raises(UserError, match="does --judge_url end in /v1"):
+        with pytest.raises(UserError, match="--judge_url"):
             VLMClient(url.removesuffix("/v1"), MODEL).check()
 
 
-def test_a_client_is_built_offline_and_survives_pickling(tmp_path):
+def test_a_client_survives_pickling():
     server = JudgeServer(score)
-    client = VLMClient(server.url, MODEL, cache=tmp_path / "verdicts.sqlite")
-    copy = pickle.loads(pickle.dumps(client))
+    copy = pickle.loads(pickle.dumps(VLMClient(server.url, MODEL)))
     with server:
         assert copy.ask(questions(51)) == grades(51)
 
@@ -527,11 +521,26 @@ def test_asking_leaves_the_random_state_of_the_run_alone():
         assert random.getstate() == before
 
 
-def test_failures_are_logged_once_a_batch_with_their_cause(caplog):
-    with JudgeServer(score, fail_share=1, fail_status=401) as url, caplog.at_level(logging.WARNING, "clients.chat"):
-        VLMClient(url, MODEL).ask(questions(0, 1, 2))
-    (record,) = caplog.records
-    assert record.getMessage().startswith("3 of 3 judge calls failed, one: Error code: 401")
+@pytest.mark.parametrize(
+    "logprobs, chances",
+    [
+        ([("a", 0.0)], {"a": 1.0}),
+        ([("a", -math.inf)], {"a": 0.0}),
+        ([("a", math.log(0.25))] * 2, {"a": 0.5}),
+        ([("a", 5.0)], None),
+        ([("a", 5000.0)], None),
+        ([("a", math.nan)], None),
+        ([("a", None)], None),
+        ([], None),
+        (None, None),
+    ],
+)
+def test_first_tokens_are_probabilities_or_nothing(logprobs, chances):
+    top = logprobs and [{"token": token, "logprob": value} for token, value in logprobs]
+    body = None if logprobs is None else {"content": [{"top_logprobs": top}]}
+    reply = construct_type(type_=ChatCompletion, value={"choices": [{"message": {}, "logprobs": body}]})
+    read = chat.first_tokens(reply)
+    assert (json.loads(read) if read else None) == (chances and pytest.approx(chances))
 
 
 # ----- grades
@@ -595,11 +604,6 @@ def test_a_sample_without_its_pictures_is_refused_not_scored():
                 reward([sample("a cat", *images)])
 
 
-def test_the_template_version_follows_the_words():
-    assert judge.TEMPLATE.version == Template(judge.TEMPLATE.text, str).version
-    assert len({judge.TEMPLATE.version, preference.TEMPLATE.version, Template("{prompt}", str).version}) == 3
-
-
 # ----- win rates
 
 
@@ -651,13 +655,6 @@ def test_the_win_rate_is_the_share_of_all_others_that_are_beaten(size):
     assert reward.metrics["preference/pairs"] == len(client.asked) == size * (size - 1) // 2
 
 
-def test_every_pair_of_a_group_is_one_question_of_two_pictures():
-    client = Opinions(brighter)
-    Preference(client)(group("a cat", 0, 20, 40, 60))
-    met = {frozenset(map(brightness, question.images)) for question in client.asked}
-    assert met == {frozenset(pair) for pair in combinations((0, 20 / 255, 40 / 255, 60 / 255), 2)}
-
-
 def test_a_tie_is_half_a_win_for_both():
     samples = [sample("a cat", image) for image in (gray(10), gray(50), textured(50), gray(90))]
     reward = Preference(Opinions(brighter))
@@ -692,13 +689,6 @@ def test_a_sample_that_meets_nobody_is_neutral():
     assert reward(group("a cat", 7)) == [0.5]
     assert reward.metrics == {"preference/pairs": 0, "preference/failed": 0}
     assert reward([]) == []
-
-
-def test_only_pictures_of_one_prompt_meet():
-    client = Opinions(brighter)
-    samples = [*group("a cat", 0, 20), *group("a dog", 40, 60, 80)]
-    assert Preference(client)(samples) == [0, 1, 0, 0.5, 1]
-    assert Counter(question.prompt for question in client.asked) == {"a cat": 1, "a dog": 3}
 
 
 def many_groups(groups: int, size: int) -> list[Sample]:
@@ -798,14 +788,6 @@ def test_against_anchors_the_score_is_the_win_rate_over_the_raw_prompts_pictures
         reward([sample("a cat", gray(0))])
 
 
-def test_only_anchors_are_asked_for_and_reported_when_they_are_used():
-    reward = Preference(Opinions(brighter))
-    reward(group("a cat", 0, 20))
-    assert not reward.needs_baseline_images
-    assert Preference(Opinions(brighter), pairs="anchor").needs_baseline_images
-    assert "preference/win_rate_vs_raw" not in reward.metrics
-
-
 @pytest.mark.parametrize("pairs", ["0", "-1", "some", "", "1.5"])
 def test_pairs_that_mean_nothing_are_refused(pairs):
     with pytest.raises(UserError, match=f"'{pairs}'.*all.*anchor"):
@@ -843,11 +825,6 @@ def test_the_server_reads_the_prompt_back_and_scores_each_picture_once():
     assert {(one.prompt.text, one.prompt.counts) for one in seen} == {("a photo of two red cats", (("cat", 2),))}
 
 
-def test_a_picture_that_the_server_cannot_score_is_absent():
-    with JudgeServer(lambda samples: [None] * len(samples)) as url:
-        assert VLMClient(url, MODEL).ask(questions(51)) == [None]
-
-
 def test_a_picture_that_is_no_data_uri_is_refused_and_never_fetched(monkeypatch):
     monkeypatch.setattr(chat, "data_uri", lambda image: "http://127.0.0.1:9/secret.png")
     server = JudgeServer(score)
@@ -867,24 +844,15 @@ def test_the_judges_are_built_by_name_once_the_judge_answers(tmp_path):
         assert (two.name, two.range, two.needs_baseline_images, two.both_orders) == ("preference", (0, 1), True, True)
         assert one(group("a cat", 51)) == [pytest.approx(-0.6, abs=0.002)]
     assert cache.exists()
-    with pytest.raises(UserError, match="serve_judge.sh"):
+    with pytest.raises(UserError, match="judge_url"):
         build(names, options, RewardContext())
 
 
-def serve_judge(**environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [ROOT / "scripts" / "serve_judge.sh", "--seed", "1"],
-        env={"PATH": os.environ["PATH"], **environment},
-        capture_output=True,
-        text=True,
-    )
-
-
 def test_the_judge_script_serves_on_loopback_and_elsewhere_only_with_a_key():
-    assert "--host 127.0.0.1 --port 8080 --served-model-name UnifiedReward" in serve_judge(VLLM="echo").stdout
-    assert serve_judge(VLLM="echo").stdout.rstrip().endswith("--seed 1")
-    refused = serve_judge(VLLM="echo", HOST="0.0.0.0")
-    assert (refused.returncode, refused.stdout) == (1, "")
-    assert "VLLM_API_KEY" in refused.stderr
-    assert "--host 0.0.0.0" in serve_judge(VLLM="echo", HOST="0.0.0.0", VLLM_API_KEY="k").stdout
-    assert "pip install" in serve_judge(VLLM="/nowhere/vllm").stderr
+    def serve_judge(**environment: str) -> subprocess.CompletedProcess:
+        environment |= {"PATH": os.environ["PATH"], "VLLM": "echo"}
+        return subprocess.run([ROOT / "scripts/serve_judge.sh"], env=environment, capture_output=True, text=True)
+
+    assert "--host 127.0.0.1 --port 8080" in serve_judge().stdout
+    assert serve_judge(HOST="0.0.0.0").returncode == 1
+    assert "--host 0.0.0.0" in serve_judge(HOST="0.0.0.0", VLLM_API_KEY="k").stdout

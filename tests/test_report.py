@@ -14,10 +14,26 @@ import pytest
 from PIL import Image, ImageDraw
 
 from report.page import write_report
-from report.terminal import oracle_table, sparkline
+from report.terminal import sparkline, text_table
 
 ATTACK = "<script>alert(1)</script><img src=x onerror=alert(2)> </style></title>{{ 7 * 7 }} \ud800\u202e"
 TASKS = ("single", "two", "colors", "counting", "position", "attr")
+SUMMARY = {
+    "table": {
+        "title": "accuracy",
+        "note": "of nobody",
+        "columns": ["short", "long"],
+        "rows": [
+            {"label": "before", "mean": 0.33, "ci95": [0.28, 0.39], "cells": [0.5, None]},
+            {"label": "after", "mean": 0.61, "ci95": [0.56, 0.67], "cells": [0.9, 0.3], "main": True},
+            {"label": "best of all", "mean": None, "ci95": None, "cells": [None, None]},
+        ],
+    },
+    "figures": {"accuracy <of sorts>": "0.33 → 0.61"},
+    "rollouts": 7680,
+    "rollouts_per_second": 31.2,
+    "seconds": {"total": 410, "generate": 110, "render": 160, "score": 40, "train": 75},
+}
 COLORS = ("#d33", "#36c", "#2a5", "#eb3", "#84b", "#e83")
 
 
@@ -90,110 +106,72 @@ def run_dir(tmp_path):
 
 
 def fill(folder, steps=60, cards=60):
-    images = [draw(folder / "images" / f"{i:02}.png", i, 64) for i in range(1, 7)] if not folder.mkdir() else []
-    (folder / "run.json").write_text(
-        json.dumps(
-            {
-                "config": {"max_steps": steps, "gpt_path": "miniature/policy", "nested": {"html": "<b>"}},
-                "batch": {"prompts": 16, "completions": 8},
-                "versions": {"torch": "2.13.0"},
-                "commit": "abc1234",
-                "seed": 1,
-                "command": "r1_prompter.py --config configs/miniature.yaml",
-                "started": "2025-01-02 03:04",
-            }
-        )
-    )
+    folder.mkdir()
+    images = [draw(folder / "images" / f"{i:02}.png", i, 64) for i in range(1, 7)]
+    run = {
+        "config": {"max_steps": steps, "gpt_path": "miniature/policy", "nested": {"html": "<b>"}},
+        "derived": {"prompts": 16, "completions": 8},
+        "commit": "abc1234",
+        "command": "r1_prompter.py --config configs/miniature.yaml",
+    }
+    (folder / "run.json").write_text(json.dumps(run))
     write_lines(folder / "metrics.jsonl", metrics(steps))
     for step in (1, steps):
         write_lines(folder / "rollouts" / f"step_{step:06}.jsonl", rollouts(images[step % 6]))
-    write_lines(
-        folder / "gallery.jsonl",
-        (
-            {
-                "prompt": f"two circles {i}",
-                "task": TASKS[i * 6 // cards],
-                "raw": {"image": images[i % 6], "correct": False},
-                "start": {
-                    "rewrite": "a red circle in the middle" if i % 5 else None,
-                    "reasoning": "",
-                    "image": images[(i + 1) % 6] if i % 5 else None,
-                    "correct": i % 3 == 0,
-                },
-                "trained": {
-                    "rewrite": ATTACK if i == 0 else "a red circle top left and a blue circle in the middle right",
-                    "reasoning": "Two objects: put one left, one right.",
-                    "image": images[(i + 2) % 6],
-                    "correct": i % 4 != 0,
-                },
-            }
-            for i in range(cards)
-        ),
-    )
-    means = {"raw": 0.135, "start": 0.33, "trained": 0.61, "written": 0.69}
-    oracle = {
-        name: {
-            "mean": mean,
-            "ci95": [mean - 0.05, mean + 0.06],
-            **{task: min(1.0, mean * (1.4 - 0.15 * i)) for i, task in enumerate(TASKS)},
-        }
-        for name, mean in means.items()
-    }
-    (folder / "summary.json").write_text(
-        json.dumps(
-            {
-                "oracle": oracle,
-                "gap_closed": 0.86,
-                "rollouts": 7680,
-                "rollouts_per_second": 31.2,
-                "seconds": {"total": 410, "generate": 110, "render": 160, "score": 40, "train": 75},
-            }
-        )
-    )
+    write_lines(folder / "gallery.jsonl", (card(i, TASKS[i * 6 // cards], images) for i in range(cards)))
+    (folder / "summary.json").write_text(json.dumps(SUMMARY))
     return folder
+
+
+def card(i, task, images):
+    good = "a red circle top left and a blue circle in the middle right"
+    start = {"rewrite": "a red circle" if i % 5 else None, "image": images[i % 6] if i % 5 else None}
+    return {
+        "prompt": f"two circles {i}",
+        "task": task,
+        "raw": {"image": images[i % 6], "correct": False},
+        "start": {**start, "reasoning": "", "correct": i % 3 == 0},
+        "trained": {"rewrite": good if i else ATTACK, "reasoning": "Two.", "image": images[0], "correct": i % 4 != 0},
+    }
 
 
 def html(folder):
     return write_report(folder).read_text("utf-8")
 
 
-def test_the_page_needs_nothing_but_itself(run_dir):
+def test_the_page_needs_nothing_but_itself_and_the_same_folder_gives_the_same_bytes(run_dir):
     page = html(run_dir)
     assert not re.search(r"<(script|link|iframe|object|embed|base)\b", page, re.I)
     assert not re.search(r"(https?:)?//", re.sub(r"base64,[^\"]*", "", page)), "an address on the page"
     assert all(src.startswith("data:image/") for src in re.findall(r"\ssrc=\"([^\"]*)\"", page))
     assert page.count("<svg") > 8 and page.count("<img") > 60
-    assert len(page) < 3_000_000
+    assert len(page) < 3_000_000 and html(run_dir) == page
 
 
 def test_a_rewrite_cannot_leave_its_paragraph(run_dir):
     page = html(run_dir)
     assert "&lt;script&gt;alert(1)&lt;/script&gt;&lt;img src=x onerror=alert(2)&gt; &lt;/style&gt;" in page
     assert "<script" not in page and "<img src=x" not in page
-    assert page.count("</style>") == 1 and "{{ 7 * 7 }}" in page
-    assert "default-src &#39;none&#39;" in page or "default-src 'none'" in page
+    assert page.count("</style>") == 1 and "{{ 7 * 7 }}" in page and "default-src 'none'" in page
 
 
-@pytest.mark.parametrize("escape", ["../../etc/passwd", "../secret.png", "/etc/passwd", "images/link.png"])
-def test_a_picture_outside_the_run_folder_is_refused(run_dir, escape):
+SECRET, BROKEN = "picture refused", "picture missing"
+PICTURES = {"../../etc/passwd": SECRET, "../secret.png": SECRET, "/etc/passwd": SECRET, "images/link.png": SECRET}
+PICTURES |= dict.fromkeys(
+    ("images/gone.png", "images/no.png", "images/cut.png", "images", "\0", "x" * 5000, 7), BROKEN
+)
+
+
+@pytest.mark.parametrize("image", PICTURES)
+def test_a_picture_that_is_broken_or_outside_the_run_folder_leaves_a_box(run_dir, image):
     secret = run_dir.parent / "secret.png"
     Image.new("RGB", (8, 8), "red").save(secret)
     (run_dir / "images" / "link.png").symlink_to(secret)
-    write_lines(run_dir / "gallery.jsonl", [{"prompt": "p", "task": "two", "raw": {"image": escape, "correct": True}}])
-    page = html(run_dir)
-    assert "picture refused" in page and "1 × picture refused." in page
-
-
-BROKEN = ("images/gone.png", "images/no.png", "images/cut.png", "images", "\0", "x" * 5000, 7)
-
-
-@pytest.mark.parametrize("image", BROKEN)
-def test_a_picture_that_cannot_be_read_leaves_a_box(run_dir, image):
     (run_dir / "images" / "no.png").write_text("no picture")
     (run_dir / "images" / "cut.png").write_bytes((run_dir / "images" / "01.png").read_bytes()[:200])
     write_lines(run_dir / "gallery.jsonl", [{"prompt": "p", "task": "two", "raw": {"image": image, "correct": True}}])
     page = html(run_dir)
-    assert ">picture missing</div>" in page and "1 × picture missing." in page
+    assert f">{PICTURES[image]}</div>" in page and f"1 × {PICTURES[image]}." in page
 
 
 def test_a_large_picture_is_shrunk(run_dir):
@@ -207,18 +185,16 @@ FILES = ("run.json", "metrics.jsonl", "summary.json", "gallery.jsonl", "rollouts
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_one_missing_or_broken_file_leaves_a_page(run_dir, name):
-    (run_dir / name).write_text('{"cut of')
-    assert f"{name}" in html(run_dir) and "is left out: not JSON" in html(run_dir)
+def test_one_missing_or_broken_file_leaves_a_page_that_names_it(run_dir, name):
+    (run_dir / name).write_text('{"cut of\n' * 1000)
+    page = html(run_dir)
+    assert len(re.findall(f"<li>{name}[^<]*left out", page)) == 1  # a thousand broken lines do not bury the page
     (run_dir / name).unlink()
-    assert "left out: not JSON" not in html(run_dir)
+    assert "left out:" not in html(run_dir)
 
 
-def test_an_empty_folder_leaves_a_page_that_says_so(tmp_path):
+def test_an_empty_folder_leaves_a_page_that_says_so_and_one_step_a_plot(tmp_path):
     assert "nothing to report yet" in html(tmp_path)
-
-
-def test_one_step_is_enough_for_a_page(tmp_path):
     write_lines(tmp_path / "metrics.jsonl", [{"step": 1, "reward": 0.5, "kl": 0.0}])
     assert html(tmp_path).count("<svg") == 2
 
@@ -228,46 +204,23 @@ def test_nan_and_null_are_gaps_that_the_page_names(run_dir):
     assert "kl is not a number in 1 of 60 steps, first in step 7." in page
     assert "entropy is not a number in 1 of 60 steps, first in step 9." in page
     assert not re.search(r" d=\"[^\"]*(nan|inf|None)", page)
+    write_lines(run_dir / "metrics.jsonl", [{"step": i, "reward": math.nan, "kl": math.inf} for i in range(3)])
+    assert "reward is not a number in 3 of 3 steps" in html(run_dir)
 
 
-def test_a_metric_that_never_was_a_number_leaves_a_page(tmp_path):
-    write_lines(tmp_path / "metrics.jsonl", [{"step": i, "reward": math.nan, "kl": math.inf} for i in range(3)])
-    assert "reward is not a number in 3 of 3 steps" in html(tmp_path)
-
-
-def test_absent_samples_are_visible(run_dir):
+def test_absent_samples_and_unreadable_answers_are_visible(run_dir):
     page = html(run_dir)
     assert "Absent samples, left out of their groups: 0.21% on average, 12.5% at worst (step 5), in 1 of 60" in page
-    assert "1 absent" in page
+    assert "Answers that could not be read, not drawn:" in page
+    assert "1 absent" in page and "1 unreadable" in page and "&lt;think&gt;no end" in page
 
 
-def test_unreadable_answers_are_visible(run_dir):
-    page = html(run_dir)
-    assert "Answers that could not be read, not drawn:" in page and "1 unreadable" in page
-    assert "&lt;think&gt;no end" in page
-
-
-def test_a_run_that_stopped_early_says_so(run_dir):
-    write_lines(run_dir / "metrics.jsonl", metrics(20))
-    assert "The log ends at step 20 of 60." in html(run_dir)
-
-
-def test_a_resumed_run_shows_each_step_once(run_dir):
+def test_a_resumed_run_shows_each_step_once_and_one_that_stopped_early_says_so(run_dir):
     write_lines(run_dir / "metrics.jsonl", [*metrics(60), *list(metrics(60))[40:], {"step": 60, "train_runtime": 9.0}])
     assert "60 logged steps" in html(run_dir)
-
-
-def test_a_row_without_a_step_is_left_out_and_named(run_dir):
-    rows = [{"reward": 0.1}, {"step": None, "reward": 0.2}, {"step": 3, "reward": 0.3}]
-    write_lines(run_dir / "metrics.jsonl", rows)
-    page = html(run_dir)
-    assert "1 logged steps" in page and "metrics.jsonl, row 2 is left out: it has no step." in page
-
-
-def test_a_thousand_broken_lines_do_not_bury_the_page(run_dir):
-    (run_dir / "metrics.jsonl").write_text("{\n" * 1000)
-    page = html(run_dir)
-    assert page.count("is left out: not JSON") == 12 and "… and 988 more of this kind." in page
+    write_lines(run_dir / "metrics.jsonl", [{"reward": 0.1}, *metrics(20)])
+    assert "20 logged steps" in html(run_dir) and "The log ends at step 20 of 60." in html(run_dir)
+    assert "a row without a step is left out" in html(run_dir)
 
 
 def test_a_long_run_still_makes_a_small_page(run_dir):
@@ -282,9 +235,14 @@ def test_what_the_gallery_leaves_out_is_said(run_dir):
     assert all(page.count(f'<span class="chip">{task}</span>') >= 4 for task in TASKS)
 
 
-def test_the_same_folder_gives_the_same_bytes(run_dir):
-    first = write_report(run_dir).read_bytes()
-    assert write_report(run_dir).read_bytes() == first
+def test_whatever_table_and_figures_a_summary_has_are_on_the_page(run_dir):
+    page = html(run_dir)
+    assert "<b>0.33 → 0.61</b><small>accuracy &lt;of sorts&gt;</small>" in page
+    assert "0.610" in page and "0.560 – 0.670" in page and ">not run</small>" in page
+    assert page.count("<th>short</th>") == page.count("<th>long</th>") == 1
+    old = {"oracle": {"raw": {"mean": 0.1}}, "gap_closed": 0.9, "rollouts": 7680}  # as it was before it had a table
+    (run_dir / "summary.json").write_text(json.dumps(old))
+    assert "7,680" in html(run_dir) and "<table>" not in html(run_dir)
 
 
 def test_the_command_line_writes_the_page_and_refuses_a_folder_that_is_not_there(run_dir, tmp_path):
@@ -292,7 +250,7 @@ def test_the_command_line_writes_the_page_and_refuses_a_folder_that_is_not_there
     done = subprocess.run([*command, run_dir], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip().endswith("report.html"), done.stderr
     done = subprocess.run([*command, tmp_path / "gone"], capture_output=True, text=True)
-    assert done.returncode == 2 and "no run folder at" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and str(tmp_path / "gone") in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_sparkline_rises_with_its_values_and_leaves_gaps():
@@ -303,12 +261,9 @@ def test_a_sparkline_rises_with_its_values_and_leaves_gaps():
     assert len(sparkline(range(1000), width=50)) == 50
 
 
-def test_the_oracle_table_is_aligned_and_says_what_was_not_measured():
-    scores = {"mean": 0.135, "ci95": [0.1, 0.18], "single": 0.5, "two": 1.0}
-    lines = oracle_table({"oracle": {"raw": scores, "trained": {"mean": 0.5}}, "gap_closed": 0.86}).splitlines()
-    table = lines[:6]
-    assert len({len(line) for line in table}) == 1
-    assert lines[2].split() == ["raw", "prompt", "0.135", "±", "0.040", "0.50", "1.00", "-", "-", "-", "-"]
-    assert lines[3].split() == ["policy", "before", *"-------"]
-    assert lines[-1].endswith("0.86")
-    assert len(oracle_table({}).splitlines()) == 6
+def test_a_table_in_the_terminal_is_aligned_and_says_what_was_not_measured():
+    lines = text_table(SUMMARY["table"]).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert lines[0].split() == ["accuracy", "mean", "±", "95", "%", "short", "long"]
+    assert lines[2].split() == ["before", "0.330", "±", "0.055", "0.50", "-"]
+    assert lines[4].split() == ["best", "of", "all", "-", "-", "-"]

@@ -235,7 +235,7 @@ class ColourRenderer:
 @pytest.fixture
 def renderer(monkeypatch):
     renderer = ColourRenderer()
-    monkeypatch.setattr(reprompt.Drawing, "load", lambda self, device: renderer)
+    monkeypatch.setattr(reprompt, "load_renderer", lambda options, device: renderer)
     return renderer
 
 
@@ -285,7 +285,7 @@ def test_the_command_line_runs_from_the_repository_root(job, tmp_path):
     ("path", "needed"),
     [
         ("Qwen/Qwen2.5-3B-Instruct", ["6.2 GB", "Qwen Research License", "hf download Qwen/Qwen2.5-3B-Instruct"]),
-        ("/no/such/folder", ["'/no/such/folder'", "no such folder"]),
+        ("/no/such/folder", ["no such folder: /no/such/folder"]),
     ],
 )
 def test_a_wrong_model_path_is_exit_code_2_with_one_line(job, tmp_path, monkeypatch, capsys, path, needed):

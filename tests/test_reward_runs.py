@@ -21,8 +21,8 @@ from errors import UserError
 from interfaces import Prompt, Reward, Sample
 from miniature.fit import WEIGHTS
 from miniature.judge_server import JudgeServer
-from models.frozen import describe, offloaded
 from rewards import REWARDS, RewardContext, RewardOptions, build, check
+from rewards.offload import describe, offloaded
 from rewards.orm import ORM
 from tests.processes import ENVIRONMENT, ZERO_2, launch
 
@@ -148,8 +148,8 @@ BAD = {
     "no judge there": (["--rewards", "judge"], "scripts/serve_judge.sh"),
     "pairs of no kind": (["--rewards", "preference", "--preference_pairs", "zero"], "'zero'"),
     "plain http to another machine": (["--rewards", "judge", "--judge_url", "http://example.org/v1"], "https"),
-    "unknown formula": (["--rewards", "git", "--git_formula", "foo"], "'foo'"),
-    "weights of another model": (["--rewards", "gdino", "--gdino_path", "miniature/weights/git"], "GroundingDINO"),
+    "unknown formula": (["--rewards", "git", "--reward_formula", "foo"], "'foo'"),
+    "weights of another model": (["--rewards", "gdino", "--gdino_path", "miniature/weights/git"], "weights/git"),
     "held out and trained on": (["--rewards", "hps", "--held_out", "hps"], "named twice"),
     "a temperature of nothing": (["--rewards", "orm", "--orm_temperature", "0"], "temperature is 0.0"),
 }

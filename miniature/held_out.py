@@ -1,0 +1,112 @@
+"""What did a run learn? The oracle reads pictures of the held-out prompts, drawn from four texts each.
+
+raw: the prompt itself. start, trained: rewrites by the policy before and after training, sampled as in training.
+written: a right layout caption by the world, which is what the renderer can do at best. A prompt's pictures start from
+the same noise for all four; step 0 is never a training step, so no picture of the training is drawn again.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from inference import Reprompter, Rewrite
+from interfaces import Prompt, Renderer
+from miniature import world
+from miniature.fit import ROOT
+from run.seeds import render_seed
+
+SYSTEMS = {
+    "raw": "raw prompt",
+    "start": "policy before",
+    "trained": "policy after",
+    "written": "written by the world",
+}
+CATEGORIES = {
+    "single_object": "single",
+    "two_object": "two",
+    "colors": "colors",
+    "counting": "counting",
+    "position": "position",
+    "color_attr": "attr",
+}
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out prompts of one run, and for each of SYSTEMS what came of them.
+
+    Attributes:
+        rewrites: of "start" and "trained".
+        pictures: as many for each prompt; None where nothing could be drawn.
+        correct: (prompts, samples) of bool: does the picture keep its prompt?
+    """
+
+    prompts: list[Prompt]
+    rewrites: dict[str, list[Rewrite]]
+    pictures: dict[str, list[list[Image.Image | None]]]
+    correct: dict[str, np.ndarray]
+
+    def mean(self, system: str) -> float:
+        """Share of right pictures."""
+        return float(self.correct[system].mean(axis=1).mean())
+
+    def gap_closed(self) -> float:
+        """How much of the way from raw prompts to written captions the trained policy has gone; 1 is all of it."""
+        raw, best = self.mean("raw"), self.mean("written")
+        return (self.mean("trained") - raw) / (best - raw)
+
+
+def measure(run: Path, renderer: Renderer, samples: int) -> HeldOut:
+    """Rewrite, draw with `renderer` and judge the held-out prompts, with `samples` pictures a prompt and system.
+
+    Args:
+        run: a finished run folder; its options are those of its `run.json`.
+    """
+    options = json.loads((run / "run.json").read_text(encoding="utf-8"))["config"]
+    seed, (_, prompts) = options["seed"], world.splits()
+    sampling = {"temperature": 1.0, "seed": seed, "max_new_tokens": options["max_completion_length"]}
+    form = {"batch_size": 64, "dtype": "float32", "reasoning": options["reasoning"]}
+    texts, rng = [prompt.text for prompt in prompts], random.Random(seed)
+    rewrites = {
+        "start": Reprompter(str(ROOT.parent / options["gpt_path"]), **sampling, **form)(texts),
+        "trained": Reprompter(str(run), **sampling, **form)(texts),
+    }
+    drawn_from = {"raw": texts, "written": [world.describe(world.layout(prompt, rng)) for prompt in prompts]}
+    drawn_from |= {name: [row.rewrite for row in rows] for name, rows in rewrites.items()}
+    print(
+        f"drawing {4 * samples * len(prompts)} pictures of {len(prompts)} held-out prompts for the oracle", flush=True
+    )
+    seeds = [render_seed(seed, prompt.id, 0, k) for prompt in prompts for k in range(samples)]
+    pictures, correct = {}, {}
+    for system in SYSTEMS:
+        flat = renderer([text for text in drawn_from[system] for _ in range(samples)], seeds)
+        pictures[system] = [flat[i : i + samples] for i in range(0, len(flat), samples)]
+        rows = zip(prompts, pictures[system], strict=True)
+        correct[system] = np.array(
+            [[image is not None and world.holds(p, world.see(image)) for image in row] for p, row in rows]
+        )
+    return HeldOut(prompts, rewrites, pictures, correct)
+
+
+def table(found: HeldOut) -> dict:
+    """The oracle's table as a run's `summary.json` carries it: see report/page.py."""
+    rows = []
+    for system, label in SYSTEMS.items():
+        per_prompt = found.correct[system].mean(axis=1)
+        draws = np.random.default_rng(0).choice(per_prompt, size=(4000, len(per_prompt))).mean(axis=1)
+        of_task = {task: [] for task in CATEGORIES}
+        for prompt, value in zip(found.prompts, per_prompt, strict=True):
+            of_task[prompt.task].append(value)
+        rows.append({
+            "name": system, "label": label, "main": system == "trained", "mean": found.mean(system),
+            "ci95": [float(end) for end in np.quantile(draws, (0.025, 0.975))],
+            "cells": [float(np.mean(values)) for values in of_task.values()],
+        })  # fmt: skip
+    note = "Accuracy of the held-out oracle, which no reward may use; 95 % intervals."
+    return {"title": "oracle accuracy", "note": note, "columns": list(CATEGORIES.values()), "rows": rows}
