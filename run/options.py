@@ -126,6 +126,16 @@ def parse(kinds: Sequence[type], recipe: Path | None, argv: Sequence[str]) -> tu
     return tuple(filled)
 
 
+def parse_known(kinds: Sequence[type], argv: Sequence[str]) -> tuple[Any, ...]:
+    """One filled dataclass per kind, and then the list of the words that are flags of another program.
+
+    Raises:
+        UserError: an ill-typed value.
+    """
+    parser = _Parser(tuple(kinds), allow_abbrev=False)
+    return parser.parse_args_into_dataclasses(list(argv), return_remaining_strings=True, look_for_args_file=False)
+
+
 def run_main(program: str, work: Callable[[], int | None]) -> int:
     """Run a program's work; returns its exit code: 0 (or what `work` returns), 2 for a UserError, 1 for a Stopped.
 
