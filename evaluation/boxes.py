@@ -74,13 +74,7 @@ class Owlv2:
 
     name = "OWLv2"
 
-    def __init__(
-        self,
-        path: str | Path = PUBLISHED.repo,
-        *,
-        device: str | torch.device,
-        threshold: float = THRESHOLD,
-    ):
+    def __init__(self, path: str | Path = PUBLISHED.repo, *, device: str | torch.device, threshold: float = THRESHOLD):
         self.device, self.threshold = torch.device(device), threshold
         self.folder = resolve(path, NEEDS, pickles=True)
         self.model = load(Owlv2ForObjectDetection, self.folder, self.device)
