@@ -1,15 +1,22 @@
-# make demo | test | check | miniature | size | lock   (everything runs in .venv, made from requirements.lock)
+# make demo | test | test-all | check | miniature | size | lock   (all of it in .venv, made from requirements.lock)
 PYTHON ?= python3.11
 VENV := .venv
 RUN := $(VENV)/bin/python
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
 
 .PHONY: demo test test-all check miniature size lock environment
 
 demo: environment
 	$(RUN) scripts/demo.py
 
-test: environment check
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
+test: environment check   # the quick lane: at most four minutes on two idle cores
+	$(PYTEST) -m "not slow"
+
+test-all: environment check   # everything; the extra `quantize` apart, because its packages slow every start down
+	$(PYTEST) --ignore tests/test_quantization.py
+	$(VENV)/bin/uv pip install --quiet --python $(RUN) --no-deps --target $(VENV)/quantize $$($(RUN) -c "import tomllib; \
+	  print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['quantize'])")
+	PYTHONPATH=$(VENV)/quantize OMP_NUM_THREADS=1 $(RUN) -m pytest tests/test_quantization.py
 
 check: environment
 	$(VENV)/bin/ruff check .

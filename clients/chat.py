@@ -141,7 +141,8 @@ class ChatClient:
 
     def unusable(self, error: CallFailed) -> UserError:
         """What the user can do about an API that denies access or is not there."""
-        key, start = f"set environment {self.whose.upper()}_API_KEY", f"start it, or correct --{self.whose}_url"
+        key, one = f"set environment {self.whose.upper()}_API_KEY", {"judge": "one with scripts/serve_judge.sh"}
+        start = f"start {one.get(self.whose, 'it')}, or correct --{self.whose}_url"
         hints = {401: key, 403: key, 404: f"does --{self.whose}_url end in /v1, and is {self.model!r} a model there?"}
         return UserError(f"{self.whose} at {self.url} cannot be asked ({error}): {hints.get(error.status, start)}")
 

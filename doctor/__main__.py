@@ -11,12 +11,11 @@ options cannot be parsed.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import diffusers
@@ -26,11 +25,28 @@ import yaml
 import r1_prompter
 from doctor.checks import examine, this_machine
 from doctor.report import GB
-from errors import UserError
-from run.options import run_main
+from errors import UserError, one_line
+from run.options import option, parse_known, run_main
 
 DEEPSPEED = Path(__file__).resolve().parent.parent / "deepspeed_2.yaml"
 TRAINERS = {"r1_prompter": r1_prompter}
+
+
+@dataclass
+class DoctorOptions:
+    """The doctor's own options; all others are the trainer's."""
+
+    trainer: str = option("r1_prompter", "Whose options these are.", changes="nothing", choices=list(TRAINERS))
+    gpus: int | None = option(None, "Plan for this many GPUs; unset: those of this machine.", changes="nothing")
+    gpu_memory: float | None = option(None, "GB of each of them (10^9 bytes).", changes="nothing")
+    processes: int | None = option(
+        None, "Of a launch that is planned; unset: one a GPU, or --config_file's.", changes="nothing"
+    )
+    config_file: str | None = option(
+        None, "accelerate's; unset: deepspeed_2.yaml for several processes.", changes="nothing"
+    )
+    probe: bool | None = option(None, "Load each model; unset: where weights are here.", changes="nothing")
+    json: bool = option(False, "One JSON object instead of lines.", changes="nothing")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,8 +54,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_main("doctor", lambda: _examine(sys.argv[1:] if argv is None else argv))
 
 
+def _accelerate(path: Path) -> dict:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"--config_file {path} cannot be read ({one_line(error)}): name accelerate's YAML") from error
+
+
 def _examine(argv: Sequence[str]) -> int:
-    own, flags = _own_options(argv)
+    own, flags = parse_known((DoctorOptions,), argv)
     trainer, plan = TRAINERS[own.trainer], this_machine()
     if (own.gpus is None) != (own.gpu_memory is None):
         raise UserError("--gpus and --gpu_memory describe a machine together: give both, or neither for this one")
@@ -50,10 +73,10 @@ def _examine(argv: Sequence[str]) -> int:
         plugin = options.training.deepspeed_plugin
         plan = replace(plan, processes=options.training.world_size, zero=plugin.zero_stage if plugin else 0)
     else:
-        said = yaml.safe_load(own.config_file) if own.config_file else {}
+        said = _accelerate(Path(own.config_file)) if own.config_file else {}
         processes = own.processes or plan.gpus or said.get("num_processes", 1)
         if processes > 1 and not said:
-            said = yaml.safe_load(DEEPSPEED.read_text(encoding="utf-8"))
+            said = _accelerate(DEEPSPEED)
         plan = replace(plan, processes=processes, zero=said.get("deepspeed_config", {}).get("zero_stage", 0))
         # TRL derives its batch numbers from the number of processes, which is only planned here
         config = type("GRPOConfig", (r1_prompter.GRPOConfig,), {"world_size": property(lambda self: processes)})
@@ -62,28 +85,10 @@ def _examine(argv: Sequence[str]) -> int:
         return 0  # the main process looks and prints
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
-    found = examine(trainer, options, plan, own.probe and own.probe == "true")
+    found = examine(trainer, options, plan, own.probe)
     data = {"exit_code": found.exit_code, **asdict(found)}
     print(json.dumps(data, indent=2) if own.json else found.as_text(), flush=True)
     return found.exit_code
-
-
-def _own_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The doctor's options, and the flags that are left for the trainer."""
-    about = "Will this run work? Takes every flag of the trainer, and these:"
-    parser = argparse.ArgumentParser("doctor", description=about, allow_abbrev=False, exit_on_error=False)
-    option, open_file = parser.add_argument, argparse.FileType()
-    option("--trainer", choices=TRAINERS, default="r1_prompter")
-    option("--gpus", type=int, help="plan for this many GPUs; unset: those of this machine")
-    option("--gpu_memory", type=float, help="GB of each of them (10^9 bytes)")
-    option("--processes", type=int, help="of a launch that is planned; unset: one a GPU, or --config_file's")
-    option("--config_file", type=open_file, help="accelerate's; unset: deepspeed_2.yaml for several processes")
-    option("--probe", choices=["true", "false"], help="load each model; unset: where weights are here")
-    option("--json", action="store_true", help="one JSON object instead of lines")
-    try:
-        return parser.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise UserError(str(error)) from error
 
 
 if __name__ == "__main__":

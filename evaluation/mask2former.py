@@ -75,11 +75,7 @@ def network_input(image: Image.Image, size: Size) -> torch.Tensor:
 
 
 def detections_of(
-    class_logits: torch.Tensor,
-    mask_logits: torch.Tensor,
-    input_size: Size,
-    picture_size: Size,
-    threshold: float,
+    class_logits: torch.Tensor, mask_logits: torch.Tensor, input_size: Size, picture_size: Size, threshold: float
 ) -> list[Detection]:
     """The detections of one picture with a score above `threshold`, best first.
 

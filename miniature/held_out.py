@@ -21,12 +21,7 @@ from miniature import world
 from miniature.fit import ROOT
 from run.seeds import render_seed
 
-SYSTEMS = {
-    "raw": "raw prompt",
-    "start": "policy before",
-    "trained": "policy after",
-    "written": "written by the world",
-}
+SYSTEMS = {"raw": "raw prompt", "start": "policy before", "trained": "policy after", "written": "written by the world"}
 CATEGORIES = {
     "single_object": "single",
     "two_object": "two",

@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from errors import UserError, one_line
 from interfaces import OnImage
-from models.frozen import without_zero3_init
+from models.frozen import DTYPES, without_zero3_init
 from models.hub import resolve
 from models.weights import check_folder, locked
 from rendering.levers import TRIAL_MEMORY_SHARE, apply, on_device, smallest_good_batch, text_encoders
@@ -39,7 +39,6 @@ from run.signals import leaving
 # Pipelines print every text that they cut, padding included; `LocalRenderer.truncated` counts them and warns once.
 logging.getLogger("diffusers.pipelines").setLevel(logging.ERROR)
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 TRIAL_TEXT = "a photo of {} things, of no importance whatever"
 
 

@@ -85,6 +85,10 @@ def resume_option() -> Any:
 OURS = {"output_dir": "outdir", "model_name_or_path": "gpt_path", "resume_from_checkpoint": "resume"}
 
 
+_CONFIG = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+_CONFIG.add_argument("--config", help="YAML file of options; it states only what differs from the defaults.")
+
+
 class _Parser(TrlParser):
     """TRL's parser, with every complaint as a `UserError`."""
 
@@ -106,12 +110,10 @@ def parse(kinds: Sequence[type], recipe: Path | None, argv: Sequence[str]) -> tu
     Raises:
         UserError: an unknown key or flag (with the nearest valid one), a missing or ill-typed value.
     """
-    config_only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    config_only.add_argument("--config", help="YAML file of options; it states only what differs from the defaults.")
-    parser = _Parser(tuple(kinds), parents=[config_only], allow_abbrev=False)
+    parser = _Parser(tuple(kinds), parents=[_CONFIG], allow_abbrev=False)
     if "use_cpu" in {action.dest for action in parser._actions}:
         parser.set_defaults(use_cpu=not torch.cuda.is_available())
-    for path in (recipe, config_only.parse_known_args(argv)[0].config):
+    for path in (recipe, config_path(argv)):
         if path is not None:
             parser.set_defaults_with_config(**_read_yaml(Path(path), parser))
     try:
@@ -124,6 +126,21 @@ def parse(kinds: Sequence[type], recipe: Path | None, argv: Sequence[str]) -> tu
         flags = [option for action in parser._actions for option in action.option_strings]
         raise UserError(f"unknown argument {unknown[0]!r}, did you mean {_nearest(unknown[0], flags)!r}?")
     return tuple(filled)
+
+
+def config_path(argv: Sequence[str]) -> str | None:
+    """What `--config` names."""
+    return _CONFIG.parse_known_args(argv)[0].config
+
+
+def parse_known(kinds: Sequence[type], argv: Sequence[str]) -> tuple[Any, ...]:
+    """One filled dataclass per kind, and then the list of the words that are flags of another program.
+
+    Raises:
+        UserError: an ill-typed value.
+    """
+    parser = _Parser(tuple(kinds), allow_abbrev=False)
+    return parser.parse_args_into_dataclasses(list(argv), return_remaining_strings=True, look_for_args_file=False)
 
 
 def run_main(program: str, work: Callable[[], int | None]) -> int:

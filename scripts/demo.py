@@ -11,23 +11,25 @@ where it stopped; a run that is complete is only shown.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
+from errors import UserError
 from evaluation.sheet import Cell, contact_sheet
 from miniature import build
 from miniature.held_out import HeldOut, measure, table
 from report.page import write_report
 from report.terminal import sparkline, text_table
 from run.files import save_png
+from run.options import option, parse_known, run_main
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "miniature.yaml"
@@ -35,28 +37,39 @@ GALLERY = 4  # prompts a category in the before/after gallery
 SHEET = {"raw": "the prompt itself", "start": "rewrite before", "trained": "rewrite after"}
 
 
-def main() -> int:
-    """Run the command line; returns the exit code. Flags that are not the demo's are the trainer's."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--outdir", type=Path, default=ROOT / "runs" / "demo", help="run folder")
-    parser.add_argument("--seed", type=int, default=0, help="of training and of the noise that pictures start from")
-    parser.add_argument("--samples", type=int, default=2, help="pictures per held-out prompt and row of the table")
-    processes = min(2, os.cpu_count() or 1)
-    parser.add_argument("--processes", type=int, default=processes, choices=[1, 2, 4], help="that train together")
-    args, trainer_options = parser.parse_known_args()
+@dataclass
+class DemoOptions:
+    """The demo's own options; all others are the trainer's."""
+
+    outdir: str = option(str(ROOT / "runs" / "demo"), "Run folder.", changes="nothing")
+    seed: int = option(0, "Of training and of the noise that pictures start from.", changes="run")
+    samples: int = option(2, "Pictures per held-out prompt and row of the table.", changes="pictures")
+    processes: int = option(min(2, os.cpu_count() or 1), "That train together: 1, 2 or 4.", changes="run")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    return run_main("demo", lambda: run(*parse_known((DemoOptions,), sys.argv[1:] if argv is None else argv)))
+
+
+def run(options: DemoOptions, trainer_options: Sequence[str]) -> int:
+    """Train, measure and show; returns the trainer's exit code if it failed."""
+    if options.processes not in (1, 2, 4):
+        raise UserError(f"--processes {options.processes}: give 1, 2 or 4, which share out the groups of a step")
     started = time.time()
-    summary_file = args.outdir / "summary.json"
+    outdir = Path(options.outdir)
+    summary_file = outdir / "summary.json"
     if not summary_file.exists() or "table" not in json.loads(summary_file.read_text(encoding="utf-8")):
-        if not (args.outdir / "report.html").exists():  # the last thing that the trainer writes
-            code = train(args.outdir, args.seed, args.processes, trainer_options)
+        if not (outdir / "report.html").exists():  # the last thing that the trainer writes
+            code = train(outdir, options.seed, options.processes, trainer_options)
             if code:
                 return code
-        found = measure(args.outdir, build.renderer(), args.samples)
-        gallery = write_gallery(args.outdir, found)
-        draw_before_after(args.outdir, gallery)
-        summary = summarise(args.outdir, found, started)
+        found = measure(outdir, build.renderer(), options.samples)
+        gallery = write_gallery(outdir, found)
+        draw_before_after(outdir, gallery)
+        summary = summarise(outdir, found, started)
         summary_file.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    show(args.outdir)
+    show(outdir)
     return 0
 
 

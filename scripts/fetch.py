@@ -15,7 +15,6 @@ that is not the one that is meant.
 
 from __future__ import annotations
 
-import argparse
 import re
 import shutil
 import sys
@@ -39,7 +38,7 @@ from models.hub import READ, base_of, is_adapter
 from models.weights import Checkpoint
 from rewards import CHECKPOINTS, RewardOptions, check
 from run.files import atomic_write
-from run.options import run_main
+from run.options import config_path, option, parse_known, run_main
 
 RECIPE = Path(__file__).resolve().parent.parent / "configs" / "flux_dev.yaml"
 DEFAULTS = {"gpt_path": "Qwen/Qwen2.5-3B-Instruct", "sdmodel_name": "black-forest-labs/FLUX.1-dev", "held_out": []}
@@ -75,26 +74,36 @@ class Wanted:
         return Path(constants.HF_HUB_CACHE, folder, "blobs", f"{file.lfs.sha256}.part")
 
 
+@dataclass
+class FetchOptions:
+    """What to do, and the trainer's options that name checkpoints; unset ones are as in its YAML."""
+
+    dry_run: bool = option(False, "Fetch nothing.", changes="nothing")
+    update_lock: bool = option(False, "Fill in checkpoints.lock what is null there.", changes="nothing")
+    gpt_path: str | None = option(None, "As for the trainer.", changes="run")
+    model_revision: str | None = option(None, "As for the trainer.", changes="run")
+    sdmodel_name: str | None = option(None, "As for the trainer.", changes="run")
+    rewards: list[str] = option([], "As for the trainer.", changes="run")
+    held_out: list[str] = option([], "As for the trainer.", changes="run")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    return run_main("fetch", lambda: fetch_all(parse_options(argv)))
+    return run_main("fetch", lambda: fetch_all(parse_options(sys.argv[1:] if argv is None else argv)))
 
 
-def parse_options(argv: Sequence[str] | None) -> dict[str, Any]:
+def parse_options(argv: Sequence[str]) -> dict[str, Any]:
     """What the trainer would read of the same command: defaults < recipe < --config < flags."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--dry_run", action="store_true", help="fetch nothing")
-    parser.add_argument("--update_lock", action="store_true", help="fill in checkpoints.lock what is null there")
-    parser.add_argument("--config", type=Path, help="YAML file of the trainer, over configs/flux_dev.yaml")
-    for name in ("gpt_path", "model_revision", "sdmodel_name", *(f"{reward}_path" for reward in CHECKPOINTS)):
-        parser.add_argument(f"--{name}", help="as for the trainer")
-    for name in ("rewards", "held_out"):
-        parser.add_argument(f"--{name}", nargs="+", help="as for the trainer")
-    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    own, reward, others = parse_known((FetchOptions, RewardOptions), argv)
+    config = config_path(argv)
+    if unknown := [word for word in others if not word.startswith("--config") and word != config]:
+        raise UserError(f"unknown argument {unknown[0]!r}: give --config and the flags that name checkpoints")
+    given = {name: value for name, value in vars(own).items() if value not in (None, [])}
+    given |= {name: path for name, path in vars(reward).items() if name.endswith("_path") and path is not None}
     options = dict(DEFAULTS)
-    for path in filter(None, (RECIPE, given.get("config"))):
+    for path in filter(None, (RECIPE, config)):
         try:
-            options |= yaml.safe_load(path.read_text(encoding="utf-8"))
+            options |= yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError, TypeError, ValueError) as error:
             raise UserError(f"--config {path} is no YAML file of `option: value` lines ({one_line(error)})") from error
     return options | given

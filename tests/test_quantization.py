@@ -1,11 +1,8 @@
-"""Claims about quantised renderers, which need the packages of the extra `quantize`; those of fp8 also a GPU.
-
-uv pip install -r pyproject.toml --extra quantize && pytest tests/test_quantization.py
+"""Claims about quantised renderers, which need the packages of the extra `quantize` (`make test-all` brings them);
+those of fp8 also need a GPU. pytest tests/test_quantization.py
 """
 
 from __future__ import annotations
-
-import importlib.util
 
 import pytest
 import torch
@@ -14,13 +11,12 @@ from miniature import build as miniature
 from rendering.levers import PACKAGES, denoiser_of
 from tests.test_levers import SMALL, TEXTS, most
 
+pytestmark = pytest.mark.slow
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.mark.parametrize("name", PACKAGES)
 def test_a_quantised_transformer_keeps_weights_otherwise_draws_nearly_the_same_and_a_row_stays_itself(name):
-    if importlib.util.find_spec(PACKAGES[name]) is None:
-        pytest.skip(f"needs {PACKAGES[name]}, of the extra quantize")
     if name == "fp8" and DEVICE == "cpu":
         pytest.skip("needs a GPU, for products in fp8")
     plain = miniature.renderer(**SMALL, render_device=DEVICE)
