@@ -51,7 +51,7 @@ from evaluation.parses import Parse, around_the_place, by_grammar, freeze, parse
 from rewards import RewardOptions
 from rewards.gdino import iou
 from tests import tiny
-from tests.tiny import SIZE, WORDS, picture, randomize, write_tokenizer
+from tests.tiny import BERT_MARKS, SIZE, WORDS, picture, randomize, write_words
 
 SINGULARS = {"fish": "fish", "dogs": "dog", "mice": "mouse", "people": "person", "boys": "boy",
              "teddy bears": "teddy bear"}  # fmt: skip
@@ -481,8 +481,8 @@ def test_one_category_may_be_asked_for_by_any_file_name_and_others_are_refused(f
 
 
 def write_blip(folder: Path, image_size: int = 480) -> Path:
-    vocabulary = write_tokenizer(folder, ["[PAD]", "[UNK]", "[CLS]"], "[SEP]", ["yes", "no", *WORDS])
-    ids = {"vocab_size": len(vocabulary) + 2, "bos_token_id": len(vocabulary), "pad_token_id": 0}
+    size = write_words(folder, ["yes", "no", *WORDS], BERT_MARKS)["vocab_size"]
+    ids = {"vocab_size": size + 2, "bos_token_id": size, "pad_token_id": 0}
     text = {**SIZE, **ids, "eos_token_id": None, "sep_token_id": None, "max_position_embeddings": 64}
     vision = {**SIZE, "image_size": image_size, "patch_size": 96}
     randomize(BlipForQuestionAnswering(BlipConfig(text_config=text, vision_config=vision))).save_pretrained(folder)
@@ -496,9 +496,7 @@ def write_clip(folder: Path) -> Path:
 
 
 def write_owl(folder: Path) -> Path:
-    vocabulary = write_tokenizer(folder, ["!", "<unk>", "<s>"], "</s>", WORDS)
-    ids = {"bos_token_id": 2, "eos_token_id": len(vocabulary) - 1, "pad_token_id": 0}
-    text = {**SIZE, **ids, "vocab_size": len(vocabulary), "max_position_embeddings": 16}
+    text = {**SIZE, **write_words(folder, WORDS), "max_position_embeddings": 16}
     vision = {**SIZE, "image_size": 64, "patch_size": 16}
     config = Owlv2Config(text_config=text, vision_config=vision, projection_dim=32)
     randomize(Owlv2ForObjectDetection(config)).save_pretrained(folder)

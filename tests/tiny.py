@@ -1,15 +1,17 @@
-"""Random pictures, and tiny random models of the real classes, for the tests of several readers of pictures."""
-
-from __future__ import annotations
+"""What several test files of tiny random models share."""
 
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
+from interfaces import Prompt, Sample
+
+BERT_MARKS, CLIP_MARKS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]"), ("<pad>", "<unk>", "<s>", "</s>")
 WORDS = "a red green blue car dog cat man person photo of is the reading kicked boy waved round square ?".split()
 SIZE = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -18,6 +20,34 @@ def picture(seed: int, width: int = 64, height: int = 64) -> Image.Image:
     """A smooth random picture."""
     coarse = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BILINEAR)
+
+
+def sample(prompt: Prompt | str, *images: Image.Image) -> Sample:
+    return Sample(prompt if isinstance(prompt, Prompt) else Prompt(prompt), "completion", "a rewrite", images)
+
+
+def count_rows(monkeypatch: pytest.MonkeyPatch, module: torch.nn.Module) -> list[int]:
+    """The rows of each forward pass of `module`, from now on."""
+    rows, forward = [], module.forward
+
+    def counted(*args, **kwargs):
+        rows.append(len(next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))))
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(module, "forward", counted)
+    return rows
+
+
+def write_bert_tokenizer(folder: Path, vocab: dict[str, int], marks: tuple[str, ...] = BERT_MARKS) -> None:
+    """BERT's pipeline on a small vocabulary; `marks` are padding, unknown, start and end."""
+    pad, unknown, start, end = marks
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token=unknown))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    brackets = [(name, vocab[name]) for name in (start, end)]
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{start} $A {end}", special_tokens=brackets)
+    tokenizer.decoder = decoders.WordPiece()
+    names = {"pad_token": pad, "unk_token": unknown, "cls_token": start, "sep_token": end}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
 
 
 def randomize(model: torch.nn.Module) -> torch.nn.Module:
@@ -30,24 +60,17 @@ def randomize(model: torch.nn.Module) -> torch.nn.Module:
     return model.eval()
 
 
-def write_tokenizer(folder: Path, marks: list[str], end: str, words: list[str]) -> list[str]:
-    """A tokenizer of whole words; `marks` are padding, unknown and start. Returns its vocabulary."""
-    vocabulary = [*marks, *words, end]
-    inner = Tokenizer(models.WordPiece({word: i for i, word in enumerate(vocabulary)}, unk_token=marks[1]))
-    inner.normalizer, inner.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    brackets = [(name, vocabulary.index(name)) for name in (marks[2], end)]
-    inner.post_processor = processors.TemplateProcessing(single=f"{marks[2]} $A {end}", special_tokens=brackets)
-    names = {"pad_token": marks[0], "unk_token": marks[1], "cls_token": marks[2], "sep_token": end}
-    PreTrainedTokenizerFast(tokenizer_object=inner, **names).save_pretrained(folder)
-    return vocabulary
+def write_words(folder: Path, words: list[str], marks: tuple[str, ...] = CLIP_MARKS) -> dict[str, int]:
+    """A tokenizer of these words between padding, unknown, start (0 to 2) and end (the last); text model's ids."""
+    vocab = {word: i for i, word in enumerate([*marks[:3], *words, marks[3]])}
+    write_bert_tokenizer(folder, vocab, marks)
+    return {"vocab_size": len(vocab), "bos_token_id": 2, "eos_token_id": len(vocab) - 1, "pad_token_id": 0}
 
 
 def write_clip(folder: Path, words: list[str] = WORDS, hidden_act: str = "quick_gelu") -> Path:
-    """A CLIP and its tokenizer, whose end is the highest id."""
-    vocabulary = write_tokenizer(folder, ["<pad>", "<unk>", "<s>"], "</s>", words)
-    ids = {"bos_token_id": 2, "eos_token_id": len(vocabulary) - 1, "pad_token_id": 0}
+    """A CLIP and its tokenizer."""
     size = {**SIZE, "hidden_act": hidden_act}
-    text = {**size, **ids, "vocab_size": len(vocabulary), "max_position_embeddings": 77}
+    text = {**size, **write_words(folder, words), "max_position_embeddings": 77}
     vision = {**size, "image_size": 48, "patch_size": 16}
     randomize(CLIPModel(CLIPConfig(projection_dim=16, text_config=text, vision_config=vision))).save_pretrained(folder)
     return folder
