@@ -430,75 +430,55 @@ def test_dpg_loses_no_proposition(tmp_path):
 # ----- malformed files
 
 
-BAD_ROWS = {  # benchmark -> file, its text, the lines or elements that cannot be read
-    "unigenbench": (
-        "en.csv",
-        csv_of(
-            [
-                [0, "good", dims(["Style"], ["ink"])],
-                [1, "two\nlines", dims(["Style"], ["ink", "two"])],
-                ["x", "b", dims(["Style"], ["ink"])],
-                [3, " ", dims(["Style"], ["ink"])],
-                [4, "d", dims(["Beauty"], ["ink"])],
-                [0, "e", dims(["Style"], ["ink"])],
-                [6, "f", "[]"],
-                [7, "g", dims([], [])],
-                [8, "h"],
-            ],
-            EN,
-        ),
-        [3, *range(5, 12)],
-    ),
-    "wise": (
-        "a.json",
-        json.dumps([*map(wise_row, [1, 0, "3", True, 1001, 1]), wise_row(5, ""), 6]),
-        range(2, 9),
-    ),
-    "geneval2": (
-        "data.jsonl",
-        "\n".join(
-            json.dumps(row)
-            for row in (
-                ROW,
-                [],
-                ROW | {"prompt": 5},
-                ROW | {"atom_count": 2},
-                ROW | {"vqa_list": [["q", "maybe"], ["q", "Yes"], ["q", "Yes"]]},
-                ROW | {"vqa_list": [["q"]]},
-                ROW | {"vqa_list": [], "skills": []},
-                ROW | {"skills": ["count", "object"]},
-                ROW | {"skills": ["count", "object", "smell"]},
-                {name: value for name, value in ROW.items() if name != "skills"},
-            )
-        ),
-        range(2, 11),
-    ),
-    "dpg": (
-        "dpg_bench.csv",
-        csv_of(
-            [
-                dpg_row("a1", 1, "0"),
-                dpg_row("../a", 1, "0"),
-                dpg_row("a1", "x", "0"),
-                dpg_row("a1", 4, "one"),
-                dpg_row("a1", 5, "0", category="smell"),
-                dpg_row("a1", 6, "0", "another text"),
-                dpg_row("a1", 1, "0"),
-                dpg_row("a1", 8, ""),
-                dpg_row("b1", 1, "9"),
-            ],
-            DPG_HEADER,
-        ),
-        range(3, 11),
-    ),
-}
+BAD_UNIGEN = [  # after a good one
+    [0, "good", dims(["Style"], ["ink"])],
+    [1, "two\nlines", dims(["Style"], ["ink", "two"])],
+    ["x", "b", dims(["Style"], ["ink"])],
+    [3, " ", dims(["Style"], ["ink"])],
+    [4, "d", dims(["Beauty"], ["ink"])],
+    [0, "e", dims(["Style"], ["ink"])],
+    [6, "f", "[]"],
+    [7, "g", dims([], [])],
+    [8, "h"],
+]
+BAD_WISE = [*map(wise_row, [1, 0, "3", True, 1001, 1]), wise_row(5, ""), 6]
+BAD_GENEVAL2 = [
+    ROW,
+    [],
+    ROW | {"prompt": 5},
+    ROW | {"atom_count": 2},
+    ROW | {"vqa_list": [["q", "maybe"], ["q", "Yes"], ["q", "Yes"]]},
+    ROW | {"vqa_list": [["q"]]},
+    ROW | {"vqa_list": [], "skills": []},
+    ROW | {"skills": ["count", "object"]},
+    ROW | {"skills": ["count", "object", "smell"]},
+    {name: value for name, value in ROW.items() if name != "skills"},
+]
+BAD_DPG = [
+    dpg_row("a1", 1, "0"),
+    dpg_row("../a", 1, "0"),
+    dpg_row("a1", "x", "0"),
+    dpg_row("a1", 4, "one"),
+    dpg_row("a1", 5, "0", category="smell"),
+    dpg_row("a1", 6, "0", "another text"),
+    dpg_row("a1", 1, "0"),
+    dpg_row("a1", 8, ""),
+    dpg_row("b1", 1, "9"),
+]
 
 
-@pytest.mark.parametrize("name", BAD_ROWS)
-def test_all_malformed_rows_are_named_by_their_place_in_one_message(tmp_path, name):
-    file, text, places = BAD_ROWS[name]
+@pytest.mark.parametrize(
+    "name, text, places",
+    [
+        ("unigenbench", csv_of(BAD_UNIGEN, EN), [3, *range(5, 12)]),
+        ("wise", json.dumps(BAD_WISE), range(2, 9)),
+        ("geneval2", "\n".join(map(json.dumps, BAD_GENEVAL2)), range(2, 11)),
+        ("dpg", csv_of(BAD_DPG, DPG_HEADER), range(3, 11)),
+    ],
+)
+def test_all_malformed_rows_are_named_by_their_line_or_element_in_one_message(tmp_path, name, text, places):
     with pytest.raises(UserError) as caught:
-        BENCHMARKS[name][0](client()).load(write(tmp_path / file, text))
+        BENCHMARKS[name][0](client()).load(write(tmp_path / "given", text))
     assert sorted(map(int, re.findall(r"(?:line|element) (\d+): ", str(caught.value)))) == list(places)
 
 
