@@ -138,45 +138,17 @@ _IRREGULAR = {  # singular -> plural
     "domino": "dominoes",
     "mosquito": "mosquitoes",
     "quiz": "quizzes",
-    # regular ones whose plural reads as another word's:
-    "shoe": "shoes",
-    "horseshoe": "horseshoes",
-    "snowshoe": "snowshoes",
-    "toe": "toes",
-    "hoe": "hoes",
-    "canoe": "canoes",
-    "oboe": "oboes",
-    "doe": "does",
-    "axe": "axes",
-    "pickaxe": "pickaxes",
-    "tie": "ties",
-    "bowtie": "bowties",
-    "pie": "pies",
-    "cookie": "cookies",
-    "movie": "movies",
-    "zombie": "zombies",
-    "brownie": "brownies",
-    "hoodie": "hoodies",
-    "smoothie": "smoothies",
-    "selfie": "selfies",
-    "genie": "genies",
-    "walkie-talkie": "walkie-talkies",
-    "thermos": "thermoses",
-    "lens": "lenses",
-    "iris": "irises",
-    "canvas": "canvases",
-    "atlas": "atlases",
-    "gas": "gases",
-    "trellis": "trellises",
-    "fuse": "fuses",
-    "emu": "emus",
-    "menu": "menus",
-    "tutu": "tutus",
-    "mustache": "mustaches",
-    "quiche": "quiches",
-    "avalanche": "avalanches",
-    "headache": "headaches",
 }
+# Regular plurals that `_singular_word` would take for another word's.
+_IRREGULAR |= {
+    word: f"{word}s"
+    for word in (
+        "shoe horseshoe snowshoe toe hoe canoe oboe doe axe pickaxe tie bowtie pie cookie movie zombie "
+        "brownie hoodie smoothie selfie genie walkie-talkie fuse emu menu tutu mustache quiche avalanche "
+        "headache"
+    ).split()
+}
+_IRREGULAR |= {word: f"{word}es" for word in "thermos lens iris canvas atlas gas trellis".split()}
 _SINGULAR = {plural: singular for singular, plural in _IRREGULAR.items()}
 
 

@@ -13,10 +13,10 @@ mistake teaches the policy to forget, so in doubt it is lost.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from itertools import islice, product
-from typing import NamedTuple
+from itertools import accumulate, islice, pairwise, product
+from typing import Any, NamedTuple
 
 from data.grammar import COLORS, plural, singular
 from interfaces import Prompt
@@ -39,6 +39,7 @@ _NEW = frozenset("a an another".split())  # introduce one more thing
 _KNOWN = frozenset("the this that these those both each every all his her its their my your our".split())
 _DETERMINERS = _NEW | _KNOWN
 _NEGATORS = frozenset("no not without nor neither lacks lacking lack absent minus devoid free".split())
+_CLOSERS = _HARD | {"but", "with", "while", "just", "only"}  # what a negation does not go beyond
 _PREPOSITIONS = frozenset(
     "of in on at by to from into onto with without over under near behind between among through across around along "
     "against inside outside above below beside beneath underneath atop next left right upon toward towards".split()
@@ -71,35 +72,24 @@ _RELATIONS = {
     }.items()
     for phrase in phrases
 }
-_LONGEST = max(map(len, _RELATIONS))
-_PLACES = {  # word of a place -> axis and end; "center" is the middle of both
+_ENDS = {  # word of a place -> axis and end; "center" is the middle of both
     "left": ("x", -1), "right": ("x", 1), "top": ("y", -1), "upper": ("y", -1), "bottom": ("y", 1), "lower": ("y", 1),
     "foreground": ("z", -1), "background": ("z", 1), "center": ("x", 0), "centre": ("x", 0), "middle": ("x", 0),
 }  # fmt: skip
+_PLACES = {words: dict(_ENDS[word] for word in words) for n in (1, 2) for words in product(_ENDS, repeat=n)}
 _PLACE_OPENERS = frozenset("the at in on to far".split())
-_PLACE_PARTS = frozenset("side corner half part edge".split())
-_FRAMES = frozenset("image frame picture scene canvas composition photo view center".split())
 
 
 class _Mention(NamedTuple):
-    """One time that a noun is said.
-
-    Attributes:
-        noun: which.
-        start, end: its words are words[start:end].
-        before: the words of its phrase that stand before it, determiner left out.
-        number: how many things it brings in; None if it speaks of known ones ("the", "both") or gives no number.
-        many: whether it is said in the plural.
-        sentence: index of its sentence.
-    """
+    """One time that a noun is said, as words[start:end]."""
 
     noun: str
     start: int
     end: int
-    before: tuple[str, ...]
-    number: int | None
-    many: bool
-    sentence: int
+    before: tuple[str, ...]  # the words of its phrase before it, without the determiner
+    number: int | None  # how many things it brings in; None for known ones ("the", "both") and without a number
+    many: bool  # said in the plural
+    sentence: int  # index of its sentence
 
 
 def lost(prompt: Prompt, rewrite: str) -> tuple[str, ...]:
@@ -129,7 +119,8 @@ def _missing(prompt: Prompt, asked: _Text, said: _Text) -> list[str]:
             gone.append(f"number {number} {noun}")
     if prompt.spatial and {prompt.spatial[0], prompt.spatial[2]} <= there and not said.has_relation(*prompt.spatial):
         gone.append(f"relation {' '.join(prompt.spatial)}")
-    gone += [f"absence of {thing}" for thing in unwanted if said.brings_in(thing)]
+    said.read(unwanted)
+    gone += [f"absence of {thing}" for thing in unwanted if said.mentions[thing]]
     asked.read(nouns)
     fields = [phrase for phrase in prompt.attr_nouns if asked.mentions.get(_split(phrase, nouns)[0])]
     covered = {*map(str, numbers.values()), *" ".join(fields).split()}
@@ -146,19 +137,12 @@ def _split(phrase: str, nouns: Sequence[str]) -> tuple[str, str]:
 
 def _loose_ends(asked: _Text, said: _Text) -> Iterator[str]:
     """Numbers above one and colours of the text that come up nowhere in the rewrite."""
-    colors = [word for word, no in zip(asked.words, asked.negated, strict=True) if word in COLORS and not no]
-    for color in dict.fromkeys(colors):
-        if color not in said.words:
-            yield f"colour {color}"
     there = {_number(word) or _PAIRS.get(word) for word in said.words}
-    for i, word in enumerate(asked.words):
-        number = _number(word)
-        if number <= 1 or number in there or asked.negated[i]:
-            continue
-        thing = next((w for w in asked.words[i + 1 : i + 4] if singular(w) != w), "")
-        said.read([singular(thing)] if thing else [])
-        if not (thing and said.has_number(singular(thing), number)):
-            yield f"number {number}"
+    for word, denied in dict.fromkeys(zip(asked.words, asked.negated, strict=True)):
+        if word in COLORS and word not in said.words and not denied:
+            yield f"colour {word}"
+        if _number(word) > 1 and _number(word) not in there and not denied:
+            yield f"number {_number(word)}"
 
 
 def _number(word: str) -> int:
@@ -184,32 +168,26 @@ class _Text:
 
     def __init__(self, text: str):
         self.words = _words(text)
-        self.sentences: list[int] = []
-        for word in self.words:
-            last = self.sentences[-1] if self.sentences else 0
-            self.sentences.append(last + (word in _HARD))
+        self.sentences = list(accumulate(word in _HARD for word in self.words))  # number of each word's sentence
         self.negated = self._scopes()
         self.mentions: dict[str, list[_Mention]] = {}
 
     def _scopes(self) -> list[bool]:
-        """Of each word, whether a "no" or "without" before it denies it: "no cups, plates or forks on a table"."""
+        """Of each word, whether a "no" or "without" before it denies it: "no cups, plates or forks; a table"."""
         negated, inside = [], False
         for i, word in enumerate(self.words):
-            after, following = self.words[i - 1 : i], self.words[i + 1 : i + 8]
-            closed = word in _HARD or word in ("but", "with", "while", "just", "only")
-            closed = closed or (word == "," and not {"or", "nor"} & set(following))
-            closed = closed or (word in _DETERMINERS and after in ([","], ["and"]))
-            inside = inside and not closed
+            list_ends = word == "," and {"or", "nor"}.isdisjoint(self.words[i + 1 : i + 8])
+            another = word in _DETERMINERS and self.words[i - 1] == "and"  # "no people and a dog"
+            inside = inside and word not in _CLOSERS and not list_ends and not another
             negated.append(inside)
-            inside = inside or (word in _NEGATORS and (word != "free" or following[:1] == ["of"]))
+            inside = inside or (word in _NEGATORS and (word != "free" or self.words[i + 1 : i + 2] == ["of"]))
         return negated
 
     def negated_things(self) -> list[str]:
         """The singular names of what the text denies: "a kitchen without a lamp" -> ["lamp"]."""
         things, name = [], []
         for word, no in zip([*self.words, "."], [*self.negated, False], strict=True):
-            verb = bool(name) and word.endswith(("ing", "ed"))
-            if no and word.isalpha() and not verb and word not in _UNNAMED:
+            if no and word.isalpha() and word not in _UNNAMED:
                 name.append(word)
             elif name:
                 things.append(singular(" ".join(name)))
@@ -248,24 +226,18 @@ class _Text:
         return _Mention(noun, start, end, before, number, many, self.sentences[start])
 
     def _phrase(self, start: int, lasts: frozenset[str]) -> tuple[int, tuple[str, ...]]:
-        """Where the phrase of a noun opens, and its words between there and the noun.
-
-        "a glossy, red apple" is one phrase, "cups, red apples" is not: a comma is crossed only on the way to a
-        determiner or number, "and" only between two colours.
-        """
-        before, comma = [], None
+        """Where the phrase of a noun opens, and its words between there and the noun; "and" may join two colours."""
+        before = []
         for i in range(start - 1, max(-1, start - 10), -1):
             word = self.words[i]
             if word in _DETERMINERS or _number(word) or word in _PAIRS:
                 return i, tuple(before)
-            if word == ",":
-                comma = len(before) if comma is None else comma
-            elif word in _STOPS or word in _HARD or word in _SOFT or word in lasts:
+            if word in _STOPS or word in _HARD or word in _SOFT or word in lasts:
                 if word != "and" or self.words[i - 1] not in COLORS:
-                    return i, tuple(before[:comma])
+                    return i, tuple(before)
             else:
                 before.append(word)
-        return -1, tuple(before[:comma])
+        return -1, tuple(before)
 
     # ----- what is said of them
 
@@ -285,25 +257,13 @@ class _Text:
         return not _MEANING.get(attribute, frozenset({attribute})).isdisjoint([*mention.before, *told])
 
     def has_number(self, noun: str, number: int) -> bool:
-        """Are there `number` of them: said with that number, or as many brought in one by one?
+        """Are there `number` of them: brought in one by one, or at once?
 
-        Beside "three cats" single ones may come up again ("a cat on the left"), but no more than three, and the
-        number itself in another sentence.
+        Beside "three cats" single ones may come up again ("a cat on the left"), but no more than three.
         """
-        brought = [m for m in self.mentions[noun] if m.number is not None]
-        if sum(m.number for m in brought) == number:
-            return True
-        said = [m for m in brought if m.number == number]
-        others = [m for m in brought if m.number != number]
-        apart = len({m.sentence for m in said}) == len(said)
-        if number == 1:
-            return bool(self.mentions[noun]) and not others and apart
-        return bool(said) and apart and all(m.number == 1 for m in others) and len(others) <= number
-
-    def brings_in(self, thing: str) -> bool:
-        """Is `thing` said anywhere without being denied?"""
-        self.read([thing])
-        return bool(self.mentions[thing])
+        numbers = [m.number for m in self.mentions[noun] if m.number is not None]
+        at_once = numbers.count(number) == 1 and {*numbers} <= {1, number} and len(numbers) <= number + 1
+        return sum(numbers) == number or at_once
 
     # ----- relations
 
@@ -322,11 +282,8 @@ class _Text:
             elif its_axis == axis and (a != b or first == second):
                 spoken.add(1 if (its_sign if a == first else -its_sign) == sign else -1)
         for (a, here), (b, there) in product(list(self._placed(both)), repeat=2):
-            if a is b or (a.noun, b.noun) != (first, second):
-                continue
-            if axis == "near":
-                placed |= {1} if "y" in here and here["y"] == there.get("y") else set()
-            elif axis in here and axis in there and here[axis] != there[axis]:
+            known = a is not b and (a.noun, b.noun) == (first, second) and axis in here and axis in there
+            if known and here[axis] != there[axis]:
                 placed.add(1 if (here[axis] < there[axis]) == (sign < 0) else -1)
         ways = [found for found in (spoken, placed) if found]
         return bool(ways) and all(1 in found for found in ways)
@@ -334,37 +291,37 @@ class _Text:
     def _spoken(self, both: Sequence[_Mention]) -> Iterator[tuple[str, tuple[str, int], str]]:
         """(thing, axis and sign, thing) of each relation that is spoken out between mentions."""
         nouns = list(dict.fromkeys(mention.noun for mention in both))
-        for start, end, meaning in self._phrases():
+        for start, end, meaning in self._find(_RELATIONS):
             sentence = [mention for mention in both if mention.sentence == self.sentences[start]]
-            its = self.words[start] == "its" or self.words[end : end + 1] == ["it"]
-            end += self.words[end : end + 1] == ["it"]
+            ends_in_it = self.words[end : end + 1] == ["it"]
+            end += ends_in_it
             before = [m for m in sentence if m.end <= start]
             after = [m for m in sentence if m.start >= end]
             near = after[0] if after and self._reaches(end, after[0]) else None
             subject, object_ = before[-1] if before else None, near and near.noun
+            its = ends_in_it or self.words[start] == "its"
             if its and len(nouns) == 2:  # "beneath it, a cat", or "a cat beneath it"
                 subject = near or subject
                 object_ = next((noun for noun in nouns if subject and noun != subject.noun), None)
-            elif near and (not before or (subject.noun == near.noun and len(nouns) == 2)):  # "above the dog is a cat"
-                subject = next((m for m in after[1:] if m.noun != near.noun or len(nouns) == 1), None)
+            elif near and not before:  # "above the dog is a cat"
+                subject = next(iter(after[1:]), None)
             if subject and object_:
                 yield subject.noun, meaning, object_
 
-    def _phrases(self) -> Iterator[tuple[int, int, tuple[str, int]]]:
-        """(start, end, axis and sign) of each relation's words, longest first, none within another."""
+    def _find(self, phrases: Mapping[tuple[str, ...], Any]) -> Iterator[tuple[int, int, Any]]:
+        """(start, end, meaning) of each of the `phrases` in the text, longest first, none within another."""
         i = 0
         while i < len(self.words):
-            sizes = (n for n in range(_LONGEST, 0, -1) if tuple(self.words[i : i + n]) in _RELATIONS)
+            sizes = (n for n in range(4, 0, -1) if tuple(self.words[i : i + n]) in phrases)
             if size := next(sizes, 0):
-                yield i, i + size, _RELATIONS[tuple(self.words[i : i + size])]
+                yield i, i + size, phrases[tuple(self.words[i : i + size])]
             i += size or 1
 
     def _reaches(self, i: int, mention: _Mention) -> bool:
         """Is there nothing between word `i` and the mention but what belongs to its phrase?"""
         between = self.words[i : mention.start]
-        between = between[1:] if between[:1] == [","] else between
-        others = [word for word in between if word in _STOPS or word in _HARD or word in _SOFT - {","}]
-        return self._brought(i, mention.start, _DETERMINERS) <= 1 and len(between) <= 8 and not others
+        others = _STOPS.union(_HARD, _SOFT) - {","}
+        return self._brought(i, mention.start, _DETERMINERS) <= 1 and others.isdisjoint(between)
 
     def _brought(self, start: int, end: int, openers: frozenset[str] = _NEW) -> int:
         return sum(word in openers or _number(word) > 0 for word in self.words[start:end])
@@ -374,7 +331,9 @@ class _Text:
     def _placed(self, both: Sequence[_Mention]) -> Iterator[tuple[_Mention, dict[str, int]]]:
         """Mentions with the place that is said of them: "a cat on the left", or "on the left, a cat"."""
         taken, leads = set(), {}
-        for start, end, place in self._place_runs():
+        for start, end, place in self._find(_PLACES):
+            if _PLACE_OPENERS.isdisjoint(self.words[max(0, start - 1) : start]):
+                continue
             number = self.sentences[start]
             sentence = [mention for mention in both if mention.sentence == number]
             before, after = [m for m in sentence if m.end <= start], [m for m in sentence if m.start >= end]
@@ -387,26 +346,10 @@ class _Text:
                 owner = before[-1]
             if owner and owner.start not in taken:
                 taken.add(owner.start)
-                yield owner, place
-
-    def _place_runs(self) -> Iterator[tuple[int, int, dict[str, int]]]:
-        """(start, end, axis -> end of it) of "top left"; what goes on with "of" another thing is no place."""
-        i = 0
-        while i < len(self.words):
-            start = i
-            while i < len(self.words) and self.words[i] in _PLACES:
-                i += 1
-            after = next((j for j in range(i, len(self.words)) if self.words[j] not in _PLACE_PARTS), i)
-            whole = self.words[after : after + 1] != ["of"] or _FRAMES & {*self.words[after : after + 4]}
-            if start < i and start and self.words[start - 1] in _PLACE_OPENERS and whole:
-                place = dict(_PLACES[word] for word in self.words[start:i])
-                yield start, i, place if "z" in place else {"x": 0, "y": 0, **place}
-            i += i == start
+                yield owner, place if "z" in place else {"x": 0, "y": 0, **place}
 
     def _goes_on(self, start: int, end: int) -> bool:
-        """Does no other thing come in after a comma or an "and"? "A cat, a tabby, sits on the left" is one thing."""
+        """Does no other thing come in between? "A cat, a tabby, sits on the left" is one thing."""
         words = self.words[start:end]
-        breaks = [i for i, word in enumerate(words) if word in (",", "and", "while", "or")]
-        if breaks and words[breaks[-1] + 1 : breaks[-1] + 2] and words[breaks[-1] + 1] in _VERBS:
-            return words[breaks[-1]] == ","
-        return not breaks or not self._brought(start + breaks[0], end)
+        inserted = any(word == "," and after in _VERBS for word, after in pairwise(words))
+        return inserted or not self._brought(start, end)

@@ -11,10 +11,10 @@ objects is a COCO class, so GenEval's prompts cannot come up at all.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,11 +25,23 @@ from data.grammar import COLORS, LEAD, TASKS, article, canonical, normalize, plu
 from data.prompts import dump_prompt, load_prompts
 from errors import UserError
 from interfaces import Prompt
+from run.options import option, parse, run_main
 
 RL_STEM, COLD_START = "generation_prompts_1k_filterd", "cold_start_prompts_8k.jsonl"
 MORE_TASKS = ("texture", "shape", "size", "spatial_3d", "negation", "complex", "non")
 _NUMBERS = ("", "one", "two", "three", "four", "five", "six")
 _MISSES = 5_000  # draws in a row without a new prompt after which a task counts as exhausted
+
+
+@dataclass
+class PromptOptions:
+    """Which prompts are made, and where they go."""
+
+    out_dir: str = option("data", "Folder to write to.", changes="nothing")
+    exclude: list[str] = option([], "Benchmark files: .txt, .jsonl, .json.", changes="run")
+    seed: int = option(0, "The same seed gives the same bytes.", changes="run")
+    rl: int = option(1000, "Prompts for GRPO.", changes="run")
+    cold_start: int = option(8000, "Prompts for the cold start.", changes="run")
 
 
 @dataclass
@@ -135,34 +147,7 @@ def _candidates(task: str, rng: random.Random) -> Iterator[Prompt]:
         yield _MAKERS[task](of)
 
 
-# ----- GenEval's six
-
-
-def _single(of: _Decks) -> Prompt:
-    return read(write([of.one("nouns")]))
-
-
-def _two(of: _Decks) -> Prompt:
-    return read(write(of.several("nouns", 2)))
-
-
-def _counting(of: _Decks) -> Prompt:
-    return read(write([of.one("nouns")], count=of.one("counts")))
-
-
-def _colored(of: _Decks) -> Prompt:
-    return read(write([of.one("nouns")], colors=[of.one("colors")]))
-
-
-def _position(of: _Decks) -> Prompt:
-    return read(write(of.several("nouns", 2), relation=of.one("relations")))
-
-
-def _binding(of: _Decks) -> Prompt:
-    return read(write(of.several("nouns", 2), colors=of.several("colors", 2)))
-
-
-# ----- seven more
+# ----- one candidate of a task that the grammar cannot write
 
 
 def _bound(task: str, of: _Decks, attributes: Sequence[str]) -> Prompt:
@@ -172,24 +157,12 @@ def _bound(task: str, of: _Decks, attributes: Sequence[str]) -> Prompt:
     return Prompt(f"{LEAD} {_a(names[0])} and {_a(names[1])}", task, tuple(nouns), names)
 
 
-def _texture(of: _Decks) -> Prompt:
-    return _bound("texture", of, of.several("textures", 2))
-
-
-def _shape(of: _Decks) -> Prompt:
-    return _bound("shape", of, of.several("shapes", 2))
-
-
 def _size(of: _Decks) -> Prompt:
     """Sizes said of each thing, or one in four times by comparison, which no field holds."""
     if not of.one("compared"):
         return _bound("size", of, of.one("sizes")[:: of.one("reversed")])
     first, second = of.several("nouns", 2)
     return Prompt(f"{LEAD} {_a(first)} that is {of.one('comparisons')} {_a(second)}", "size", (first, second))
-
-
-def _depth(of: _Decks) -> Prompt:
-    return read(write(of.several("nouns", 2), relation=of.one("depths")))
 
 
 def _negation(of: _Decks) -> Prompt:
@@ -238,16 +211,16 @@ def _a(name: str) -> str:
 
 
 _MAKERS: dict[str, Callable[[_Decks], Prompt]] = {
-    "single_object": _single,
-    "two_object": _two,
-    "counting": _counting,
-    "colors": _colored,
-    "position": _position,
-    "color_attr": _binding,
-    "texture": _texture,
-    "shape": _shape,
+    "single_object": lambda of: read(write([of.one("nouns")])),
+    "two_object": lambda of: read(write(of.several("nouns", 2))),
+    "counting": lambda of: read(write([of.one("nouns")], count=of.one("counts"))),
+    "colors": lambda of: read(write([of.one("nouns")], colors=[of.one("colors")])),
+    "position": lambda of: read(write(of.several("nouns", 2), relation=of.one("relations"))),
+    "color_attr": lambda of: read(write(of.several("nouns", 2), colors=of.several("colors", 2))),
+    "spatial_3d": lambda of: read(write(of.several("nouns", 2), relation=of.one("depths"))),
+    "texture": lambda of: _bound("texture", of, of.several("textures", 2)),
+    "shape": lambda of: _bound("shape", of, of.several("shapes", 2)),
     "size": _size,
-    "spatial_3d": _depth,
     "negation": _negation,
     "complex": _scene,
     "non": _free,
@@ -297,30 +270,30 @@ def table(rl: Report, cold_start: Report) -> str:
     return "\n".join(f"{task:<14}" + "".join(f"{n:>12}" for n in numbers) for task, *numbers in rows)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line, write the files, print the report."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out_dir", type=Path, default=Path("data"), help="where the files go (default: data)")
-    parser.add_argument("--exclude", type=Path, nargs="*", default=[], help="benchmark files: .txt, .jsonl, .json")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes (default: 0)")
-    parser.add_argument("--rl", type=int, default=1000, help="prompts for GRPO (default: 1000)")
-    parser.add_argument("--cold_start", type=int, default=8000, help="prompts for the cold start (default: 8000)")
-    args = parser.parse_args(argv)
-    try:
-        if min(args.rl, args.cold_start) < 1:
-            raise UserError(f"--rl is {args.rl} and --cold_start {args.cold_start}; give 1 or more")
-        excluded = [prompt for path in args.exclude for prompt in load_prompts(path)]
-        rl, for_rl = make_prompts(f"{args.seed}/rl", args.rl, TASKS, excluded)
-        everything = (*TASKS, *MORE_TASKS)
-        cold, for_cold = make_prompts(f"{args.seed}/cold start", args.cold_start, everything, excluded, rl)
-    except UserError as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-    for path in write_files(rl, cold, args.out_dir):
+def make(options: PromptOptions) -> None:
+    """Write the files and print the report.
+
+    Raises:
+        UserError: a bad option, a benchmark file that cannot be read, or more prompts than exist.
+    """
+    if min(options.rl, options.cold_start) < 1:
+        raise UserError(f"--rl is {options.rl} and --cold_start {options.cold_start}; give 1 or more")
+    excluded = [prompt for path in options.exclude for prompt in load_prompts(path)]
+    rl, for_rl = make_prompts(f"{options.seed}/rl", options.rl, TASKS, excluded)
+    everything = (*TASKS, *MORE_TASKS)
+    cold, for_cold = make_prompts(f"{options.seed}/cold start", options.cold_start, everything, excluded, rl)
+    for path in write_files(rl, cold, Path(options.out_dir)):
         print(f"wrote {path}")
     print(table(for_rl, for_cold))
     print(f"leaks are of {len(excluded)} benchmark prompts; repeats of the cold start are of either file")
     print(f"GRPO: {evenness(rl)}\ncold start: {evenness(cold)}")
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    return run_main("make_prompts", lambda: make(*parse([PromptOptions], None, words)))
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -29,53 +29,37 @@ from data.grammar import (
 from data.intent import lost
 from data.make_prompts import COLD_START, MORE_TASKS, RL_STEM, main, make_prompts
 from data.prompts import dump_prompt, load_prompts
-from data.vocabulary import COUNTS, FORMS, NOUNS, PARTS, SHAPES, TEXTURES
+from data.vocabulary import COUNTS, NOUNS, SHAPES, TEXTURES
 from errors import UserError
+from evaluation.geneval import CLASS_NAMES
 from interfaces import Prompt
 
 ROOT = Path(__file__).resolve().parent.parent
 TXT, JSONL = ROOT / "data" / f"{RL_STEM}.txt", ROOT / "data" / f"{RL_STEM}.jsonl"
 COLD = ROOT / "data" / COLD_START
-COCO = {  # its 80 classes, by the names of COCO and of GenEval
-    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
-    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow",
-    "elephant", "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee",
-    "skis", "snowboard", "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard",
-    "tennis racket", "bottle", "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple",
-    "sandwich", "orange", "broccoli", "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch",
-    "potted plant", "bed", "dining table", "toilet", "tv", "laptop", "mouse", "remote", "keyboard",
-    "cell phone", "microwave", "oven", "toaster", "sink", "refrigerator", "book", "clock", "vase", "scissors",
-    "teddy bear", "hair drier", "toothbrush", "computer mouse", "tv remote", "computer keyboard",
-}  # fmt: skip
+
+
+def geneval(text: str, tag: str, *include: dict) -> dict:
+    return {"tag": tag, "include": [{"count": 1, **item} for item in include], "prompt": f"a photo of {text}"}
+
 
 GENEVAL_ROWS = [
-    {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},
-    {
-        "tag": "two_object",
-        "include": [{"class": "scissors", "count": 1}, {"class": "bowl", "count": 1}],
-        "prompt": "a photo of a scissors and a bowl",
-    },
-    {
-        "tag": "counting",
-        "include": [{"class": "bench", "count": 3}],
-        "exclude": [{"class": "bench", "count": 4}],
-        "prompt": "a photo of three benchs",
-    },
-    {
-        "tag": "colors",
-        "include": [{"class": "tv remote", "count": 1, "color": "black"}],
-        "prompt": "a photo of a black tv remote",
-    },
-    {
-        "tag": "position",
-        "include": [{"class": "person", "count": 1}, {"class": "skateboard", "count": 1, "position": ["above", 0]}],
-        "prompt": "a photo of a skateboard above a person",
-    },
-    {
-        "tag": "color_attr",
-        "include": [{"class": "car", "count": 1, "color": "red"}, {"class": "cup", "count": 1, "color": "orange"}],
-        "prompt": "a photo of a red car and an orange cup",
-    },
+    geneval("a bench", "single_object", {"class": "bench"}),
+    geneval("a scissors and a bowl", "two_object", {"class": "scissors"}, {"class": "bowl"}),
+    geneval("three benchs", "counting", {"class": "bench", "count": 3}),
+    geneval("a black tv remote", "colors", {"class": "tv remote", "color": "black"}),
+    geneval(
+        "a skateboard above a person",
+        "position",
+        {"class": "person"},
+        {"class": "skateboard", "position": ["above", 0]},
+    ),
+    geneval(
+        "a red car and an orange cup",
+        "color_attr",
+        {"class": "car", "color": "red"},
+        {"class": "cup", "color": "orange"},
+    ),
 ]
 T2I_ROWS = [
     {
@@ -108,29 +92,25 @@ def rows_file(path: Path, rows: list) -> Path:
 # ----- read
 
 
-def test_a_single_object_gives_back_its_noun():
-    assert read("a photo of a bench") == Prompt("a photo of a bench", "single_object", ("bench",))
-
-
-def test_a_two_object_prompt_gives_back_its_objects():
-    prompt = read("a photo of a cat and a stop sign")
-    assert (prompt.task, prompt.nouns, prompt.attr_nouns) == ("two_object", ("cat", "stop sign"), ())
-
-
-def test_a_counting_prompt_gives_back_number_and_singular():
-    prompt = read("a photo of three cars")
-    assert (prompt.task, prompt.nouns, prompt.counts) == ("counting", ("car",), (("car", 3),))
-
-
-def test_a_color_prompt_gives_back_its_attribute():
-    prompt = read("a photo of a purple teddy bear")
-    assert (prompt.task, prompt.nouns, prompt.attr_nouns) == ("colors", ("teddy bear",), ("purple teddy bear",))
-
-
-def test_attribute_binding_keeps_each_color_with_its_noun():
-    prompt = read("a photo of a red apple and a green vase")
-    assert (prompt.task, prompt.nouns) == ("color_attr", ("apple", "vase"))
-    assert prompt.attr_nouns == ("red apple", "green vase")
+@pytest.mark.parametrize(
+    "fields",
+    [
+        ("a photo of a bench", "single_object", ("bench",)),
+        ("a photo of a cat and a stop sign", "two_object", ("cat", "stop sign")),
+        ("a photo of three cars", "counting", ("car",), (), None, (("car", 3),)),
+        ("a cat and three dogs", "counting", ("cat", "dog"), (), None, (("cat", 1), ("dog", 3))),
+        ("a photo of three blue cars", "counting", ("car",), ("blue car",), None, (("car", 3),)),
+        ("a photo of a purple teddy bear", "colors", ("teddy bear",), ("purple teddy bear",)),
+        ("a photo of an orange", "single_object", ("orange",)),
+        ("a photo of an orange orange", "colors", ("orange",), ("orange orange",)),
+        ("a red cup and a green vase", "color_attr", ("cup", "vase"), ("red cup", "green vase")),
+        ("a red cup and a green cup", "color_attr", ("cup", "cup"), ("red cup", "green cup")),
+        ("a red cup and a vase", "color_attr", ("cup", "vase"), ("red cup", "vase")),
+        ("a red cup above a hat", "position", ("cup", "hat"), ("red cup", "hat"), ("cup", "above", "hat")),
+    ],
+)
+def test_a_prompt_gives_back_its_fields(fields):
+    assert read(fields[0]) == Prompt(*fields)
 
 
 @pytest.mark.parametrize("relation", RELATIONS)
@@ -138,35 +118,6 @@ def test_every_relation_is_read_as_its_locality(relation):
     prompt = read(f"a photo of a dog {relation} a hot dog")
     assert (prompt.task, prompt.nouns) == ("position", ("dog", "hot dog"))
     assert prompt.spatial == ("dog", RELATIONS[relation], "hot dog")
-
-
-def test_a_position_prompt_keeps_its_colors():
-    prompt = read("a photo of a red circle left of a green square")
-    assert prompt.spatial == ("circle", "left of", "square")
-    assert (prompt.nouns, prompt.attr_nouns) == (("circle", "square"), ("red circle", "green square"))
-
-
-def test_a_counting_prompt_keeps_its_color():
-    prompt = read("a photo of three blue squares")
-    assert (prompt.nouns, prompt.attr_nouns, prompt.counts) == (("square",), ("blue square",), (("square", 3),))
-
-
-def test_the_same_noun_may_come_twice():
-    prompt = read("a photo of a red circle and a green circle")
-    assert (prompt.nouns, prompt.attr_nouns) == (("circle", "circle"), ("red circle", "green circle"))
-
-
-def test_one_named_color_leaves_attributes_in_step_with_nouns():
-    assert read("a photo of a red apple and a vase").attr_nouns == ("red apple", "vase")
-
-
-def test_two_numbers_are_two_counts():
-    assert read("a cat and three dogs").counts == (("cat", 1), ("dog", 3))
-
-
-def test_a_lone_orange_is_a_fruit_and_an_orange_orange_has_a_color():
-    assert read("a photo of an orange").nouns == ("orange",)
-    assert read("a photo of an orange orange").attr_nouns == ("orange orange",)
 
 
 @pytest.mark.parametrize("text", ["a cat and a dog", "A photo of a cat and a DOG.", "image of the cat  and a dog"])
@@ -221,29 +172,20 @@ def test_read_never_raises():
     ("one", "many"),
     [
         ("mouse", "mice"),
-        ("knife", "knives"),
         ("sheep", "sheep"),
-        ("scissors", "scissors"),
         ("bench", "benches"),
         ("person", "people"),
         ("teddy bear", "teddy bears"),
         ("wine glass", "wine glasses"),
         ("bus", "buses"),
         ("horse", "horses"),
-        ("vase", "vases"),
-        ("house", "houses"),
         ("box", "boxes"),
-        ("toothbrush", "toothbrushes"),
         ("cherry", "cherries"),
         ("key", "keys"),
-        ("cookie", "cookies"),
         ("tie", "ties"),
         ("tomato", "tomatoes"),
         ("piano", "pianos"),
         ("canoe", "canoes"),
-        ("axe", "axes"),
-        ("prize", "prizes"),
-        ("taxi", "taxis"),
         ("emu", "emus"),
     ],
 )
@@ -312,6 +254,8 @@ def test_write_names_the_value_it_refuses(arguments, value):
         ("a photo of two benchs", "two benches"),
         ("a photo of a grey cat", "a photo of a gray cat"),
         ("Rain  at night", "rain at night"),
+        ("a photo of a drum behind a key", "a key in front of a drum"),
+        ("a drum hidden by a key", "a drum behind a key"),
     ],
 )
 def test_one_request_has_one_canonical_form(one, other):
@@ -329,6 +273,7 @@ def test_one_request_has_one_canonical_form(one, other):
         ("a photo of two red cats", "a photo of two cats"),
         ("a photo of a cat", "a photo of a red cat"),
         ("a photo of a cat and a dog", "a photo of a cat next to a dog"),
+        ("a drum behind a key", "a key behind a drum"),
     ],
 )
 def test_different_requests_have_different_canonical_forms(one, other):
@@ -345,17 +290,10 @@ def test_a_text_file_may_have_bom_blank_lines_and_crlf(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json"])
-def test_t2i_r1_rows_give_all_fields(tmp_path, suffix):
-    spatial, numeracy, color, other = load_prompts(rows_file(tmp_path / f"p{suffix}", T2I_ROWS))
-    assert (spatial.task, spatial.spatial) == ("position", ("car", "below", "zebra"))
-    assert (numeracy.task, numeracy.counts) == ("counting", (("coaster", 4),))
-    assert (color.task, color.attr_nouns) == ("color_attr", ("purple elephant", "blue teddy bear"))
+def test_t2i_r1_rows_say_what_the_grammar_reads_and_more(tmp_path, suffix):
+    *known, other = load_prompts(rows_file(tmp_path / f"p{suffix}", T2I_ROWS))
+    assert known == [read(row["prompt"]) for row in T2I_ROWS[:3]]
     assert (other.task, other.nouns) == ("complex", ("pebble", "river"))
-
-
-def test_t2i_r1_rows_say_what_the_grammar_reads(tmp_path):
-    prompts = load_prompts(rows_file(tmp_path / "p.jsonl", T2I_ROWS[:3]))
-    assert prompts == [read(row["prompt"]) for row in T2I_ROWS[:3]]
 
 
 def test_null_fields_are_absent_fields(tmp_path):
@@ -393,37 +331,38 @@ def row(**changes) -> bytes:
     return json.dumps(T2I_ROWS[0] | changes).encode()
 
 
-BAD_FILES = {
-    "empty.txt": (b"\n \n", "one prompt a line"),
-    "latin.txt": (b"caf\xe9", "not UTF-8 (byte 3)"),
+BAD_FILES = {  # name -> content, and what the error names
+    "empty.txt": (b"\n \n", "empty.txt"),
+    "latin.txt": (b"caf\xe9", "byte 3"),
     "prompts.csv": (b"a cat", "'.csv'"),
-    "broken.jsonl": (b'{"prompt": "a cat"}\n\n{"prompt": ', "line 3: not JSON"),
-    "array.json": (b'[{"prompt": "a cat"}]', "line 1: a list"),
-    "deep.json": (b"[" * 100_000, "line 1: not JSON"),
-    "no_prompt.jsonl": (b'{"nouns": ["cat"]}', "line 1: prompt is None"),
-    "blank.jsonl": (b'{"prompt": " "}', "prompt is ' '"),
-    "number.jsonl": (b'{"prompt": 7}', "prompt is 7"),
-    "surrogate.jsonl": (b'{"prompt": "a \\ud800"}', "surrogate"),
-    "task.jsonl": (row(task_type="spacial"), "task_type is 'spacial'"),
-    "nouns.jsonl": (row(nouns="car"), "nouns is 'car'"),
-    "stranger.jsonl": (row(nouns=["car", "dog"]), "'zebra' is not among its nouns"),
+    "broken.jsonl": (b'{"prompt": "a cat"}\n\n{"prompt": ', "line 3"),
+    "array.json": (b'[{"prompt": "a cat"}]', "list"),
+    "deep.json": (b"[" * 100_000, "line 1"),
+    "no_prompt.jsonl": (b'{"nouns": ["cat"]}', "None"),
+    "blank.jsonl": (b'{"prompt": " "}', "' '"),
+    "number.jsonl": (b'{"prompt": 7}', "7"),
+    "surrogate.jsonl": (b'{"prompt": "a \\ud800"}', "ud800"),
+    "task.jsonl": (row(task_type="spacial"), "'spacial'"),
+    "nouns.jsonl": (row(nouns="car"), "'car'"),
+    "stranger.jsonl": (row(nouns=["car", "dog"]), "'zebra'"),
     "locality.jsonl": (row(spatial_info={"obj1": "car", "obj2": "zebra", "locality": "inside"}), "'inside'"),
     "half_info.jsonl": (row(spatial_info={"obj1": "car"}), "locality"),
-    "no_info.jsonl": (row(spatial_info=None), "without spatial_info"),
-    "no_count.jsonl": (row(task_type="numeracy"), "without numeracy_info"),
-    "zero.jsonl": (row(numeracy_info=[{"obj_name": "car", "num": 0}]), "num of 'car' is 0"),
-    "flat.jsonl": (row(numeracy_info=3), "TypeError"),
-    "tag.jsonl": (b'{"prompt": "a cat", "tag": "colour", "include": []}', "tag is 'colour'"),
-    "target.jsonl": (b'{"prompt": "a cat", "tag": "position", "include": []}', "IndexError"),
+    "no_info.jsonl": (row(spatial_info=None), "spatial_info"),
+    "no_count.jsonl": (row(task_type="numeracy"), "numeracy_info"),
+    "zero.jsonl": (row(numeracy_info=[{"obj_name": "car", "num": 0}]), "0"),
+    "flat.jsonl": (row(numeracy_info=3), "int"),
+    "tag.jsonl": (b'{"prompt": "a cat", "tag": "colour", "include": []}', "'colour'"),
+    "target.jsonl": (b'{"prompt": "a cat", "tag": "position", "include": []}', "line 1"),
+    "missing.txt": (None, "missing.txt"),
 }
 
 
-@pytest.mark.parametrize("name", [*BAD_FILES, "missing.txt"])
+@pytest.mark.parametrize("name", BAD_FILES)
 def test_a_bad_file_is_one_named_error_of_one_line(tmp_path, name):
-    content, message = BAD_FILES.get(name, (None, "cannot be read"))
+    content, named = BAD_FILES[name]
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=re.escape(message)) as caught:
+    with pytest.raises(UserError, match=re.escape(named)) as caught:
         load_prompts(tmp_path / name)
     assert name in str(caught.value) and "\n" not in str(caught.value)
 
@@ -475,8 +414,8 @@ def test_the_fields_of_a_prompt_say_what_its_text_says():
 
 
 def test_a_prompt_keeps_its_own_intent_and_an_empty_room_does_not():
-    for prompt in load_prompts(COLD)[::7]:
-        assert lost(prompt, prompt.text) == (), prompt
+    for prompt in [*load_prompts(JSONL), *load_prompts(COLD)[::7]]:
+        assert lost(prompt, f"{prompt.text}, soft light") == (), prompt
         assert f"object {prompt.nouns[0]}" in lost(prompt, "an empty room")
 
 
@@ -484,7 +423,6 @@ def test_rewards_get_what_they_need_of_each_type():
     of = {task: [p for p in load_prompts(COLD) if p.task == task] for task in MORE_TASKS}
     for task in ("texture", "shape"):
         assert all(len(p.nouns) == len(p.attr_nouns) == 2 for p in of[task])
-    assert sum(bool(p.attr_nouns) for p in of["size"]) > len(of["size"]) / 2
     assert all(p.spatial[1] in ("in front of", "behind", "hidden by") for p in of["spatial_3d"])
     assert all(len(p.nouns) == 3 and p.counts and p.spatial for p in of["complex"])
     for prompt in of["negation"]:
@@ -492,15 +430,6 @@ def test_rewards_get_what_they_need_of_each_type():
         assert absent in NOUNS and absent not in prompt.nouns
     assert all(read(prompt.text) == Prompt(prompt.text) for prompt in of["non"])  # nothing that a template would say
     assert {bool(p.attr_nouns) for p in of["non"]} == {bool(p.counts) for p in of["non"]} == {True, False}
-
-
-def test_free_sentences_are_many_and_their_fixed_words_name_no_object():
-    fixed = " ".join(
-        [*(form for forms in FORMS.values() for form in forms), *(w for part in PARTS.values() for w in part)]
-    )
-    words = re.sub(r"\{\w+\}|[^\w\s]", " ", fixed).split()
-    assert not {singular(word) for word in words} & {*NOUNS} and not {*words} & {*COLORS}
-    assert sum(len(forms) for forms in FORMS.values()) >= 40
 
 
 def test_the_committed_files_are_what_the_program_makes(tmp_path):
@@ -519,24 +448,6 @@ def test_the_readme_has_the_hashes_of_the_files():
         assert hashlib.sha256(file.read_bytes()).hexdigest() in readme
 
 
-def test_the_examples_of_the_readme_are_in_the_files():
-    found = re.findall(
-        r"^\| (\w+) \| (\d+|-) \| (\d+) \| (.+) \|$", (ROOT / "data" / "README.md").read_text(), re.MULTILINE
-    )
-    rl, cold = ({p.text: p for p in load_prompts(file)} for file in (JSONL, COLD))
-    assert [task for task, *_ in found] == [*TASKS, *MORE_TASKS]
-    for task, in_rl, in_cold, text in found:
-        assert (rl | cold)[text].task == task
-        assert sum(p.task == task for p in rl.values()) == int(in_rl.replace("-", "0"))
-        assert sum(p.task == task for p in cold.values()) == int(in_cold)
-
-
-def test_the_program_also_runs_as_a_module(tmp_path):
-    small = ["--rl", "12", "--cold_start", "26", "--out_dir", str(tmp_path)]
-    subprocess.run([sys.executable, "-m", "data.make_prompts", *small], cwd=ROOT, capture_output=True, check=True)
-    assert len(load_prompts(tmp_path / TXT.name)) == 12 and len(load_prompts(tmp_path / COLD.name)) == 26
-
-
 def test_nouns_are_many_distinct_and_plain():
     assert len(set(NOUNS)) == len(NOUNS) >= 280
     assert all(re.fullmatch(r"[a-z]+( [a-z]+){0,2}", noun) for noun in NOUNS)
@@ -548,21 +459,7 @@ def test_nouns_are_many_distinct_and_plain():
 
 
 def test_no_object_is_one_of_coco():
-    assert {*NOUNS}.isdisjoint(COCO)
-
-
-def test_another_seed_makes_other_prompts():
-    first, second = ({prompt.text for prompt in make_prompts(seed, 300)[0]} for seed in (0, 1))
-    assert len(first - second) > 100
-
-
-def test_grpos_prompts_of_another_seed_are_not_those_of_the_cold_start(tmp_path):
-    main(["--seed", "1", "--cold_start", "13", "--out_dir", str(tmp_path)])
-    cold = {canonical(prompt) for prompt in load_prompts(COLD)}
-    again = [p.task for p in load_prompts(tmp_path / JSONL.name) if canonical(p) in cold]
-    assert (
-        not {"position", "color_attr"} & {*again} and len(again) < 250
-    )  # of the small tasks, a share comes by chance
+    assert {*NOUNS}.isdisjoint([*CLASS_NAMES, "mouse", "remote", "keyboard"])  # GenEval's names, and COCO's own
 
 
 def test_excluded_prompts_come_up_in_no_wording(tmp_path, capsys):
@@ -587,29 +484,17 @@ def reworded(prompt: Prompt) -> str:
     return f"{article(second)} {second} {turned[relation]} {article(first)} {first}"
 
 
-def test_more_than_can_be_made_is_a_clear_error(tmp_path):
-    with pytest.raises(UserError, match=f"only {len(NOUNS)} of 1000 prompts of single_object exist"):
+def test_more_prompts_than_exist_are_refused_with_their_number():
+    with pytest.raises(UserError, match=f"{len(NOUNS)} of 1000 .* single_object"):
         make_prompts(0, 1000, ["single_object"])
 
 
-def test_none_at_all_is_refused_before_anything_is_written(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["--rl", "0", "--out_dir", str(tmp_path / "new")])
-    assert stopped.value.code == 2 and "--rl is 0" in capsys.readouterr().err and not (tmp_path / "new").exists()
+@pytest.mark.parametrize(("options", "named"), [(["--rl", "0"], "0"), (["--exclude", "/nowhere.txt"], "/nowhere.txt")])
+def test_a_wrong_option_is_exit_code_2_before_anything_is_written(tmp_path, capsys, options, named):
+    assert main([*options, "--out_dir", str(tmp_path / "new")]) == 2
+    assert named in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
 def test_what_an_exhausted_task_drew_in_vain_is_not_reported_as_dropped():
     _, report = make_prompts(0, 2 * len(NOUNS), ["single_object", "two_object"])
     assert report.kept["single_object"] == len(NOUNS) and report.repeats["single_object"] == 0
-
-
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        ("a photo of a drum behind a key", "a key in front of a drum"),
-        ("a drum hidden by a key", "a drum behind a key"),
-    ],
-)
-def test_relations_in_depth_are_read_and_equal_their_inverses(one, other):
-    assert read(one).task == "spatial_3d" and canonical(read(one)) == canonical(read(other))
-    assert canonical(read(one)) != canonical(read("a key behind a drum"))

@@ -14,7 +14,6 @@ import r1_prompter
 from errors import UserError
 from models import weights
 from models.policy import load_policy
-from rendering import RenderOptions, load_renderer
 from scripts import fetch
 from tests.hub_server import COMMIT, Hub, Repo
 
@@ -57,9 +56,7 @@ def test_what_a_run_reads_is_fetched_and_nothing_else_and_once(hub, tmp_path, ca
     assert fetch.main(RUN) == 0
     assert kept(tmp_path) == {name: FILES[name] for name in ("config.json", "model.safetensors")}
     said = capsys.readouterr().out
-    assert (
-        "miniature/weights/flux, on this disk" in said and "tiny/policy, 0.2 MB, 0.2 MB to fetch, licence: MIT" in said
-    )
+    assert "miniature/weights/flux" in said and "tiny/policy, 0.2 MB, 0.2 MB to fetch, licence: MIT" in said
     hub.fetched.clear()
     assert fetch.main(RUN) == 0
     assert not hub.fetched and "0.0 MB to fetch" in capsys.readouterr().out
@@ -90,16 +87,7 @@ def test_wrong_bytes_are_refused_by_name_and_kept(hub, tmp_path, capsys):
     assert kept(tmp_path)["model.safetensors"] == wrong
 
 
-def test_a_hub_that_publishes_another_hash_than_the_lock_is_not_believed(hub, capsys):
-    entry = yaml.safe_load(weights.LOCK.read_text())
-    entry["tiny/policy"]["files"]["model.safetensors"]["sha256"] = "0" * 64
-    weights.LOCK.write_text(yaml.safe_dump(entry))
-    weights.lock.cache_clear()
-    assert fetch.main(RUN) == 2
-    assert "0" * 64 in capsys.readouterr().err
-
-
-def test_the_lock_is_filled_with_what_the_hub_publishes_and_then_holds(hub, tmp_path, capsys):
+def test_the_lock_is_filled_with_what_the_hub_publishes(hub, capsys):
     assert fetch.main([*RUN, "--update_lock"]) == 0
     digest = hashlib.sha256(WEIGHTS).hexdigest()
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("checkpoints.lock: ")]
@@ -107,11 +95,6 @@ def test_the_lock_is_filled_with_what_the_hub_publishes_and_then_holds(hub, tmp_
     assert weights.LOCK.read_text().startswith("# a comment\n")
     known = weights.locked("tiny/policy")
     assert known.revision == COMMIT and known.files == {"model.safetensors": {"size": 204800, "sha256": digest}}
-    snapshot = tmp_path / "hub" / "models--tiny--policy" / "snapshots" / COMMIT
-    weights.verify(snapshot)
-    (snapshot / "model.safetensors").resolve().write_bytes(WEIGHTS[::-1])
-    with pytest.raises(UserError, match=digest):
-        weights.verify(snapshot)
 
 
 def test_a_gated_repository_is_fetched_only_with_a_token_that_has_access(hub, capsys, monkeypatch):
@@ -130,30 +113,12 @@ def test_what_cannot_fit_on_the_disk_is_refused_before_anything_is_written(hub, 
 
 
 @pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        (["--gpt_path", "no/such"], "no/such"),
-        (["--sdmodel_name", "/nowhere/flux"], "/nowhere/flux"),
-        (["--hps_path", "/nowhere.pt", "--rewards", "hps"], "/nowhere.pt"),
-        (["--rewards", "hsp"], "hsp"),
-        (["--config", "/nowhere.yaml"], "/nowhere.yaml"),
-    ],
+    "options",
+    [["--gpt_path", "no/such"], ["--sdmodel_name", "/nowhere"], ["--rewards", "hps", "--hps_path", "/no.pt"]],
 )
-def test_a_wrong_option_is_one_line_that_names_it_and_exit_code_2(hub, capsys, options, named):
+def test_a_checkpoint_that_is_nowhere_is_named_with_exit_code_2(hub, capsys, options):
     assert fetch.main([*RUN, *options]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and named in said
-
-
-def test_an_unknown_flag_fetches_nothing(hub):
-    assert fetch.main([*RUN, "--dry_rum"]) == 2
-    assert not hub.fetched
-
-
-def test_without_a_network_nothing_is_tried(hub, capsys, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert fetch.main(RUN) == 2
-    assert "HF_HUB_OFFLINE" in capsys.readouterr().err
+    assert options[-1] in capsys.readouterr().err
 
 
 def repositories(*argv: str) -> dict[str, str]:
@@ -179,26 +144,12 @@ def test_an_adapters_base_model_is_what_is_fetched(tmp_path):
     assert repositories(*RUN, "--gpt_path", str(tmp_path)) == {"policy": "Qwen/Qwen2.5-3B-Instruct"}
 
 
-# A run that is not told to fetch first -----------------------------------------------------------------------------
-
-
-def served(name: str) -> Repo:
-    folder = Path("miniature/weights") / name
-    return Repo(
-        {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    )
-
-
-@pytest.mark.parametrize("name", ["policy", "flux"])
-def test_a_run_that_downloads_loads_nothing_that_the_lock_does_not_know(hub, name):
-    weight = "model.safetensors" if name == "policy" else "transformer/diffusion_pytorch_model.safetensors"
-    hub.repos[f"tiny/{name}"] = served(name)
-    load = (lambda: load_policy(f"tiny/{name}", device="cpu")) if name == "policy" else (
-        lambda: load_renderer(RenderOptions(sdmodel_name=f"tiny/{name}"), "cpu")
-    )  # fmt: skip
-    load()
-    rows = {"revision": COMMIT, "files": {weight: {"size": None, "sha256": "0" * 64}}}
-    weights.LOCK.write_text(yaml.safe_dump({f"tiny/{name}": {"licence": "MIT", **rows}}))
+def test_a_run_that_downloads_loads_nothing_that_the_lock_does_not_know(hub):
+    folder = Path("miniature/weights/policy")
+    hub.repos["tiny/policy"] = Repo({path.name: path.read_bytes() for path in folder.iterdir()})
+    load_policy("tiny/policy", device="cpu")
+    rows = {"revision": COMMIT, "files": {"model.safetensors": {"size": None, "sha256": "0" * 64}}}
+    weights.LOCK.write_text(yaml.safe_dump({"tiny/policy": {"licence": "MIT", **rows}}))
     weights.lock.cache_clear()
-    with pytest.raises(UserError, match=f"checkpoints.lock says {'0' * 64}"):
-        load()
+    with pytest.raises(UserError, match="0" * 64):
+        load_policy("tiny/policy", device="cpu")

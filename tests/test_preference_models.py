@@ -24,27 +24,16 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from errors import UserError
-from interfaces import Prompt, Sample
+from interfaces import Sample
 from models.weights import locked
 from rewards import imagereward
 from rewards.imagereward import ImageReward
 from rewards.pickscore import PickScore
+from tests.tiny import count_rows, picture, sample
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.3, 0.2, 0.1]
 WORDS = "a red green blue circle square two three left right of and".split()
-EMOJI = (
-    "a red 🟥 circle \ud83d" + " of 🦊👩‍👩‍👧" * 200
-)  # a lone surrogate, and far more tokens than either model reads
-
-
-def picture(seed: int, width: int = 64, height: int = 64) -> Image.Image:
-    """A smooth random picture."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BILINEAR)
-
-
-def sample(text: str, *images: Image.Image) -> Sample:
-    return Sample(Prompt(text), "completion", "a rewrite", images)
+EMOJI = "a red 🟥 circle \ud83d" + " of 🦊" * 200  # a lone surrogate, and far more tokens than either model reads
 
 
 def samples() -> list[Sample]:
@@ -204,18 +193,6 @@ def liking(folders) -> ImageReward:
     return ImageReward(folders["imagereward"], device="cpu", batch_size=3)
 
 
-def counted(monkeypatch, module: torch.nn.Module) -> list[int]:
-    """The rows of each forward pass of `module`, from now on."""
-    rows, original = [], module.forward
-
-    def count(*args, **kwargs):
-        rows.append(len(next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))))
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(module, "forward", count)
-    return rows
-
-
 def test_pickscore_is_the_scaled_cosine_of_the_features(pick):
     one = samples()[1]
     ids = pick.tokenizer([one.prompt.text], return_tensors="pt").input_ids
@@ -247,12 +224,6 @@ def test_every_weight_has_its_original_name_and_comes_back(parts, liking):
     assert [imagereward.our_name(name) for name in originals] == list(ours)
 
 
-def test_a_score_beyond_the_range_of_imagereward_is_handed_on_not_clamped(liking, monkeypatch):
-    before = liking(samples()[:1])[0]
-    monkeypatch.setattr(liking.model.head[-1].bias, "data", liking.model.head[-1].bias + 100)
-    assert liking(samples()[:1]) == [pytest.approx(before + 100 / 1.0333394966054072, abs=1e-3)]
-
-
 def test_the_published_sizes_are_vit_l_16_at_224_pixels():
     with torch.device("meta"):
         model = imagereward.Network(imagereward.VISION, {**TEXT, "vocab_size": 30524, "hidden_size": 768,
@@ -268,25 +239,15 @@ def test_the_published_sizes_are_vit_l_16_at_224_pixels():
     assert 445e6 < sum(np.prod(shape) for shape in shapes.values()) < 446.7e6
 
 
-EVEN, ODD = [(64, 64), (48, 30), (20, 10), (48, 48), (40, 100)], [(100, 37), (37, 101)]  # margin left by the cut
-
-
-@pytest.mark.parametrize("width, height", EVEN + ODD)
+@pytest.mark.parametrize("width, height", [(64, 64), (48, 30), (20, 10), (40, 100), (100, 37), (37, 101)])
 def test_imagereward_resizes_by_the_shorter_side_cuts_the_centre_then_normalises(liking, width, height):
     image = picture(3, width, height)
     np.testing.assert_allclose(liking.preprocess(image).numpy(), cropped(image).numpy(), atol=1e-5)
 
 
-@pytest.mark.parametrize("width, height", EVEN)
-def test_pickscore_sees_pictures_as_clips_processor_on_pil_does(pick, width, height):
-    image = picture(3, width, height)
-    shown = pick.processor([image], return_tensors="pt")["pixel_values"][0]
-    np.testing.assert_allclose(shown.numpy(), cropped(image).numpy(), atol=1e-5)
-
-
 def test_imagereward_reads_each_distinct_pair_of_picture_and_prompt_once(liking, monkeypatch):
     one, two = picture(1), picture(2)
-    rows = counted(monkeypatch, liking.model.text)
+    rows = count_rows(monkeypatch, liking.model.text)
     pairs = [sample("a red circle", one), sample("two", one), sample("a red circle", one, two), sample("two", one)]
     liking(pairs)
     assert rows == [3]
@@ -340,10 +301,7 @@ def change(lost: str = "", **new: object):
 
 BAD = {  # kind, file, how it is changed, what the error names
     "another crop": ("pickscore", "preprocessor_config.json", change(crop_size={"height": 40, "width": 48}), "40x48"),
-    "no activation": ("imagereward", "med_config.json", change("hidden_act"), "hidden_act"),
     "no standard deviation": ("imagereward", "vision_config.json", change("image_std"), "image_std"),
-    "a width in words": ("imagereward", "med_config.json", change(hidden_size="wide"), ""),
-    "heads that do not divide": ("imagereward", "med_config.json", change(num_attention_heads=5), ""),
     "another vocabulary": ("imagereward", "med_config.json", change(vocab_size=18), "size mismatch"),
     "an unknown weight": ("imagereward", WEIGHTS, change(**{"blip.text_encoder.pooler": torch.ones(1)}), "pooler"),
 }  # fmt: skip
@@ -365,8 +323,6 @@ def test_a_folder_whose_parts_do_not_fit_is_refused(bad, tmp_path, parts):
 
 def test_imagereward_refuses_another_models_words(tmp_path, parts):
     folder = write_imagereward(tmp_path, parts, pickled=False)
-    BertTokenizer(vocab={w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])}).save_pretrained(
-        folder
-    )
-    with pytest.raises(UserError, match=f"7 entries .* {TEXT['vocab_size']}"):
+    BertTokenizer(vocab={"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4}).save_pretrained(folder)
+    with pytest.raises(UserError, match=str(TEXT["vocab_size"])):
         ImageReward(folder, device="cpu")

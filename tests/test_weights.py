@@ -25,7 +25,7 @@ from models import weights
 from models.policy import load_policy, load_tokenizer, prepare_policy, record_base_model
 from models.weights import lock, locked, read_weights, verify
 from rendering import RenderOptions, load_renderer
-from rewards import CHECKPOINTS, RewardOptions, gdino, git, hps, imagereward, orm, pickscore
+from rewards import CHECKPOINTS, RewardOptions, hps
 
 MINIATURE = Path("miniature/weights")
 COMMIT = "0123456789abcdef" * 2 + "01234567"
@@ -39,7 +39,7 @@ def cache(monkeypatch, tmp_path) -> Path:
     return tmp_path / "xdg" / "r1-prompter" / "verified.json"
 
 
-# A pickle that would run code ----------------------------------------------------------------------------------------
+# ----- A pickle that would run code
 
 
 class Intruder:
@@ -59,9 +59,6 @@ def prepare(path: Path) -> object:
 
 PLACES = {  # reader -> place of the pickle in a copy of the miniature's weights, the file it replaces, how it is read
     "hps": ("hps.pt", None, lambda path: hps.HPS(path, device="cpu")),
-    "imagereward": ("imagereward/ImageReward.pt", "ImageReward.safetensors",
-                    lambda path: imagereward.ImageReward(path.parent, device="cpu")),
-    "git": ("git/pytorch_model.bin", "model.safetensors", lambda path: git.GIT(path.parent, device="cpu")),
     "renderer": ("flux/transformer/diffusion_pytorch_model.bin", "diffusion_pytorch_model.safetensors",
                  lambda path: load_renderer(RenderOptions(sdmodel_name=str(path.parents[1])), "cpu")),
     "policy": ("policy/pytorch_model.bin", "model.safetensors", lambda path: load_policy(str(path.parent))),
@@ -91,7 +88,7 @@ def test_a_pickle_that_would_run_code_is_refused_in_one_line_before_it_runs(tmp_
     assert target.exists(), "the intruder is harmless, so refusing it proves nothing"
 
 
-# Reading -------------------------------------------------------------------------------------------------------------
+# ----- Reading
 
 
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pt", "w.pth", "w.bin", "old.pt"])
@@ -121,21 +118,15 @@ def test_a_file_that_holds_anything_but_tensors_is_refused_in_one_line(tmp_path)
     assert torch.equal(read_weights(tmp_path / "nested.pt", under="a")["a"], TENSORS["a"])
 
 
-@pytest.mark.parametrize("damage", ["torn", "a shard is missing"])
-def test_a_damaged_policy_is_refused_before_the_trainer_has_it(tmp_path, damage):
-    folder = tmp_path / "policy"
-    shutil.copytree(MINIATURE / "policy", folder)
-    if damage == "torn":
-        whole = (folder / "model.safetensors").read_bytes()
-        (folder / "model.safetensors").write_bytes(whole[:-100])
-    else:
-        index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="model.safetensors is damaged|has no model-00002-of-00002"):
+def test_a_policy_without_one_of_its_shards_is_refused_before_the_trainer_has_it(tmp_path):
+    folder = Path(shutil.copytree(MINIATURE / "policy", tmp_path / "policy"))
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="model-00002-of-00002"):
         load_tokenizer(str(folder))
 
 
-# The lock and hashes -------------------------------------------------------------------------------------------------
+# ----- The lock and hashes
 
 
 @pytest.fixture
@@ -163,7 +154,7 @@ def test_a_locked_file_that_differs_is_refused_with_what_is_found_and_expected(c
     content[-30] ^= 1
     cached.resolve().write_bytes(content)
     for read in (read_weights, verify, lambda path: verify(path.parent)):
-        with pytest.raises(UserError, match="neither loaded nor deleted") as caught:
+        with pytest.raises(UserError, match="w.pt") as caught:
             read(cached)
         said = str(caught.value)
         assert str(expected["size" if change == "longer" else "sha256"]) in said and "\n" not in said
@@ -218,9 +209,6 @@ def test_every_entry_of_the_lock_is_well_formed():
             assert file["size"] is None or file["size"] > 0
             assert file["sha256"] is None or re.fullmatch(r"[0-9a-f]{64}", file["sha256"])
             assert known.revision is not None, "a hash is of a file at a commit"
-        sizes = [file["size"] for file in known.files.values()]
-        if sizes and None not in sizes and known.size.endswith(" GB"):
-            assert sum(sizes) / 1e9 < float(known.size.removesuffix(" GB")) * 1.05 + 0.05
 
 
 def test_every_checkpoint_that_options_and_configs_default_to_is_locked():
@@ -239,16 +227,7 @@ def test_every_checkpoint_that_options_and_configs_default_to_is_locked():
     assert with_paths == set(CHECKPOINTS)
 
 
-def test_what_is_fetched_for_a_reward_is_what_it_reads():
-    read = {
-        "hps": (hps.PUBLISHED,), "git": (git.PUBLISHED,), "gdino": (gdino.PUBLISHED,), "orm": (orm.PUBLISHED,),
-        "imagereward": (imagereward.PUBLISHED, imagereward.WORDS),
-        "pickscore": (pickscore.PUBLISHED, pickscore.PROCESSOR),
-    }  # fmt: skip
-    assert {name: tuple(known.repo for known in all_of) for name, all_of in read.items()} == CHECKPOINTS
-
-
-# Foreign code --------------------------------------------------------------------------------------------------------
+# ----- Foreign code
 
 PARSERS = {
     "r1_prompter": lambda *flags: r1_prompter.parse_options(flags).training,
@@ -289,7 +268,7 @@ def test_foreign_code_of_a_tokenizer_runs_only_when_it_is_trusted(tmp_path, monk
     assert ran.exists()
 
 
-# By hub name ---------------------------------------------------------------------------------------------------------
+# ----- By hub name
 
 
 def test_a_policy_by_hub_name_is_its_folder_in_the_cache_at_the_locked_commit(tmp_path, monkeypatch):
@@ -314,14 +293,3 @@ def test_an_adapter_of_a_hub_model_names_it_and_its_commit_and_not_this_machines
     assert str(tmp_path) not in (tmp_path / "adapter" / "adapter_config.json").read_text()
     assert isinstance(load_policy(str(tmp_path / "adapter"), device="cpu"), PeftModel)
     load_tokenizer(str(tmp_path / "adapter"))
-
-
-def test_a_renderer_by_hub_name_is_read_offline_at_the_locked_commit(tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for repo in ("Qwen/Qwen-Image", "black-forest-labs/FLUX.1-schnell"):
-        home = tmp_path / f"models--{repo.replace('/', '--')}" / "snapshots" / locked(repo).revision
-        shutil.copytree(MINIATURE / "flux", home)
-    assert load_renderer(RenderOptions(sdmodel_name="Qwen/Qwen-Image"), "cpu").count_tokens("a red circle") > 2
-    with pytest.raises(UserError, match="has .* bytes, checkpoints.lock says 246144352"):
-        load_renderer(RenderOptions(sdmodel_name="black-forest-labs/FLUX.1-schnell"), "cpu")
