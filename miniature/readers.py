@@ -64,23 +64,17 @@ def build_gdino(sight_steps: int = 400, steps: int = 3000, batch: int = 48) -> N
     A batch shares one caption: transformers 5.17 looks the labels of all rows but the first up in the second row's
     caption (`_get_target_classes_one_hot` adds one caption's length where it should add those of all rows before).
     """
-    from transformers import (
-        BertConfig,
-        GroundingDinoConfig,
-        GroundingDinoForObjectDetection,
-        GroundingDinoImageProcessor,
-        SwinConfig,
-    )
+    import transformers
 
     torch.manual_seed(4)
     words = bert_tokenizer()
-    model = GroundingDinoForObjectDetection(
-        GroundingDinoConfig(
-            backbone_config=SwinConfig(
+    model = transformers.GroundingDinoForObjectDetection(
+        transformers.GroundingDinoConfig(
+            backbone_config=transformers.SwinConfig(
                 image_size=world.SIZE, patch_size=4, embed_dim=32, depths=[2, 2, 2], num_heads=[2, 4, 8],
                 window_size=6, out_features=["stage2", "stage3"], drop_path_rate=0.0,
             ),
-            text_config=BertConfig(
+            text_config=transformers.BertConfig(
                 vocab_size=len(words), hidden_size=64, num_hidden_layers=1, num_attention_heads=2,
                 intermediate_size=128, max_position_embeddings=64, hidden_dropout_prob=0.0,
                 attention_probs_dropout_prob=0.0,
@@ -110,7 +104,8 @@ def build_gdino(sight_steps: int = 400, steps: int = 3000, batch: int = 48) -> N
     model.half().save_pretrained(folder)
     words.save_pretrained(folder)
     edges = {"shortest_edge": world.SIZE, "longest_edge": world.SIZE}
-    GroundingDinoImageProcessor(size=edges, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD).save_pretrained(folder)
+    normal = {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}
+    transformers.GroundingDinoImageProcessor(size=edges, **normal).save_pretrained(folder)
 
 
 def _with_one_of(nouns: Sequence[str], rng: random.Random) -> world.Scene:
@@ -280,20 +275,15 @@ def build_orm(
 
 def _llava(words):
     """A LLaVA-OneVision with SigLIP's tower and a Qwen2, as the ORM is, at toy size."""
-    from transformers import (
-        LlavaOnevisionConfig,
-        LlavaOnevisionForConditionalGeneration,
-        Qwen2Config,
-        SiglipVisionConfig,
-    )
+    import transformers
 
-    return LlavaOnevisionForConditionalGeneration(
-        LlavaOnevisionConfig(
-            vision_config=SiglipVisionConfig(
+    return transformers.LlavaOnevisionForConditionalGeneration(
+        transformers.LlavaOnevisionConfig(
+            vision_config=transformers.SiglipVisionConfig(
                 hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
                 image_size=world.SIZE, patch_size=CELL, vision_use_head=False,
             ),
-            text_config=Qwen2Config(
+            text_config=transformers.Qwen2Config(
                 vocab_size=len(words), hidden_size=128, intermediate_size=384, num_hidden_layers=4,
                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, initializer_range=0.09,
                 bos_token_id=None, eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id,

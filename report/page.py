@@ -22,7 +22,6 @@ import base64
 import io
 import json
 import re
-import sys
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
@@ -118,14 +117,10 @@ def _group(folder: Folder, rows: list[dict]) -> dict:
     scored = sorted((row for row in rows if number(row.get("total")) is not None), key=lambda row: -row["total"])
     ends = [("best", scored[0])] if scored else []
     ends += [("worst", scored[-1])] if len(scored) > 1 else []
-    return {
-        "prompt": rows[0].get("prompt"),
-        "task": rows[0].get("task"),
-        "size": len(rows),
-        "absent": len(rows) - len(scored),
-        "unreadable": sum(row.get("rewrite") is None for row in rows),
-        "ends": [{"label": label, **_rollout(folder, row)} for label, row in ends],
-    }
+    counts = {"size": len(rows), "absent": len(rows) - len(scored)}
+    counts["unreadable"] = sum(row.get("rewrite") is None for row in rows)
+    ends = [{"label": label, **_rollout(folder, row)} for label, row in ends]
+    return {"prompt": rows[0].get("prompt"), "task": rows[0].get("task"), **counts, "ends": ends}
 
 
 def _groups_of_step(folder: Folder, name: str) -> dict | None:
@@ -157,7 +152,7 @@ def _spread(rows: list[dict], most: int) -> list[tuple[bool, dict]]:
     by_task: dict[str, list[dict]] = {}
     for row in rows:
         by_task.setdefault(str(row.get("task") or ""), []).append(row)
-    each = max(1, most // max(1, len(by_task)))
+    each = max(1, most // len(by_task))
     kept = [(2 * i < each, row) for of_task in by_task.values() for i, row in enumerate(of_task[:each])]
     return kept[:most]
 
@@ -167,26 +162,14 @@ def gallery(folder: Folder) -> dict | None:
     rows = folder.rows("gallery.jsonl")
     if not rows:
         return None
-    cards = [
-        {
-            "prompt": row.get("prompt"),
-            "task": row.get("task"),
-            "early": early,
-            "sides": [
-                {"name": name, "label": label, **side, "picture": folder.picture(side.get("image"))}
-                for name, label in SIDES.items()
-                if (side := row.get(name))
-            ],
-        }
-        for early, row in _spread(rows, GALLERY_ROWS)
-    ]
+    cards = []
+    for early, row in _spread(rows, GALLERY_ROWS):
+        there = [(name, label, row[name]) for name, label in SIDES.items() if row.get(name)]
+        sides = [{"name": n, "label": label, **s, "picture": folder.picture(s.get("image"))} for n, label, s in there]
+        cards.append({"prompt": row.get("prompt"), "task": row.get("task"), "early": early, "sides": sides})
     outcome = [tuple((row.get(name) or {}).get("correct") for name in ("start", "trained")) for row in rows]
-    return {
-        "cards": cards,
-        "of": len(rows),
-        "gained": outcome.count((False, True)),
-        "lost": outcome.count((True, False)),
-    }
+    changed = {"gained": outcome.count((False, True)), "lost": outcome.count((True, False))}
+    return {"cards": cards, "of": len(rows), **changed}
 
 
 # the page -------------------------------------------------------------------------------------------------------
@@ -254,7 +237,6 @@ def write_report(run_dir: Path) -> Path:
     folder = Folder(run_dir)
     run, summary = folder.record("run.json"), folder.record("summary.json")
     rows = logged_steps(folder)
-    sections = {"gallery": gallery(folder), "rollouts": rollout_steps(folder), "table": summary.get("table")}
     page = _template().render(
         title=folder.root.name,
         run=run,
@@ -264,9 +246,11 @@ def write_report(run_dir: Path) -> Path:
         panels=panels(rows),
         steps=len(rows),
         curve_points=CURVE_POINTS,
-        trouble=trouble(folder, rows, run),
+        gallery=gallery(folder),
+        rollouts=rollout_steps(folder),
+        table=summary.get("table"),
+        trouble=trouble(folder, rows, run),  # the last, because all reading adds notes
         size=BOX,
-        **sections,
     )
     path = run_dir / "report.html"
     path.write_bytes(page.encode("utf-8", "replace"))  # a lone surrogate in a completion is no reason to fail
@@ -285,16 +269,10 @@ def _template() -> Template:
     return environment.get_template("report.html.jinja")
 
 
-def main() -> int:
-    """Command line: write the report of one run folder."""
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m report.page", description="Write report.html of a run.")
     parser.add_argument("run_dir", type=Path, help="the run folder, e.g. runs/demo")
     try:
         print(write_report(parser.parse_args().run_dir))
     except UserError as error:
         parser.error(str(error))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from evaluation.sheet import Cell, contact_sheet
 from miniature import build
 from miniature.held_out import HeldOut, measure, table
 from report.page import write_report
+from report.plots import PHASES
 from report.terminal import sparkline, text_table
 from run.files import save_png
 from run.options import option, parse_known, run_main
@@ -88,10 +90,10 @@ def train(outdir: Path, seed: int, processes: int, options: Sequence[str]) -> in
 def write_gallery(outdir: Path, found: HeldOut) -> list[dict]:
     """Write `gallery.jsonl`, the first prompts of each category whatever came of them; returns its rows."""
     (outdir / "images").mkdir(exist_ok=True)
-    taken: dict[str, int] = {}
+    taken: Counter[str] = Counter()
     rows = []
     for i, prompt in enumerate(found.prompts):
-        taken[prompt.task] = taken.get(prompt.task, 0) + 1
+        taken[prompt.task] += 1
         if taken[prompt.task] > GALLERY:
             continue
         row = {"prompt": prompt.text, "task": prompt.task}
@@ -126,8 +128,7 @@ def draw_before_after(outdir: Path, gallery: Sequence[dict]) -> None:
 def summarise(outdir: Path, found: HeldOut, started: float) -> dict:
     """What `summary.json` holds: the oracle's table, the figures to be read first, and the costs."""
     rows, record = metrics(outdir), json.loads((outdir / "run.json").read_text(encoding="utf-8"))
-    phases = ("generate", "render", "score", "train")
-    seconds = {phase: sum(row[f"seconds/{phase}"] for row in rows) for phase in phases}
+    seconds = {phase: sum(row[f"seconds/{phase}"] for row in rows) for phase in PHASES}
     rollouts = len(rows) * record["derived"]["completions_per_generation"]
     return {
         "table": table(found),
