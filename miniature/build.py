@@ -169,30 +169,17 @@ def measure() -> None:
     print(f"reconstruction: the oracle reads {reconstruction(vae):.1%} of 500 scenes exactly")
     for name, guidance in (("flux", None), ("sd3", second.GUIDANCE)):
         share = drawing(renderer(sdmodel_name=WEIGHTS / name, guidance=guidance), held_out)
-        print(
-            f"drawing, {name}: {share['written']:.1%} of {len(held_out)} written layouts, "
-            f"{share['raw']:.1%} of raw prompts"
-        )
+        print(f"drawing, {name}: {share['written']:.1%} of written layouts, {share['raw']:.1%} of raw prompts")
     print("share of 300 pairs in which the right picture scores higher:")
     for name, share in meaning.measure().items():
         print(f"    {name:28s} {share:.1%}")
 
 
 STAGES = {
-    "prompts": write_prompts,
-    "vae": build_vae,
-    "flux": build_flux,
-    "sd3": second.build_sd3,
-    "hps": build_hps,
-    "pickscore": build_pickscore,
-    "imagereward": build_imagereward,
-    "git": build_git,
-    "gdino": build_gdino,
-    "orm": build_orm,
-    "instruct": build_instruct,
-    "policy": build_policy,
-    "measure": measure,
-}
+    "prompts": write_prompts, "vae": build_vae, "flux": build_flux, "sd3": second.build_sd3, "hps": build_hps,
+    "pickscore": build_pickscore, "imagereward": build_imagereward, "git": build_git, "gdino": build_gdino,
+    "orm": build_orm, "instruct": build_instruct, "policy": build_policy, "measure": measure,
+}  # fmt: skip
 
 
 def main() -> None:

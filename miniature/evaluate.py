@@ -74,11 +74,9 @@ def colours(questions: Sequence[Question]) -> list[str | None]:
 
 def geneval_row(prompt: Prompt) -> dict[str, Any]:
     """A prompt of the world in GenEval's format; in a position prompt the reference comes first."""
-    names = list(zip(prompt.nouns, prompt.attr_nouns or [""] * len(prompt.nouns), strict=True))
-    include: list[dict[str, Any]] = [{"class": noun, "count": 1} for noun, _ in names]
-    for thing, (noun, attr_noun) in zip(include, names, strict=True):
-        if attr_noun:
-            thing["color"] = attr_noun.removesuffix(noun).strip()
+    include: list[dict[str, Any]] = [{"class": noun, "count": 1} for noun in prompt.nouns]
+    for thing, attr_noun in zip(include, prompt.attr_nouns, strict=False):
+        thing["color"] = attr_noun.split()[0]
     if prompt.task == "counting":
         include = [{"class": noun, "count": number} for noun, number in prompt.counts]
         exclude = [{"class": noun, "count": number + 1} for noun, number in prompt.counts]

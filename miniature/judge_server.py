@@ -52,13 +52,12 @@ class JudgeServer(ThreadingHTTPServer):
         port: on this machine; 0 takes a free one.
         model: the name that requests must carry.
         fail_status: an HTTP status, for `fail_share`.
-        delay: seconds before each answer to a chat request.
-        watch: is shown headers and body of each chat request.
+        delay: seconds before each answer; may be changed while it serves, as may `shares`.
+        watch: is shown headers and body of each request.
         shares: those of FAULTS.
 
     Attributes:
-        shares: of FAULTS; may be changed while it serves, as may `delay`.
-        requests: chat requests so far.
+        requests: so far.
         most_in_flight: most of them at one time.
     """
 
@@ -132,12 +131,12 @@ class JudgeServer(ThreadingHTTPServer):
         uris = [image["image_url"]["url"] for image in images]
         template, answer = (judge.TEMPLATE, _grade) if len(uris) == 1 else (preference.TEMPLATE, _compare)
         prompt = prompt_in(template, words["text"])
-        try:
-            pictures = [_picture(uri) for uri in uris]
-        except (OSError, ValueError) as error:
-            return 400, _error(f"no picture as data URI: {error}")
         if prompt is None:
             return 400, _error("a text that is neither judge's template")
+        try:
+            pictures = [_picture(uri) for uri in uris]
+        except OSError as error:
+            return 400, _error(f"no picture as data URI: {error}")
         keys = [(hashlib.sha256(uri.encode()).digest(), prompt) for uri in uris]
         with self._scoring:
             samples = [Sample(grammar.read(prompt), "", "", (picture,)) for picture in pictures]
@@ -195,7 +194,7 @@ def prompt_in(template: Template, text: str) -> str | None:
 
 def _picture(uri: str) -> Image.Image:
     """The picture in a data URI; nothing else is ever fetched."""
-    return Image.open(io.BytesIO(base64.b64decode(uri.partition(";base64,")[2], validate=True))).convert("RGB")
+    return Image.open(io.BytesIO(base64.b64decode(uri.partition(";base64,")[2]))).convert("RGB")
 
 
 def _grade(score: float) -> str:

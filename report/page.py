@@ -23,6 +23,7 @@ import io
 import json
 import re
 from pathlib import Path
+from statistics import fmean
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from PIL import Image
@@ -187,12 +188,12 @@ def logged_steps(folder: Folder) -> list[dict]:
 
 
 def _share(rows: list[dict], key: str, what: str) -> list[str]:
-    known = [(row["step"], value) for row in rows if (value := number(row.get(key))) is not None]
-    if not any(value for _, value in known):
+    known = {row["step"]: value for row in rows if (value := number(row.get(key))) is not None}
+    if not any(known.values()):
         return []
-    step, worst = max(known, key=lambda pair: pair[1])
-    mean, hit = sum(value for _, value in known) / len(known), sum(value > 0 for _, value in known)
-    return [f"{what}: {mean:.2%} on average, {worst:.1%} at worst (step {step:g}), in {hit} of {len(known)} steps."]
+    step, mean, hit = max(known, key=known.get), fmean(known.values()), sum(value > 0 for value in known.values())
+    worst = f"{known[step]:.1%} at worst (step {step:g})"
+    return [f"{what}: {mean:.2%} on average, {worst}, in {hit} of {len(known)} steps."]
 
 
 def trouble(folder: Folder, rows: list[dict], run: dict) -> list[str]:
@@ -217,21 +218,18 @@ def _tiles(rows: list[dict], summary: dict) -> list[tuple[str, str]]:
     rewards = [value for value in column(rows, "reward") if value is not None]
     if rewards:
         ends = max(1, len(rewards) // 10)
-        first, last = sum(rewards[:ends]) / ends, sum(rewards[-ends:]) / ends
+        first, last = fmean(rewards[:ends]), fmean(rewards[-ends:])
         tiles.append((f"reward, first → last {ends} steps", f"{first:.3f} → {last:.3f}"))
     logged = [value for value in column(rows, "seconds_since_start") if value is not None]
     seconds = number((summary.get("seconds") or {}).get("total")) or max(logged, default=None)
-    figures = (
-        ("rollouts", number(summary.get("rollouts")), "{:,.0f}"),
-        ("rollouts a second", number(summary.get("rollouts_per_second")), "{:.3g}"),
-        ("minutes", seconds / 60 if seconds else None, "{:.1f}"),
-    )
-    return tiles + [(label, form.format(value)) for label, value, form in figures if value is not None]
+    for label, key, form in (("rollouts", "rollouts", ",.0f"), ("rollouts a second", "rollouts_per_second", ".3g")):
+        if (value := number(summary.get(key))) is not None:
+            tiles.append((label, f"{value:{form}}"))
+    return [*tiles, ("minutes", f"{seconds / 60:.1f}")] if seconds else tiles
 
 
 def write_report(run_dir: Path) -> Path:
     """Write `report.html` into a run folder from whatever of the run's files is there; returns its path."""
-    run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise UserError(f"no run folder at {run_dir}: name the --outdir of a training run, e.g. runs/demo")
     folder = Folder(run_dir)

@@ -321,10 +321,10 @@ def report(options: Options, count: int, rows: Sequence[dict]) -> str:
     """What was kept, dropped and why, and what it cost, in a few lines."""
     kept, dropped = [row for row in rows if "why" not in row], Counter(row["why"] for row in rows if "why" in row)
     lines = [f"{len(kept):,} of {count:,} prompts have an example: {options.out}"]
-    if missing := dropped + Counter({"not done": count - len(rows)}):
-        lines.append(f"  without: {_listed(missing)}")
-    if drops := Counter(reason for row in rows for reason in row["drops"]):
-        lines.append(f"  answers dropped: {_listed(drops)}")
+    drops = Counter(reason for row in rows for reason in row["drops"])
+    for what, counts in (("without", dropped + Counter({"not done": count - len(rows)})), ("answers dropped", drops)):
+        if counts:
+            lines.append(f"  {what}: " + ", ".join(f"{name} {n:,}" for name, n in counts.most_common()))
     if tokens := [row["tokens"] for row in rows if row["tokens"]]:
         read, written = map(sum, zip(*tokens, strict=True))
         cost = (read * options.price_in + written * options.price_out) / 1e6
@@ -334,10 +334,6 @@ def report(options: Options, count: int, rows: Sequence[dict]) -> str:
         best = fmean(row["score"] for row in kept)
         lines.append(f"  mean score: {fmean(every):.3f} of all answers, {best:.3f} of those kept")
     return "\n".join(lines)
-
-
-def _listed(counts: Counter[str]) -> str:
-    return ", ".join(f"{name} {count:,}" for name, count in counts.most_common())
 
 
 # --- the command ----------------------------------------------------------------------------------
