@@ -49,11 +49,9 @@ class BenchOptions:
     group: int = option(8, "cpu: completions a prompt.", changes="run")
     minutes: float = option(8.0, "gpu, levers: what would take longer is left out.", changes="run")
     scale: str | None = option(
-        None,
-        "gpu, levers: real shapes with random weights, or the miniature; unset: real for gpu, tiny for levers.",
-        changes="run",
+        None, "gpu, levers: real shapes or the miniature; unset: real for gpu, tiny for levers.", changes="run",
         choices=["real", "tiny"],
-    )
+    )  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
