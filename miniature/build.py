@@ -29,8 +29,6 @@ from miniature.preferences import build_hps, build_imagereward, build_pickscore
 from miniature.readers import build_gdino, build_git, build_orm
 from rendering import RenderOptions, load_renderer
 
-# ---------------------------------------------------------------- the renderer: VAE, then FLUX on its latents
-
 
 def build_vae(steps: int = 3000, batch: int = 32) -> None:
     """AutoencoderKL 48 x 48 x 3 -> 12 x 12 x 8, L1 + MSE + a whisper of KL; measures what the oracle loses by it."""
@@ -126,9 +124,6 @@ def build_flux(text_steps: int = 800, steps: int = 3000, batch: int = 64, pool: 
 
     fit.fit("flux", nn.ModuleDict({"clip": clip, "transformer": transformer}), loss_of, steps=steps, lr=1e-3)
     pipe.to(torch.float16).save_pretrained(WEIGHTS / "flux")
-
-
-# ---------------------------------------------------------------- prompts, and what all of it is worth
 
 
 def write_prompts() -> None:

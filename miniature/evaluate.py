@@ -58,9 +58,9 @@ def detections(images: Sequence[Image.Image]) -> list[list[Detection]]:
 
 
 def _detection(thing: world.Seen, size: tuple[int, int]) -> Detection:
-    x0, y0, x1, y1 = thing.box
+    x0, y0, x1, y1 = map(int, thing.box)  # the oracle's boxes are of full pixels
     mask = np.zeros((size[1], size[0]), dtype=bool)
-    mask[int(y0) : int(np.ceil(y1)), int(x0) : int(np.ceil(x1))] = True
+    mask[y0:y1, x0:x1] = True
     return Detection(thing.shape, 1.0, thing.box, mask)
 
 

@@ -177,9 +177,6 @@ def bert_tokenizer():
     return tokenizer
 
 
-# ---------------------------------------------------------------- what all of them learn from
-
-
 def seen(scenes: list[world.Scene], rng: random.Random) -> torch.Tensor:
     """(B, 3, 48, 48): the scenes drawn, with the ground at 0."""
     shown = (pixels([world.draw(scene, rng) for scene in scenes]) + 1) / 2

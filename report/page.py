@@ -103,9 +103,6 @@ def _data_uri(path: Path) -> str:
     return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-# samples --------------------------------------------------------------------------------------------------------
-
-
 def _rollout(folder: Folder, row: dict) -> dict:
     pictures = [folder.picture(name) for name in (row.get("images") or [None])[:PICTURES_PER_ROLLOUT]]
     parts = {name: number(score) for name, score in (row.get("parts") or {}).items()}
@@ -171,9 +168,6 @@ def gallery(folder: Folder) -> dict | None:
     outcome = [tuple((row.get(name) or {}).get("correct") for name in ("start", "trained")) for row in rows]
     changed = {"gained": outcome.count((False, True)), "lost": outcome.count((True, False))}
     return {"cards": cards, "of": len(rows), **changed}
-
-
-# the page -------------------------------------------------------------------------------------------------------
 
 
 def logged_steps(folder: Folder) -> list[dict]:

@@ -8,9 +8,6 @@
 Interrupted and run again, it goes on. What cannot fit on the disk is refused before anything is written. Each file is
 compared with checkpoints.lock, and with the size and hash that the hub publishes; nothing is ever deleted. HF_TOKEN
 gives access to repositories whose licence must be accepted; HF_HUB_CACHE or HF_HOME say where files go.
-
-Exit code 0: everything is there and right. 1: network or disk; the same command goes on. 2: options, access, or a file
-that is not the one that is meant.
 """
 
 from __future__ import annotations

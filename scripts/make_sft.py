@@ -13,9 +13,8 @@ first wins a tie.
     FILE.dropped     prompts without an example, and why
     FILE.settings    what the two depend on
 
-After Ctrl-C, a kill or a dead server run the same command again: prompts that are done are not asked again. Exit code:
-0 done; 1 something is missing that the same command may still get, or nothing was kept; 2 bad input, or a teacher that
-denies access; 130 interrupted.
+After Ctrl-C, a kill or a dead server run the same command again: prompts that are done are not asked again. The exit
+code is 1 if something is missing that the same command may still get, or nothing was kept, and 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -103,9 +102,6 @@ class Options:
     rewards: list[str] = option([], f"Of: {', '.join(REWARDS)}.", changes="run")
     reward_weights: list[float] = option([], "One for each reward; unset: 1 each.", changes="run")
     images_per_rewrite: int = option(1, "Pictures per answer, averaged.", changes="run")
-
-
-# --- asking ---------------------------------------------------------------------------------------
 
 
 @asynccontextmanager
@@ -207,9 +203,6 @@ async def ask(options: Options, teacher: Teacher, prompt: Prompt) -> list[dict]:
     return [answer for answers in slots for answer in answers]
 
 
-# --- scoring --------------------------------------------------------------------------------------
-
-
 def load_scorer(options: Options, render: RenderOptions, reward: RewardOptions, prompts: Sequence[Prompt]) -> Scorer:
     """The renderer and rewards that the options name, as the trainer has them."""
     device = pick_device(render.render_device or "auto")
@@ -231,9 +224,6 @@ def total_of(weights: Sequence[float], parts: dict[str, float | None]) -> float 
     if None in parts.values():
         return None
     return sum(weight * part for weight, part in zip(weights, parts.values(), strict=True))
-
-
-# --- what comes of it -----------------------------------------------------------------------------
 
 
 def row_of(options: Options, prompt: Prompt, answers: list[dict], parts: Sequence[dict]) -> dict | None:
@@ -334,9 +324,6 @@ def report(options: Options, count: int, rows: Sequence[dict]) -> str:
         best = fmean(row["score"] for row in kept)
         lines.append(f"  mean score: {fmean(every):.3f} of all answers, {best:.3f} of those kept")
     return "\n".join(lines)
-
-
-# --- the command ----------------------------------------------------------------------------------
 
 
 async def make(

@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -67,9 +66,6 @@ class Drawing(RenderOptions):
     )
 
 
-# The folder -------------------------------------------------------------------------------------------------------
-
-
 def _settings(options: RepromptOptions, drawing: Drawing, prompts: Sequence[Prompt]) -> tuple[dict, dict]:
     """(all that a rewrite depends on, what a picture depends on beside it)."""
     given, pictures = {**asdict(options), **asdict(drawing)}, may_differ(options, drawing, changes=("pictures",))
@@ -87,11 +83,8 @@ def _read_rows(path: Path) -> dict[str, dict]:
     return {row["id"]: row for row in rows}
 
 
-def _write_json(path: Path, value: Any) -> None:
+def _write_json(path: Path, value: dict) -> None:
     atomic_write(path, json.dumps(value, indent=1, sort_keys=True).encode())
-
-
-# Rewriting and drawing --------------------------------------------------------------------------------------------
 
 
 def rewrite_all(policy: Reprompter, out: Path, prompts: Sequence[Prompt], rows: dict[str, dict]) -> tuple[int, float]:
@@ -144,9 +137,6 @@ def draw_all(options: RepromptOptions, batch: int, renderer: Renderer, rows: Ite
 def _texts(row: dict, baseline: bool) -> list[tuple[str, str, str]]:
     rewritten, raw = ("images", "", row["rewrite"]), ("baseline_images", "_raw", well_formed(row["prompt"]))
     return [rewritten, raw] if baseline else [rewritten]
-
-
-# The command ------------------------------------------------------------------------------------------------------
 
 
 def run(options: RepromptOptions, drawing: Drawing) -> None:
