@@ -18,12 +18,12 @@ import torch
 from safetensors import SafetensorError
 
 from data.prompts import load_prompts
-from doctor.memory import checkpoint_bytes, estimate, folder_of, scorers_of
+from doctor.memory import checkpoint_bytes, estimate, scorers_of
 from doctor.probes import probe_all
 from doctor.report import GB, NOT_RUN, OK, PROBLEM, WARNING, Check, Plan, Report, readable
 from errors import UserError
 from interfaces import Prompt
-from models.hub import base_of, is_adapter
+from models.hub import base_of, is_adapter, on_disk
 from models.weights import absent_shards, locked, verify
 from prompting import MAX_PROMPT_CHARS
 from r1_prompter import Options
@@ -167,7 +167,7 @@ def named_models(options: Options) -> list[tuple[str, str]]:
 
 def checkpoint(role: str, path: str) -> Check:
     """Whether a checkpoint is on this disk, complete, and as it is locked."""
-    known, folder = locked(path), folder_of(path)
+    known, folder = locked(path), on_disk(path)
     facts = "".join(f", {fact}" for fact in (known.size, known.licence) if fact)
     action = known.command if path.count("/") == 1 else "check the path"
     if folder is None:

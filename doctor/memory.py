@@ -12,13 +12,10 @@ from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import safe_open
 
 from doctor.report import Plan
-from models.hub import base_of, is_adapter
-from models.weights import locked
+from models.hub import base_of, is_adapter, on_disk
 from r1_prompter import Options
 from rewards import CHECKPOINTS
 
@@ -74,7 +71,7 @@ def estimate(options: Options, plan: Plan) -> dict[str, int]:
         rows["renderer's VAE"] = vae * size
     scorers = {}
     for name, path in scorers_of(options).items():
-        parameters = count(folder_of(path)) or SCORERS[name]
+        parameters = count(on_disk(path)) or SCORERS[name]
         scorers[f"reward {name}"] = parameters * BYTES[reward.orm_dtype if name == "orm" else "float32"]
     if reward.reward_device is None and render.render_device is None and scorers:
         rows |= {"rewards, one at a time": max(scorers.values())} if reward.reward_offload else scorers
@@ -138,20 +135,10 @@ def policy_sizes(options: Options, plan: Plan) -> tuple[int, int]:
     return arithmetic if plan.zero else stored, arithmetic
 
 
-def folder_of(path: str) -> Path | None:
-    """The file or folder at `path`, or the folder of a hub name in the local cache; None if it is not on this disk."""
-    if Path(path).exists():
-        return Path(path)
-    try:
-        return Path(snapshot_download(path, revision=locked(path).revision, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
-        return None
-
-
 def policy_of(path: str) -> Policy:
     """The policy at `path`, or the base model of the adapter there."""
     path = base_of(path, None)[0] if is_adapter(path) else path
-    folder = folder_of(path)
+    folder = on_disk(path)
     if folder is None:
         return POLICIES[path]
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -163,7 +150,7 @@ def policy_of(path: str) -> Policy:
 
 def renderer_of(path: str) -> tuple[int, int, int]:
     """Parameters of the denoiser, the text encoders and the VAE of a diffusers pipeline."""
-    folder = folder_of(path)
+    folder = on_disk(path)
     if folder is None:
         return RENDERERS[path]
     denoiser = count(folder / "transformer") + count(folder / "unet")

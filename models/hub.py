@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from peft import PeftConfig
 
 from errors import UserError, one_line
@@ -80,6 +81,16 @@ def _of_the_hub(repo: str, marker: str, revision: str | None, download: Download
     raise UserError(
         f"{repo}{about}: no such folder, not in the Hugging Face cache, and {problem}: run `{known.command}`"
     )
+
+
+def on_disk(path: str) -> Path | None:
+    """The file or folder at `path`, or that of a hub name in the local cache, unchecked; None if there is none."""
+    if Path(path).exists():
+        return Path(path)
+    try:
+        return Path(snapshot_download(path, revision=locked(path).revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
 
 
 def read(kind: Any, folder: Path, **options: Any) -> Any:

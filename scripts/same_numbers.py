@@ -48,8 +48,7 @@ def main() -> int:
     if not commit:
         print(f"same_numbers: error: {args.commit!r} is no commit of {ROOT}", file=sys.stderr)
         return 2
-    for number in (signal.SIGINT, signal.SIGTERM):  # the temporary folder is removed then, too
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # removes the temporary folder, too
     options = LORA if args.lora else []
     with tempfile.TemporaryDirectory(prefix="same_numbers_") as name:
         folder = Path(name)
