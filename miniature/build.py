@@ -22,28 +22,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from interfaces import Prompt
-from miniature import second, world
-from miniature.fit import (
-    PADDED,
-    ROOT,
-    TEXT_TOKENS,
-    WEIGHTS,
-    caption,
-    fit,
-    flow,
-    frozen_vae,
-    latent_pool,
-    pixels,
-    teach_language,
-    text_encoder,
-    word_tokenizer,
-)  # fmt: skip
+from miniature import fit, second, world
+from miniature.fit import PADDED, ROOT, TEXT_TOKENS, WEIGHTS, pixels
 from miniature.policy import build_instruct, build_policy
 from miniature.preferences import build_hps, build_imagereward, build_pickscore
 from miniature.readers import build_gdino, build_git, build_orm
 from rendering import RenderOptions, load_renderer
-
-# ---------------------------------------------------------------- the renderer: VAE, then FLUX on its latents
 
 
 def build_vae(steps: int = 3000, batch: int = 32) -> None:
@@ -63,7 +47,7 @@ def build_vae(steps: int = 3000, batch: int = 32) -> None:
         drawn = vae.decode(posterior.sample(noise)).sample
         return F.l1_loss(drawn, truth) + F.mse_loss(drawn, truth) + 1e-6 * posterior.kl().mean()
 
-    fit("vae", nn.ModuleDict({"vae": vae}), loss_of, steps=steps, lr=2e-3, weight_decay=0.0)
+    fit.fit("vae", nn.ModuleDict({"vae": vae}), loss_of, steps=steps, lr=2e-3, weight_decay=0.0)
     rng = random.Random("vae/measure")
     scenes = [world.random_scene(rng) for _ in range(500)]
     with torch.inference_mode():
@@ -102,9 +86,9 @@ def build_flux(text_steps: int = 800, steps: int = 3000, batch: int = 64, pool: 
     from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(1)
-    vae, words = frozen_vae(), word_tokenizer()
+    vae, words = fit.frozen_vae(), fit.word_tokenizer()
     tokens = {"pad_token_id": words.pad_token_id, "eos_token_id": words.eos_token_id}
-    t5 = text_encoder(words, 128)
+    t5 = fit.text_encoder(words, 128)
     clip = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(words), hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
@@ -118,18 +102,18 @@ def build_flux(text_steps: int = 800, steps: int = 3000, batch: int = 64, pool: 
     )  # fmt: skip
     pipe = FluxPipeline(FlowMatchEulerDiscreteScheduler(), vae, clip, words, t5, words, transformer)
 
-    teach_language("flux_text", t5, words, text_steps)
-    scenes, latents = latent_pool("flux", vae, pool)
+    fit.teach_language("flux_text", t5, words, text_steps)
+    scenes, latents = fit.latent_pool("flux", vae, pool)
     latents = pipe._pack_latents(latents, *latents.shape)  # (pool, 36, 32)
     side = world.SIZE // pipe.vae_scale_factor // 2  # packed tokens a side
     places = pipe._prepare_latent_image_ids(batch, side, side, "cpu", torch.float32)
 
     def loss_of(rng: random.Random, noise: torch.Generator) -> torch.Tensor:
         chosen = [rng.randrange(pool) for _ in range(batch)]
-        ids = words([caption(scenes[i], rng) for i in chosen], **PADDED).input_ids
+        ids = words([fit.caption(scenes[i], rng) for i in chosen], **PADDED).input_ids
         with torch.no_grad():
             read = t5(ids)[0]
-        t, mixed, wanted = flow(latents[chosen], noise)
+        t, mixed, wanted = fit.flow(latents[chosen], noise)
         with torch.autocast("cpu", torch.bfloat16):
             velocity = transformer(
                 hidden_states=mixed, timestep=t, guidance=torch.full((batch,), GUIDANCE),
@@ -138,11 +122,8 @@ def build_flux(text_steps: int = 800, steps: int = 3000, batch: int = 64, pool: 
             )[0]  # fmt: skip
         return F.mse_loss(velocity.float(), wanted)
 
-    fit("flux", nn.ModuleDict({"clip": clip, "transformer": transformer}), loss_of, steps=steps, lr=1e-3)
+    fit.fit("flux", nn.ModuleDict({"clip": clip, "transformer": transformer}), loss_of, steps=steps, lr=1e-3)
     pipe.to(torch.float16).save_pretrained(WEIGHTS / "flux")
-
-
-# ---------------------------------------------------------------- prompts, and what all of it is worth
 
 
 def write_prompts() -> None:
@@ -164,15 +145,12 @@ def renderer(**changes: object):
 def drawing(draw, prompts: list[Prompt]) -> dict[str, float]:
     """Oracle accuracy of `draw` (a Renderer) on layouts written for the prompts, and on the prompts as they are."""
     rng = random.Random("drawing")
-    texts = {
-        "written": [world.describe(world.layout(prompt, rng)) for prompt in prompts],
-        "raw": [prompt.text for prompt in prompts],
-    }
-    drawn = {name: draw(lines, range(len(lines))) for name, lines in texts.items()}
-    return {
-        name: float(np.mean([world.holds(p, world.see(image)) for p, image in zip(prompts, images, strict=True)]))
-        for name, images in drawn.items()
-    }
+    written = [world.describe(world.layout(prompt, rng)) for prompt in prompts]
+    found = {}
+    for name, texts in (("written", written), ("raw", [prompt.text for prompt in prompts])):
+        images = draw(texts, range(len(texts)))
+        found[name] = float(np.mean([world.holds(p, world.see(i)) for p, i in zip(prompts, images, strict=True)]))
+    return found
 
 
 def measure() -> None:
@@ -186,30 +164,17 @@ def measure() -> None:
     print(f"reconstruction: the oracle reads {reconstruction(vae):.1%} of 500 scenes exactly")
     for name, guidance in (("flux", None), ("sd3", second.GUIDANCE)):
         share = drawing(renderer(sdmodel_name=WEIGHTS / name, guidance=guidance), held_out)
-        print(
-            f"drawing, {name}: {share['written']:.1%} of {len(held_out)} written layouts, "
-            f"{share['raw']:.1%} of raw prompts"
-        )
+        print(f"drawing, {name}: {share['written']:.1%} of written layouts, {share['raw']:.1%} of raw prompts")
     print("share of 300 pairs in which the right picture scores higher:")
     for name, share in meaning.measure().items():
         print(f"    {name:28s} {share:.1%}")
 
 
 STAGES = {
-    "prompts": write_prompts,
-    "vae": build_vae,
-    "flux": build_flux,
-    "sd3": second.build_sd3,
-    "hps": build_hps,
-    "pickscore": build_pickscore,
-    "imagereward": build_imagereward,
-    "git": build_git,
-    "gdino": build_gdino,
-    "orm": build_orm,
-    "instruct": build_instruct,
-    "policy": build_policy,
-    "measure": measure,
-}
+    "prompts": write_prompts, "vae": build_vae, "flux": build_flux, "sd3": second.build_sd3, "hps": build_hps,
+    "pickscore": build_pickscore, "imagereward": build_imagereward, "git": build_git, "gdino": build_gdino,
+    "orm": build_orm, "instruct": build_instruct, "policy": build_policy, "measure": measure,
+}  # fmt: skip
 
 
 def main() -> None:

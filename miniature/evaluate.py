@@ -58,9 +58,9 @@ def detections(images: Sequence[Image.Image]) -> list[list[Detection]]:
 
 
 def _detection(thing: world.Seen, size: tuple[int, int]) -> Detection:
-    x0, y0, x1, y1 = thing.box
+    x0, y0, x1, y1 = map(int, thing.box)  # the oracle's boxes are of full pixels
     mask = np.zeros((size[1], size[0]), dtype=bool)
-    mask[int(y0) : int(np.ceil(y1)), int(x0) : int(np.ceil(x1))] = True
+    mask[y0:y1, x0:x1] = True
     return Detection(thing.shape, 1.0, thing.box, mask)
 
 
@@ -74,11 +74,9 @@ def colours(questions: Sequence[Question]) -> list[str | None]:
 
 def geneval_row(prompt: Prompt) -> dict[str, Any]:
     """A prompt of the world in GenEval's format; in a position prompt the reference comes first."""
-    names = list(zip(prompt.nouns, prompt.attr_nouns or [""] * len(prompt.nouns), strict=True))
-    include: list[dict[str, Any]] = [{"class": noun, "count": 1} for noun, _ in names]
-    for thing, (noun, attr_noun) in zip(include, names, strict=True):
-        if attr_noun:
-            thing["color"] = attr_noun.removesuffix(noun).strip()
+    include: list[dict[str, Any]] = [{"class": noun, "count": 1} for noun in prompt.nouns]
+    for thing, attr_noun in zip(include, prompt.attr_nouns, strict=False):
+        thing["color"] = attr_noun.split()[0]
     if prompt.task == "counting":
         include = [{"class": noun, "count": number} for noun, number in prompt.counts]
         exclude = [{"class": noun, "count": number + 1} for noun, number in prompt.counts]

@@ -111,9 +111,6 @@ def byte_level_bpe(texts: Sequence[str], vocab_size: int, special: Sequence[str]
     )  # fmt: skip
 
 
-# ---------------------------------------------------------------- what both renderers learn from
-
-
 def frozen_vae():
     """The VAE of `weights/flux`, which both renderers draw through."""
     from diffusers import AutoencoderKL

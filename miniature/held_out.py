@@ -23,13 +23,9 @@ from run.seeds import render_seed
 
 SYSTEMS = {"raw": "raw prompt", "start": "policy before", "trained": "policy after", "written": "written by the world"}
 CATEGORIES = {
-    "single_object": "single",
-    "two_object": "two",
-    "colors": "colors",
-    "counting": "counting",
-    "position": "position",
-    "color_attr": "attr",
-}
+    "single_object": "single", "two_object": "two", "colors": "colors", "counting": "counting",
+    "position": "position", "color_attr": "attr",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,9 +70,7 @@ def measure(run: Path, renderer: Renderer, samples: int) -> HeldOut:
     }
     drawn_from = {"raw": texts, "written": [world.describe(world.layout(prompt, rng)) for prompt in prompts]}
     drawn_from |= {name: [row.rewrite for row in rows] for name, rows in rewrites.items()}
-    print(
-        f"drawing {4 * samples * len(prompts)} pictures of {len(prompts)} held-out prompts for the oracle", flush=True
-    )
+    print(f"drawing {4 * samples} pictures of each of {len(prompts)} held-out prompts for the oracle", flush=True)
     seeds = [render_seed(seed, prompt.id, 0, k) for prompt in prompts for k in range(samples)]
     pictures, correct = {}, {}
     for system in SYSTEMS:

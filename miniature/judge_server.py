@@ -17,6 +17,7 @@ import hashlib
 import io
 import json
 import random
+import re
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +32,6 @@ from interfaces import Sample
 from rewards import judge, preference
 
 Score = Callable[[list[Sample]], list[float | None]]
-Key = tuple[str, str]  # SHA-256 of a picture's data URI, prompt
 
 WEIGHTS = Path(__file__).with_name("weights") / "orm"
 MODEL = "miniature"
@@ -43,7 +43,7 @@ FAULTS = {  # option -> what becomes of that share of the chat requests
 }
 
 
-class JudgeServer:
+class JudgeServer(ThreadingHTTPServer):
     """Serves while the `with` block lasts: `with JudgeServer(score) as url`.
 
     Args:
@@ -52,15 +52,17 @@ class JudgeServer:
         port: on this machine; 0 takes a free one.
         model: the name that requests must carry.
         fail_status: an HTTP status, for `fail_share`.
-        delay: seconds before each answer to a chat request.
-        watch: is shown headers and body of each chat request.
+        delay: seconds before each answer; may be changed while it serves, as may `shares`.
+        watch: is shown headers and body of each request.
         shares: those of FAULTS.
 
     Attributes:
-        shares: of FAULTS; may be changed while it serves, as may `delay`.
-        requests: chat requests so far.
+        requests: so far.
         most_in_flight: most of them at one time.
     """
+
+    request_queue_size = 128  # the default of 5 refuses what sixteen callers send at once
+    daemon_threads = True
 
     def __init__(
         self,
@@ -73,33 +75,27 @@ class JudgeServer:
         watch: Callable[[Mapping[str, str], bytes], object] = lambda headers, body: None,
         **shares: float,
     ):
-        if not shares.keys() <= FAULTS.keys():
-            raise TypeError(f"faults are {sorted(FAULTS)}, not {sorted(shares)}")
+        super().__init__(("127.0.0.1", port), _Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
         self.model, self.watch, self.delay, self.fail_status = model, watch, delay, fail_status
         self.shares = {**dict.fromkeys(FAULTS, 0.0), **shares}
         self.requests = self.most_in_flight = self._in_flight = 0
         self._score, self._known, self._scoring = score, {}, threading.Lock()
         self._dice, self._counting, self._closing = random.Random(0), threading.Lock(), threading.Event()
-        self._http = _Server(("127.0.0.1", port), _Handler)
-        self._http.judge = self
-
-    @property
-    def url(self) -> str:
-        """Base of the API."""
-        return "http://{}:{}/v1".format(*self._http.server_address[:2])
 
     def __enter__(self) -> str:
-        threading.Thread(target=self.serve, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
         return self.url
 
     def __exit__(self, *_: object) -> None:
         self._closing.set()
-        self._http.shutdown()
-        self._http.server_close()
+        self.shutdown()
+        self.server_close()
 
-    def serve(self) -> None:
-        """Answer until interrupted."""
-        self._http.serve_forever(poll_interval=0.05)
+    def handle_error(self, request, client_address) -> None:
+        """A caller that gave up is no error of the server's."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
     def reply(self, headers: Mapping[str, str], body: bytes) -> tuple[int, dict] | None:
         """Status and JSON for one chat request; None drops the connection."""
@@ -128,32 +124,28 @@ class JudgeServer:
         if fault := self.fault(fate):
             failed, garbage = (self.fail_status, _error("asked for")), (200, self._completion(GARBAGE))
             return {"fail_share": failed, "drop_share": None, "garbage_share": garbage}[fault]
+        request = json.loads(body)
+        if request["model"] != self.model:
+            return 404, _error(f"no model {request['model']!r}, only {self.model!r}")
+        *images, words = request["messages"][0]["content"]
+        uris = [image["image_url"]["url"] for image in images]
+        template, answer = (judge.TEMPLATE, _grade) if len(uris) == 1 else (preference.TEMPLATE, _compare)
+        prompt = prompt_in(template, words["text"])
+        if prompt is None:
+            return 400, _error("a text that is neither judge's template")
         try:
-            model, uris, text = _read(body)
             pictures = [_picture(uri) for uri in uris]
-        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-            return 400, _error(f"not a chat request with data URIs: {error}")
-        if model != self.model:
-            return 404, _error(f"no model {model!r}, only {self.model!r}")
-        for template, number, answer in ((judge.TEMPLATE, 1, _grade), (preference.TEMPLATE, 2, _compare)):
-            prompt = prompt_in(template, text)
-            if prompt is None or len(pictures) != number:
-                continue
-            asked = {
-                (hashlib.sha256(uri.encode()).hexdigest(), prompt): Sample(grammar.read(prompt), "", "", (picture,))
-                for uri, picture in zip(uris, pictures, strict=True)
-            }
-            scores = self._scores(asked)
-            if None in scores:
-                return 500, _error("a picture could not be scored")
-            return 200, self._completion(answer(scores[0], scores[-1]))
-        return 400, _error(f"{len(pictures)} picture(s) and a text that is neither judge's template")
-
-    def _scores(self, asked: Mapping[Key, Sample]) -> list[float | None]:
+        except OSError as error:
+            return 400, _error(f"no picture as data URI: {error}")
+        keys = [(hashlib.sha256(uri.encode()).digest(), prompt) for uri in uris]
         with self._scoring:
-            new = {key: sample for key, sample in asked.items() if key not in self._known}
+            samples = [Sample(grammar.read(prompt), "", "", (picture,)) for picture in pictures]
+            new = {key: one for key, one in zip(keys, samples, strict=True) if key not in self._known}
             self._known.update(zip(new, self._score(list(new.values())) if new else [], strict=True))
-            return [self._known[key] for key in asked]
+        scores = [self._known[key] for key in keys]
+        if None in scores:
+            return 500, _error("a picture could not be scored")
+        return 200, self._completion(answer(*scores))
 
     def _completion(self, text: str) -> dict:
         choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
@@ -161,33 +153,21 @@ class JudgeServer:
         return {**head, "choices": [choice]}
 
 
-class _Server(ThreadingHTTPServer):
-    request_queue_size = 128  # the default of 5 refuses what sixteen callers send at once
-    daemon_threads = True
-    judge: JudgeServer
-
-    def handle_error(self, request, client_address) -> None:
-        """A caller that gave up is no error of the server's."""
-        if not isinstance(sys.exception(), ConnectionError):
-            super().handle_error(request, client_address)
-
-
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     wbufsize = -1  # one packet per answer
     disable_nagle_algorithm = True
-    server: _Server
+    server: JudgeServer
 
     def do_GET(self) -> None:
         """The list of models."""
-        models = {"object": "list", "data": [{"id": self.server.judge.model, "object": "model"}]}
-        self._send(*((200, models) if self.path == "/v1/models" else NOT_FOUND))
+        if self.path != "/v1/models":
+            return self.send_error(404)
+        self._send(200, {"object": "list", "data": [{"id": self.server.model, "object": "model"}]})
 
     def do_POST(self) -> None:
         """A chat completion."""
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        known = self.path == "/v1/chat/completions"
-        reply = self.server.judge.reply(self.headers, body) if known else NOT_FOUND
+        reply = self.server.reply(self.headers, self.rfile.read(int(self.headers["Content-Length"])))
         if reply is None:
             self.close_connection = True
         else:
@@ -207,30 +187,17 @@ class _Handler(BaseHTTPRequestHandler):
 
 def prompt_in(template: Template, text: str) -> str | None:
     """The user's prompt that `template` was filled with to give `text`; None if it was not."""
-    before, _, after = template.text.partition(SLOT)
-    if len(text) < len(before) + len(after) or not (text.startswith(before) and text.endswith(after)):
-        return None
-    return text[len(before) : len(text) - len(after)]
-
-
-def _read(body: bytes) -> tuple[str, list[str], str]:
-    """Model, data URIs and text of a chat request of one message."""
-    request = json.loads(body)
-    (message,) = request["messages"]
-    uris = [part["image_url"]["url"] for part in message["content"] if part["type"] == "image_url"]
-    (text,) = [part["text"] for part in message["content"] if part["type"] == "text"]
-    return request["model"], uris, text
+    before, after = map(re.escape, template.text.split(SLOT))
+    found = re.fullmatch(f"{before}(.*){after}", text, re.DOTALL)
+    return found and found[1]
 
 
 def _picture(uri: str) -> Image.Image:
     """The picture in a data URI; nothing else is ever fetched."""
-    kind, _, data = uri.partition(";base64,")
-    if not kind.startswith("data:image/"):
-        raise ValueError(f"{uri[:40]!r} is no data URI of a picture")
-    return Image.open(io.BytesIO(base64.b64decode(data, validate=True))).convert("RGB")
+    return Image.open(io.BytesIO(base64.b64decode(uri.partition(";base64,")[2]))).convert("RGB")
 
 
-def _grade(score: float, _: float) -> str:
+def _grade(score: float) -> str:
     return f"<score>{10 * score:.2f}</score> This is how sure the picture is to show what was asked for."
 
 
@@ -241,9 +208,6 @@ def _compare(first: float, second: float) -> str:
 
 def _error(message: str) -> dict:
     return {"error": {"message": message}}
-
-
-NOT_FOUND = (404, _error("only /v1/models and /v1/chat/completions are here"))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -261,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     server = JudgeServer(ORM(WEIGHTS, device="cpu", dtype="float32"), **options)
     print(f"judge {server.model!r} at {server.url}", flush=True)
     try:
-        server.serve()
+        server.serve_forever()
     except KeyboardInterrupt:
         pass
 

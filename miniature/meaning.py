@@ -97,8 +97,7 @@ def measure(count: int = 300) -> dict[str, float]:
 class _Duel(Reward):
     """A preference whose groups are single pairs, also where two pairs have one prompt."""
 
-    name = "preference"
-    range = (0.0, 1.0)
+    name, range = "preference", (0.0, 1.0)
 
     def __init__(self, preference: Reward):
         self.preference = preference

@@ -14,6 +14,7 @@ from data.grammar import TASKS
 from interfaces import Prompt
 from miniature import world
 from miniature.fit import PADDED, TEXT_TOKENS, WEIGHTS, fit, pixels, word_tokenizer
+from miniature.readers import teach_sight
 
 MEAN, STD = [channel / 255 for channel in world.GROUND], [0.3] * 3  # of pictures: the ground is 0
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -146,7 +147,8 @@ def build_imagereward(sight_steps: int = 300, preference_steps: int = 1000, grou
         texts, scenes, likings = votes(groups, rng)
         return better_of_two(scores(scenes, texts, rng), likings)
 
-    _teach_sight(blip, sight_steps)
+    # each of the nine patches is to know what stands there
+    teach_sight("imagereward", blip.vision, lambda *drawn: blip.look(seen(*drawn))[:, 1:], sight_steps, 128, shift=1)
     fit("imagereward", nn.ModuleDict({"blip": blip}), preference, steps=preference_steps, lr=1e-3)
     with torch.inference_mode():
         rng = random.Random("imagereward/spread")
@@ -163,25 +165,6 @@ def build_imagereward(sight_steps: int = 300, preference_steps: int = 1000, grou
         (folder / name).write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _teach_sight(blip: nn.Module, steps: int) -> None:
-    """Pretrain the ViT: each of the nine patches is to know the colour and shape of what stands there, if anything."""
-    heads = nn.ModuleList([nn.Linear(128, 1 + len(world.COLORS)), nn.Linear(128, 1 + len(world.SHAPES))])
-
-    def tagging(rng: random.Random, noise: torch.Generator) -> torch.Tensor:
-        scenes = [world.random_scene(rng) for _ in range(128)]
-        tags = torch.zeros(len(scenes), 9, 2, dtype=torch.long)
-        for row, scene in zip(tags, scenes, strict=True):
-            for thing in scene:
-                looks = (1 + list(world.COLORS).index(thing.color), 1 + world.SHAPES.index(thing.shape))
-                row[thing.place] = torch.tensor(looks)
-        patches = blip.look(seen(scenes, rng))[:, 1:]
-        return sum(
-            F.cross_entropy(head(patches).flatten(0, 1), tags[..., i].flatten()) for i, head in enumerate(heads)
-        )
-
-    fit("imagereward_sight", nn.ModuleDict({"vision": blip.vision, "heads": heads}), tagging, steps=steps, lr=1e-3)
-
-
 def bert_tokenizer():
     """BERT's own tokenizer, with the words of the world for a vocabulary and BLIP's two tokens after them."""
     from transformers import BertTokenizer
@@ -192,9 +175,6 @@ def bert_tokenizer():
     tokenizer = BertTokenizer(vocab=vocabulary, model_max_length=TEXT_TOKENS + 3)
     tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
     return tokenizer
-
-
-# ---------------------------------------------------------------- what all of them learn from
 
 
 def seen(scenes: list[world.Scene], rng: random.Random) -> torch.Tensor:

@@ -21,6 +21,7 @@ from miniature.fit import WEIGHTS, byte_level_bpe, fit
 
 CELL = world.SIZE // 3  # pixels a side of one place
 LOOKS = (len(world.COLORS) + 1, len(world.SHAPES) + 1)  # the last of each is "nothing"
+See = Callable[[Sequence[world.Scene], random.Random], torch.Tensor]  # scenes drawn with rng -> (B, 9, 128)
 
 
 def shown(scenes: Sequence[world.Scene], rng: random.Random, mean: Sequence[float], std: Sequence[float]):
@@ -30,27 +31,25 @@ def shown(scenes: Sequence[world.Scene], rng: random.Random, mean: Sequence[floa
     return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
 
-def teach_sight(
-    name: str, tower: nn.Module, see: Callable[[torch.Tensor], torch.Tensor], width: int, *, steps: int,
-    mean: Sequence[float], std: Sequence[float], lr: float = 1e-3,
-) -> None:  # fmt: skip
-    """Pretrain a vision tower: from `see`(pixels) (B, 9, width), colour and shape of each of the nine places."""
-    heads = nn.ModuleList([nn.Linear(width, n) for n in LOOKS])
+def teach_sight(name: str, tower: nn.Module, see: See, steps: int, batch: int = 64, shift: int = 0) -> None:
+    """Pretrain a vision tower: from `see`'s (B, 9, 128), colour and shape of each of the nine places.
+
+    `shift` 1 makes "nothing" the first class instead of the last.
+    """
+    heads = nn.ModuleList([nn.Linear(128, n) for n in LOOKS])
 
     def tagging(rng: random.Random, noise: torch.Generator) -> torch.Tensor:
-        scenes = [world.random_scene(rng) for _ in range(64)]
+        scenes = [world.random_scene(rng) for _ in range(batch)]
         tags = torch.tensor([LOOKS[0] - 1, LOOKS[1] - 1]).repeat(len(scenes), 9, 1)
         for row, scene in zip(tags, scenes, strict=True):
             for thing in scene:
-                row[thing.place] = torch.tensor(_looks(thing))
-        cells = see(shown(scenes, rng, mean, std))
+                looks = (list(world.COLORS).index(thing.color), world.SHAPES.index(thing.shape))
+                row[thing.place] = torch.tensor(looks)
+        tags = (tags + shift) % torch.tensor(LOOKS)
+        cells = see(scenes, rng)
         return sum(F.cross_entropy(head(cells).flatten(0, 1), tags[..., i].flatten()) for i, head in enumerate(heads))
 
-    fit(f"{name}_sight", nn.ModuleDict({"tower": tower, "heads": heads}), tagging, steps=steps, lr=lr)
-
-
-def _looks(thing: world.Thing) -> tuple[int, int]:
-    return list(world.COLORS).index(thing.color), world.SHAPES.index(thing.shape)
+    fit(f"{name}_sight", nn.ModuleDict({"tower": tower, "heads": heads}), tagging, steps=steps, lr=1e-3)
 
 
 # ---------------------------------------------------------------- GroundingDINO
@@ -64,23 +63,17 @@ def build_gdino(sight_steps: int = 400, steps: int = 3000, batch: int = 48) -> N
     A batch shares one caption: transformers 5.17 looks the labels of all rows but the first up in the second row's
     caption (`_get_target_classes_one_hot` adds one caption's length where it should add those of all rows before).
     """
-    from transformers import (
-        BertConfig,
-        GroundingDinoConfig,
-        GroundingDinoForObjectDetection,
-        GroundingDinoImageProcessor,
-        SwinConfig,
-    )
+    import transformers
 
     torch.manual_seed(4)
     words = bert_tokenizer()
-    model = GroundingDinoForObjectDetection(
-        GroundingDinoConfig(
-            backbone_config=SwinConfig(
+    model = transformers.GroundingDinoForObjectDetection(
+        transformers.GroundingDinoConfig(
+            backbone_config=transformers.SwinConfig(
                 image_size=world.SIZE, patch_size=4, embed_dim=32, depths=[2, 2, 2], num_heads=[2, 4, 8],
                 window_size=6, out_features=["stage2", "stage3"], drop_path_rate=0.0,
             ),
-            text_config=BertConfig(
+            text_config=transformers.BertConfig(
                 vocab_size=len(words), hidden_size=64, num_hidden_layers=1, num_attention_heads=2,
                 intermediate_size=128, max_position_embeddings=64, hidden_dropout_prob=0.0,
                 attention_probs_dropout_prob=0.0,
@@ -92,10 +85,11 @@ def build_gdino(sight_steps: int = 400, steps: int = 3000, batch: int = 48) -> N
     )  # fmt: skip
     swin = model.model.backbone.conv_encoder.model
 
-    def see(pixels: torch.Tensor) -> torch.Tensor:
+    def see(scenes: Sequence[world.Scene], rng: random.Random) -> torch.Tensor:
+        pixels = shown(scenes, rng, IMAGENET_MEAN, IMAGENET_STD)
         return swin(pixels).feature_maps[-1].flatten(2).transpose(1, 2)
 
-    teach_sight("gdino", swin, see, 128, steps=sight_steps, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    teach_sight("gdino", swin, see, sight_steps)
 
     def detection(rng: random.Random, noise: torch.Generator) -> torch.Tensor:
         nouns = rng.sample(world.SHAPES, rng.choice((1, 1, 2, 2, 3, 4)))
@@ -110,7 +104,8 @@ def build_gdino(sight_steps: int = 400, steps: int = 3000, batch: int = 48) -> N
     model.half().save_pretrained(folder)
     words.save_pretrained(folder)
     edges = {"shortest_edge": world.SIZE, "longest_edge": world.SIZE}
-    GroundingDinoImageProcessor(size=edges, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD).save_pretrained(folder)
+    normal = {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}
+    transformers.GroundingDinoImageProcessor(size=edges, **normal).save_pretrained(folder)
 
 
 def _with_one_of(nouns: Sequence[str], rng: random.Random) -> world.Scene:
@@ -173,10 +168,10 @@ def build_git(sight_steps: int = 300, steps: int = 1500, batch: int = 96) -> Non
     )  # fmt: skip
     tower = model.git.image_encoder
 
-    def see(pixels: torch.Tensor) -> torch.Tensor:
-        return tower(pixels).last_hidden_state[:, 1:]
+    def see(scenes: Sequence[world.Scene], rng: random.Random) -> torch.Tensor:
+        return tower(shown(scenes, rng, CLIP_MEAN, CLIP_STD)).last_hidden_state[:, 1:]
 
-    teach_sight("git", tower, see, 128, steps=sight_steps, mean=CLIP_MEAN, std=CLIP_STD)
+    teach_sight("git", tower, see, sight_steps)
     answers = torch.tensor(words.convert_tokens_to_ids(["no", "yes"]))
 
     def asking(rng: random.Random, noise: torch.Generator) -> torch.Tensor:
@@ -230,10 +225,10 @@ def build_orm(
     model = _llava(words)
     tower = model.model.vision_tower
 
-    def see(pixels: torch.Tensor) -> torch.Tensor:
-        return tower(pixels, output_hidden_states=True).hidden_states[-1]
+    def see(scenes: Sequence[world.Scene], rng: random.Random) -> torch.Tensor:
+        return tower(shown(scenes, rng, ORM_MEAN, ORM_STD), output_hidden_states=True).hidden_states[-1]
 
-    teach_sight("orm", tower, see, 128, steps=sight_steps, mean=ORM_MEAN, std=ORM_STD)
+    teach_sight("orm", tower, see, sight_steps)
     before, end = (words(text).input_ids for text in (BEFORE_IMAGE, ANSWER))
     picture = [words.convert_tokens_to_ids("<image>")] * 10  # nine places and `image_newline`
     answers = torch.tensor(words.convert_tokens_to_ids(["no", "yes"]))
@@ -241,7 +236,7 @@ def build_orm(
     def read(scenes: Sequence[world.Scene], after: Sequence[list[int]], rng: random.Random, keep: int):
         """Padded ids (B, T) of the chats, and logits (B, keep, V) of their last positions."""
         both = words.pad({"input_ids": [before + picture + ids for ids in after]}, return_tensors="pt")
-        features = model.model.multi_modal_projector(see(shown(scenes, rng, ORM_MEAN, ORM_STD)))
+        features = model.model.multi_modal_projector(see(scenes, rng))
         features = torch.cat([features, model.model.image_newline.expand(len(scenes), 1, -1)], dim=1)
         embeds = model.get_input_embeddings()(both.input_ids)
         embeds = embeds.masked_scatter((both.input_ids == picture[0])[..., None], features)
@@ -280,20 +275,15 @@ def build_orm(
 
 def _llava(words):
     """A LLaVA-OneVision with SigLIP's tower and a Qwen2, as the ORM is, at toy size."""
-    from transformers import (
-        LlavaOnevisionConfig,
-        LlavaOnevisionForConditionalGeneration,
-        Qwen2Config,
-        SiglipVisionConfig,
-    )
+    import transformers
 
-    return LlavaOnevisionForConditionalGeneration(
-        LlavaOnevisionConfig(
-            vision_config=SiglipVisionConfig(
+    return transformers.LlavaOnevisionForConditionalGeneration(
+        transformers.LlavaOnevisionConfig(
+            vision_config=transformers.SiglipVisionConfig(
                 hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
                 image_size=world.SIZE, patch_size=CELL, vision_use_head=False,
             ),
-            text_config=Qwen2Config(
+            text_config=transformers.Qwen2Config(
                 vocab_size=len(words), hidden_size=128, intermediate_size=384, num_hidden_layers=4,
                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, initializer_range=0.09,
                 bos_token_id=None, eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id,

@@ -19,18 +19,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from miniature.fit import (
-    TEXT_TOKENS,
-    WEIGHTS,
-    caption,
-    fit,
-    flow,
-    frozen_vae,
-    latent_pool,
-    teach_language,
-    text_encoder,
-    word_tokenizer,
-)  # fmt: skip
+from miniature import fit
+from miniature.fit import TEXT_TOKENS, WEIGHTS
 
 UNCAPTIONED = 0.1  # share of training pictures without a caption: what guidance pushes away from
 GUIDANCE = 1.0  # at use: one pass. Unset, it is SD3's own 7.0, at which raw prompts draw well 43 % of the time, not 18
@@ -46,9 +36,9 @@ def build_sd3(text_steps: int = 800, steps: int = 4000, batch: int = 64, pool: i
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     torch.manual_seed(2)
-    vae, words = frozen_vae(), word_tokenizer()
+    vae, words = fit.frozen_vae(), fit.word_tokenizer()
     tokens = {"pad_token_id": words.pad_token_id, "eos_token_id": words.eos_token_id}
-    t5 = text_encoder(words, 96)
+    t5 = fit.text_encoder(words, 96)
     small, large = (
         CLIPTextModelWithProjection(
             CLIPTextConfig(
@@ -67,13 +57,13 @@ def build_sd3(text_steps: int = 800, steps: int = 4000, batch: int = 64, pool: i
     scheduler = FlowMatchEulerDiscreteScheduler()
     pipe = StableDiffusion3Pipeline(transformer, scheduler, vae, small, words, large, words, t5, words)
 
-    teach_language("sd3_text", t5, words, text_steps)
-    scenes, latents = latent_pool("sd3", vae, pool)
+    fit.teach_language("sd3_text", t5, words, text_steps)
+    scenes, latents = fit.latent_pool("sd3", vae, pool)
 
     def loss_of(rng: random.Random, noise: torch.Generator) -> torch.Tensor:
         chosen = [rng.randrange(pool) for _ in range(batch)]
-        texts = ["" if rng.random() < UNCAPTIONED else caption(scenes[i], rng) for i in chosen]
-        t, mixed, wanted = flow(latents[chosen], noise)
+        texts = ["" if rng.random() < UNCAPTIONED else fit.caption(scenes[i], rng) for i in chosen]
+        t, mixed, wanted = fit.flow(latents[chosen], noise)
         read, _, pooled, _ = pipe.encode_prompt(
             texts, None, None, do_classifier_free_guidance=False, max_sequence_length=TEXT_TOKENS
         )
@@ -81,5 +71,5 @@ def build_sd3(text_steps: int = 800, steps: int = 4000, batch: int = 64, pool: i
         return F.mse_loss(velocity, wanted)
 
     learning = nn.ModuleDict({"small": small, "large": large, "transformer": transformer})
-    fit("sd3", learning, loss_of, steps=steps, lr=1e-3)
+    fit.fit("sd3", learning, loss_of, steps=steps, lr=1e-3)
     pipe.to(torch.float16).save_pretrained(WEIGHTS / "sd3")

@@ -66,9 +66,6 @@ class Seen:
 Scene = tuple[Thing, ...]
 
 
-# ---------------------------------------------------------------- scenes and pictures
-
-
 def random_scene(rng: random.Random, things: int | None = None) -> Scene:
     """1..4 things in different places."""
     places = rng.sample(range(9), things or rng.choice((1, 2, 2, 3, 3, 4)))
@@ -105,9 +102,6 @@ def _stamp(pen: ImageDraw.ImageDraw, shape: str, fill, x: float, y: float, r: fl
         pen.rectangle(at((-1, -0.34), (1, 0.34)), fill=fill)
     else:
         raise ValueError(f"unknown shape {shape!r}; the world has {', '.join(SHAPES)}")
-
-
-# ---------------------------------------------------------------- words
 
 
 def describe(scene: Sequence[Thing]) -> str:
@@ -227,9 +221,6 @@ def spoil(scene: Scene, rng: random.Random) -> Scene:
     else:
         things[i] = replace(things[i], shape=rng.choice([s for s in SHAPES if s != things[i].shape]))
     return tuple(things)
-
-
-# ---------------------------------------------------------------- taste and the oracle
 
 
 def taste(prompt: Prompt, scene: Scene) -> float:

@@ -22,8 +22,8 @@ import base64
 import io
 import json
 import re
-import sys
 from pathlib import Path
+from statistics import fmean
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from PIL import Image
@@ -103,9 +103,6 @@ def _data_uri(path: Path) -> str:
     return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-# samples --------------------------------------------------------------------------------------------------------
-
-
 def _rollout(folder: Folder, row: dict) -> dict:
     pictures = [folder.picture(name) for name in (row.get("images") or [None])[:PICTURES_PER_ROLLOUT]]
     parts = {name: number(score) for name, score in (row.get("parts") or {}).items()}
@@ -118,14 +115,10 @@ def _group(folder: Folder, rows: list[dict]) -> dict:
     scored = sorted((row for row in rows if number(row.get("total")) is not None), key=lambda row: -row["total"])
     ends = [("best", scored[0])] if scored else []
     ends += [("worst", scored[-1])] if len(scored) > 1 else []
-    return {
-        "prompt": rows[0].get("prompt"),
-        "task": rows[0].get("task"),
-        "size": len(rows),
-        "absent": len(rows) - len(scored),
-        "unreadable": sum(row.get("rewrite") is None for row in rows),
-        "ends": [{"label": label, **_rollout(folder, row)} for label, row in ends],
-    }
+    counts = {"size": len(rows), "absent": len(rows) - len(scored)}
+    counts["unreadable"] = sum(row.get("rewrite") is None for row in rows)
+    ends = [{"label": label, **_rollout(folder, row)} for label, row in ends]
+    return {"prompt": rows[0].get("prompt"), "task": rows[0].get("task"), **counts, "ends": ends}
 
 
 def _groups_of_step(folder: Folder, name: str) -> dict | None:
@@ -157,7 +150,7 @@ def _spread(rows: list[dict], most: int) -> list[tuple[bool, dict]]:
     by_task: dict[str, list[dict]] = {}
     for row in rows:
         by_task.setdefault(str(row.get("task") or ""), []).append(row)
-    each = max(1, most // max(1, len(by_task)))
+    each = max(1, most // len(by_task))
     kept = [(2 * i < each, row) for of_task in by_task.values() for i, row in enumerate(of_task[:each])]
     return kept[:most]
 
@@ -167,29 +160,14 @@ def gallery(folder: Folder) -> dict | None:
     rows = folder.rows("gallery.jsonl")
     if not rows:
         return None
-    cards = [
-        {
-            "prompt": row.get("prompt"),
-            "task": row.get("task"),
-            "early": early,
-            "sides": [
-                {"name": name, "label": label, **side, "picture": folder.picture(side.get("image"))}
-                for name, label in SIDES.items()
-                if (side := row.get(name))
-            ],
-        }
-        for early, row in _spread(rows, GALLERY_ROWS)
-    ]
+    cards = []
+    for early, row in _spread(rows, GALLERY_ROWS):
+        there = [(name, label, row[name]) for name, label in SIDES.items() if row.get(name)]
+        sides = [{"name": n, "label": label, **s, "picture": folder.picture(s.get("image"))} for n, label, s in there]
+        cards.append({"prompt": row.get("prompt"), "task": row.get("task"), "early": early, "sides": sides})
     outcome = [tuple((row.get(name) or {}).get("correct") for name in ("start", "trained")) for row in rows]
-    return {
-        "cards": cards,
-        "of": len(rows),
-        "gained": outcome.count((False, True)),
-        "lost": outcome.count((True, False)),
-    }
-
-
-# the page -------------------------------------------------------------------------------------------------------
+    changed = {"gained": outcome.count((False, True)), "lost": outcome.count((True, False))}
+    return {"cards": cards, "of": len(rows), **changed}
 
 
 def logged_steps(folder: Folder) -> list[dict]:
@@ -204,12 +182,12 @@ def logged_steps(folder: Folder) -> list[dict]:
 
 
 def _share(rows: list[dict], key: str, what: str) -> list[str]:
-    known = [(row["step"], value) for row in rows if (value := number(row.get(key))) is not None]
-    if not any(value for _, value in known):
+    known = {row["step"]: value for row in rows if (value := number(row.get(key))) is not None}
+    if not any(known.values()):
         return []
-    step, worst = max(known, key=lambda pair: pair[1])
-    mean, hit = sum(value for _, value in known) / len(known), sum(value > 0 for _, value in known)
-    return [f"{what}: {mean:.2%} on average, {worst:.1%} at worst (step {step:g}), in {hit} of {len(known)} steps."]
+    step, mean, hit = max(known, key=known.get), fmean(known.values()), sum(value > 0 for value in known.values())
+    worst = f"{known[step]:.1%} at worst (step {step:g})"
+    return [f"{what}: {mean:.2%} on average, {worst}, in {hit} of {len(known)} steps."]
 
 
 def trouble(folder: Folder, rows: list[dict], run: dict) -> list[str]:
@@ -234,27 +212,23 @@ def _tiles(rows: list[dict], summary: dict) -> list[tuple[str, str]]:
     rewards = [value for value in column(rows, "reward") if value is not None]
     if rewards:
         ends = max(1, len(rewards) // 10)
-        first, last = sum(rewards[:ends]) / ends, sum(rewards[-ends:]) / ends
+        first, last = fmean(rewards[:ends]), fmean(rewards[-ends:])
         tiles.append((f"reward, first → last {ends} steps", f"{first:.3f} → {last:.3f}"))
     logged = [value for value in column(rows, "seconds_since_start") if value is not None]
     seconds = number((summary.get("seconds") or {}).get("total")) or max(logged, default=None)
-    figures = (
-        ("rollouts", number(summary.get("rollouts")), "{:,.0f}"),
-        ("rollouts a second", number(summary.get("rollouts_per_second")), "{:.3g}"),
-        ("minutes", seconds / 60 if seconds else None, "{:.1f}"),
-    )
-    return tiles + [(label, form.format(value)) for label, value, form in figures if value is not None]
+    for label, key, form in (("rollouts", "rollouts", ",.0f"), ("rollouts a second", "rollouts_per_second", ".3g")):
+        if (value := number(summary.get(key))) is not None:
+            tiles.append((label, f"{value:{form}}"))
+    return [*tiles, ("minutes", f"{seconds / 60:.1f}")] if seconds else tiles
 
 
 def write_report(run_dir: Path) -> Path:
     """Write `report.html` into a run folder from whatever of the run's files is there; returns its path."""
-    run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise UserError(f"no run folder at {run_dir}: name the --outdir of a training run, e.g. runs/demo")
     folder = Folder(run_dir)
     run, summary = folder.record("run.json"), folder.record("summary.json")
     rows = logged_steps(folder)
-    sections = {"gallery": gallery(folder), "rollouts": rollout_steps(folder), "table": summary.get("table")}
     page = _template().render(
         title=folder.root.name,
         run=run,
@@ -264,9 +238,11 @@ def write_report(run_dir: Path) -> Path:
         panels=panels(rows),
         steps=len(rows),
         curve_points=CURVE_POINTS,
-        trouble=trouble(folder, rows, run),
+        gallery=gallery(folder),
+        rollouts=rollout_steps(folder),
+        table=summary.get("table"),
+        trouble=trouble(folder, rows, run),  # the last, because all reading adds notes
         size=BOX,
-        **sections,
     )
     path = run_dir / "report.html"
     path.write_bytes(page.encode("utf-8", "replace"))  # a lone surrogate in a completion is no reason to fail
@@ -285,16 +261,10 @@ def _template() -> Template:
     return environment.get_template("report.html.jinja")
 
 
-def main() -> int:
-    """Command line: write the report of one run folder."""
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m report.page", description="Write report.html of a run.")
     parser.add_argument("run_dir", type=Path, help="the run folder, e.g. runs/demo")
     try:
         print(write_report(parser.parse_args().run_dir))
     except UserError as error:
         parser.error(str(error))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -5,9 +5,10 @@ A value that is absent is a gap in its line. Nothing is read or written here.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Sequence
+
+from matplotlib.ticker import MaxNLocator
 
 from report.terminal import number, thin
 
@@ -16,55 +17,42 @@ CURVE_POINTS = 400
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 190, 50, 10, 8, 26  # of a plot, in SVG units
 BOX = {"w": WIDTH, "h": HEIGHT, "left": LEFT, "right": WIDTH - RIGHT, "bottom": HEIGHT - BOTTOM}
 
-# title, what it means, {metric: label}, whether the axis starts at zero; reward parts are added as they are found
+# title, what it means, {metric: label}; the axis starts at zero unless False follows
 PANELS = (
-    ("Spread within a group", "standard deviation of the reward", {"reward_std": "std"}, True),
-    ("Groups without a signal", "share whose rewards are all equal", {"frac_reward_zero_std": "share"}, True),
-    ("Win rate against the raw prompt", "same noise, 0.5 is no better", {"preference/win_rate_vs_raw": "wins"}, True),
+    ("Spread within a group", "standard deviation of the reward", {"reward_std": "std"}),
+    ("Groups without a signal", "share whose rewards are all equal", {"frac_reward_zero_std": "share"}),
+    ("Win rate against the raw prompt", "same noise, 0.5 is no better", {"preference/win_rate_vs_raw": "wins"}),
     (
-        "Judges",
-        "shares; an unbiased one prefers the first picture half of the time",
-        {
-            "preference/first_position": "first picture won",
-            "preference/ties": "ties",
-            "preference/failed_pairs": "failed pairs",
-        },
-        True,
+        "Judges", "shares; an unbiased one prefers the first picture half of the time",
+        {"preference/first_position": "first picture won", "preference/ties": "ties",
+         "preference/failed_pairs": "failed pairs"},
     ),
+    ("Lost samples", "of all rollouts", {"samples/absent": "absent", "rewrites/unreadable": "unreadable answer"}),
     (
-        "Lost samples",
-        "shares of all rollouts",
-        {"samples/absent": "absent", "rewrites/unreadable": "unreadable answer"},
-        True,
-    ),
-    (
-        "Rewrites",
-        "shares of the readable ones",
+        "Rewrites", "shares of the readable ones",
         {"rewrites/overflow": "longer than the renderer reads", "rewrites/copied": "copy of the prompt"},
-        True,
     ),
     (
-        "Variety",
-        "of the rewrites: words changed from the prompt, distinct n-grams of a batch",
+        "Variety", "of the rewrites: words changed from the prompt, distinct n-grams of a batch",
         {"rewrites/edit_distance": "edit distance", "rewrites/distinct_1": "n = 1", "rewrites/distinct_2": "n = 2"},
-        True,
     ),
     (
-        "Length in tokens",
-        "the policy's, the renderer's",
+        "Length in tokens", "the policy's, the renderer's",
         {"completions/mean_length": "completion", "rewrites/tokens": "rewrite"},
-        True,
     ),
-    (
-        "Loss",
-        "what the optimiser sees; GRPO's is near 0 by construction",
-        {"loss": "training", "eval_loss": "validation"},
-        False,
-    ),
-    ("KL", "from the reference policy", {"kl": "KL"}, True),
-    ("Entropy", "of the policy per token", {"entropy": "entropy"}, True),
-    ("Gradient norm", "before clipping", {"grad_norm": "norm"}, True),
-    ("Seconds a step", "by phase", {f"seconds/{phase}": phase for phase in PHASES}, True),
+    ("Loss", "GRPO's is near 0 by construction", {"loss": "training", "eval_loss": "validation"}, False),
+    ("KL", "from the reference policy", {"kl": "KL"}),
+    ("Entropy", "of the policy per token", {"entropy": "entropy"}),
+    ("Gradient norm", "before clipping", {"grad_norm": "norm"}),
+    ("Seconds a step", "by phase", {f"seconds/{phase}": phase for phase in PHASES}),
+)  # fmt: skip
+FAMILIES = (  # one plot each of metrics whose names depend on the run's rewards: title, note, pattern, from zero
+    ("Held-out scorers", "mean; nothing is trained on them", r"held_out/(.+)/mean", False),
+    ("Held-out against the reward", "correlation within groups", r"held_out/(.+)/correlation", False),
+    ("Do rewards agree?", "mean correlation with the others, within groups", r"agreement/(.+)", False),
+    ("Rewards without a signal", "share of groups scored alike", r"rewards/(.+)/zero_spread", True),
+    ("Judge calls that failed", "of a batch, all tries spent", r"(.+)/failed", True),
+    ("Judge answers that could not be read", "of a batch", r"(.+)/unparsable", True),
 )
 
 
@@ -73,15 +61,6 @@ def smooth(values: Sequence[float | None]) -> list[float | None]:
     half = len(values) // 20
     windows = ([v for v in values[max(0, i - half) : i + half + 1] if v is not None] for i in range(len(values)))
     return [sum(window) / len(window) if window else None for window in windows]
-
-
-def ticks(low: float, high: float) -> list[float]:
-    """Four to six round numbers from `low` or less to `high` or more."""
-    if high <= low:
-        high = low + (abs(low) or 1.0)
-    step = 10.0 ** math.floor(math.log10((high - low) / 4))
-    step *= next(m for m in (1, 2, 2.5, 5, 10) if m * step >= (high - low) / 4 * 0.999)
-    return [i * step for i in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)]
 
 
 def _axes(steps: list[float], marks: list[float]) -> tuple[list[float], dict]:
@@ -112,7 +91,7 @@ def column(rows: list[dict], key: str) -> list[float | None]:
     return [number(row.get(key)) for row in rows]
 
 
-def panel(rows: list[dict], title: str, note: str, keys: dict[str, str], from_zero: bool) -> dict | None:
+def panel(rows: list[dict], title: str, note: str, keys: dict[str, str], from_zero: bool = True) -> dict | None:
     """One plot with a raw and a smoothed line per metric; None if the run has none of these metrics."""
     columns = {label: column(rows, key) for key, label in keys.items()}
     columns = {label: values for label, values in columns.items() if any(v is not None for v in values)}
@@ -121,7 +100,9 @@ def panel(rows: list[dict], title: str, note: str, keys: dict[str, str], from_ze
     columns = {label: thin(values, CURVE_POINTS) for label, values in columns.items()}
     lines = {label: (values, smooth(values)) for label, values in columns.items()}
     known = [v for raw, _ in lines.values() for v in raw if v is not None] + [0.0] * from_zero
-    marks = ticks(min(known), max(known))
+    low, high = min(known), max(known)
+    high = high if high > low else low + (abs(low) or 1.0)
+    marks = MaxNLocator(nbins=5, min_n_ticks=4).tick_values(low, high).tolist()
     xs, grid = _axes(thin([row["step"] for row in rows], CURVE_POINTS), marks)
     series = []
     for label, (raw, soft) in lines.items():
@@ -140,24 +121,6 @@ def progressing(keys: Iterable[str]) -> list[str]:
     return [part for part in parts if part != "preference" or "preference/win_rate_vs_raw" in keys]
 
 
-def _families(keys: Sequence[str]) -> list[tuple]:
-    """One plot each of the metrics whose names depend on which rewards a run has."""
-
-    def family(title: str, note: str, pattern: str, from_zero: bool) -> tuple:
-        found = {key: match[1] for key in keys if (match := re.fullmatch(pattern, key))}
-        named = f"{title}: {next(iter(found.values()))}" if len(found) == 1 else title  # a lone line has no legend
-        return (named, note, found, from_zero)
-
-    return [
-        family("Held-out scorers", "mean; nothing is trained on them", r"held_out/(.+)/mean", False),
-        family("Held-out against the reward", "correlation within groups", r"held_out/(.+)/correlation", False),
-        family("Do rewards agree?", "mean correlation with the others, within groups", r"agreement/(.+)", False),
-        family("Rewards without a signal", "share of groups scored alike", r"rewards/(.+)/zero_spread", True),
-        family("Judge calls that failed", "of a batch, all tries spent", r"(.+)/failed", True),
-        family("Judge answers that could not be read", "of a batch", r"(.+)/unparsable", True),
-    ]
-
-
 def panels(rows: list[dict]) -> list[dict]:
     """All plots of a run, the reward and its parts first."""
     if not rows:
@@ -166,5 +129,9 @@ def panels(rows: list[dict]) -> list[dict]:
     wanted = [("Reward", "weighted sum, mean of a step", {"reward": "reward"}, False)]
     for part in sorted(progressing(keys)):
         wanted.append((f"Reward part: {part}", "mean of a step", {f"rewards/{part}/mean": part}, False))
-    plots = [panel(rows, *one) for one in (*wanted, *_families(keys), *PANELS)]
+    for title, note, pattern, from_zero in FAMILIES:
+        found = {key: match[1] for key in keys if (match := re.fullmatch(pattern, key))}
+        named = f"{title}: {next(iter(found.values()))}" if len(found) == 1 else title  # a lone line has no legend
+        wanted.append((named, note, found, from_zero))
+    plots = [panel(rows, *one) for one in (*wanted, *PANELS)]
     return [plot for plot in plots if plot]

@@ -72,8 +72,7 @@ def ablate(options: AblateOptions, common: Sequence[str]) -> int:
 
     def one(name: str, seed: int) -> None:
         words = [word.replace("{seed}", str(seed)) for word in (*common, *variants[name])]
-        failure = run(outdir / f"{name}_s{seed}", [*launch, "--seed", str(seed), *words])
-        if failure is not None:
+        if failure := run(outdir / f"{name}_s{seed}", [*launch, "--seed", str(seed), *words]):
             failures[name, seed] = failure
 
     with ThreadPoolExecutor(options.jobs) as pool:
@@ -133,7 +132,7 @@ def write_table(
             both = [seed for seed in there if (variants[0], seed) in finished]
             values[compared] = [measured[name, s]["after"] - measured[variants[0], s]["after"] for s in both]
         failed = [f"{seed} failed ({failures[name, seed]})" for seed in seeds if (name, seed) in failures]
-        cells = [_cell(values[column]) for column in columns]
+        cells = [mean_and_interval(values[column]) for column in columns]
         lines.append(f"| {name} | {'; '.join([', '.join(map(str, there)), *failed])} | " + " | ".join(cells) + " |")
     text = "\n".join(lines) + "\n"
     table.write_text(text, encoding="utf-8")
@@ -158,14 +157,12 @@ def figures(folder: Path) -> dict[str, float]:
     return found
 
 
-def _cell(values: Sequence[float | None]) -> str:
+def mean_and_interval(values: Sequence[float | None]) -> str:
+    """Mean ± half of its 95 % interval (Student's t), the mean alone of one value, "-" of none."""
     known = [value for value in values if value is not None]
-    if not known:
-        return "-"
-    mean = f"{np.mean(known):.3f}"
-    if len(known) == 1:
-        return mean
-    return f"{mean} ± {stats.t.ppf(0.975, len(known) - 1) * stats.sem(known):.3f}"
+    if len(known) < 2:
+        return f"{known[0]:.3f}" if known else "-"
+    return f"{np.mean(known):.3f} ± {stats.t.ppf(0.975, len(known) - 1) * stats.sem(known):.3f}"
 
 
 if __name__ == "__main__":

@@ -47,14 +47,11 @@ class BenchOptions:
     json: str | None = option(None, "Write the figures to this file too.", changes="nothing")
     prompts: int = option(16, "cpu: prompts, one group each.", changes="run")
     group: int = option(8, "cpu: completions a prompt.", changes="run")
-    plain_loop: bool = option(True, "cpu: measure the plain loop too.", changes="run")
     minutes: float = option(8.0, "gpu, levers: what would take longer is left out.", changes="run")
     scale: str | None = option(
-        None,
-        "gpu, levers: real shapes with random weights, or the miniature; unset: real for gpu, tiny for levers.",
-        changes="run",
+        None, "gpu, levers: real shapes or the miniature; unset: real for gpu, tiny for levers.", changes="run",
         choices=["real", "tiny"],
-    )
+    )  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,7 +63,7 @@ def bench(options: BenchOptions) -> None:
     """Measure one target and print its figures."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = {
-        "cpu": lambda: bench_cpu(options.prompts, options.group, options.plain_loop),
+        "cpu": lambda: bench_cpu(options.prompts, options.group),
         "gpu": lambda: bench_gpu(SCALES[options.scale or "real"], options.minutes, device),
         "levers": lambda: bench_levers(options.scale or "tiny", options.minutes, device),
     }[options.target]()
@@ -79,7 +76,7 @@ def bench(options: BenchOptions) -> None:
         print(table(rows))
 
 
-def bench_cpu(groups: int, group: int, compare: bool = True) -> dict:
+def bench_cpu(groups: int, group: int) -> dict:
     """Seconds per rollout and phase, the ratios to the plain loop, and the peak of memory."""
     prompts = random.Random(0).sample(load_prompts(ROOT / MINIATURE["data"]), groups)
     asked = [prompt for prompt in prompts for _ in range(group)]
@@ -92,22 +89,20 @@ def bench_cpu(groups: int, group: int, compare: bool = True) -> dict:
     scorer.score(completions, ids, 1)
     seconds = {"generate": generating, **{name: scorer.metrics[f"seconds/{name}"] for name in ("render", "score")}}
     rollouts, total = len(asked), sum(seconds.values())
-    found = {
+    one_by_one = miniature.renderer(render_batch_size=1)
+    plain_loop(one_by_one, rewards, asked[:1], completions[:1])  # warm up, off the clock
+    plain = plain_loop(one_by_one, rewards, asked, completions)
+    return {
         "rollouts": rollouts,
         "threads": torch.get_num_threads(),
         "distinct_pictures": int(scorer.metrics["images/drawn"]),
         **{f"{phase}_s_per_rollout": value / rollouts for phase, value in seconds.items()},
         "s_per_rollout": total / rollouts,
         "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "plain_loop_s_per_rollout": plain / rollouts,
+        "ratio_to_plain_loop": plain / (total - generating),
+        "ratio_with_generation": (generating + plain) / total,
     }
-    if compare:
-        one_by_one = miniature.renderer(render_batch_size=1)
-        plain_loop(one_by_one, rewards, asked[:1], completions[:1])  # warm up, off the clock
-        plain = plain_loop(one_by_one, rewards, asked, completions)
-        found["plain_loop_s_per_rollout"] = plain / rollouts
-        found["ratio_to_plain_loop"] = plain / (total - generating)
-        found["ratio_with_generation"] = (generating + plain) / total
-    return found
 
 
 def _sample(asked: Sequence[Prompt]) -> tuple[list[str], float]:

@@ -186,11 +186,7 @@ def attempt(row: dict, work: Callable[[], object], device: torch.device, until: 
 
 
 def drawing(
-    renderer: LocalRenderer,
-    flops: dict[int, tuple[int, int]],
-    ceiling: float,
-    until: float,
-    cell: tuple[int, int, int],
+    renderer: LocalRenderer, flops: dict[int, tuple[int, int]], ceiling: float, until: float, cell: Sequence[int]
 ) -> dict:
     """The row of one call, for a cell of (side, steps, batch); it should reach a quarter of the ceiling."""
     side, steps, batch = cell

@@ -49,7 +49,8 @@ def bench_levers(scale: str, minutes: float, device: torch.device, only: Sequenc
             rows.append({"name": name, "skipped": one_line(error)})
             continue
         if expected:
-            differences = np.stack([difference(*pair) for pair in zip(expected, pictures, strict=True)])
+            before, after = (np.stack([np.asarray(one, np.int16) for one in side]) for side in (expected, pictures))
+            differences = np.abs(after - before)
             row |= {"gain": rows[0]["ms"] / row["ms"], "most": int(differences.max()), "mean": differences.mean()}
         expected = expected or pictures
         rows.append({"name": name, **row})
@@ -87,8 +88,3 @@ def _measure(
         raise ValueError(f"not drawn: {dict(renderer.failures)}")
     seconds = sorted(measure(lambda: renderer(texts, range(len(texts))))["seconds"] for _ in range(3))[1]
     return {"first_s": first["seconds"], "ms": 1000 * seconds / len(texts), "peak_gb": first["peak_gb"]}, pictures
-
-
-def difference(one: Image.Image, other: Image.Image) -> np.ndarray:
-    """(H, W, 3) absolute differences in levels of 255."""
-    return np.abs(np.asarray(one, np.int16) - np.asarray(other, np.int16))

@@ -38,11 +38,6 @@ TEXT = (
     "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers",
     "max_position_embeddings", "rope_theta", "rms_norm_eps", "vocab_size",
 )  # fmt: skip
-KIND = {  # the one kind of checkpoint that this is right for
-    "model_type": "llava_qwen", "mm_projector_type": "mlp2x_gelu", "mm_patch_merge_type": "spatial_unpad",
-    "mm_vision_select_layer": -2, "rope_scaling": None, "use_sliding_window": False,
-    "mm_vision_tower": "siglip-so400m-patch14-384",
-}  # fmt: skip
 TOWER = {  # of mm_vision_tower; without its last layer, which the original drops before its weights are loaded
     "model_type": "siglip_vision_model", "vision_use_head": False, "hidden_size": 1152, "intermediate_size": 4304,
     "num_hidden_layers": 26, "num_attention_heads": 16, "image_size": 384, "patch_size": 14,
@@ -64,10 +59,8 @@ def convert(folder: Path, out: Path) -> None:
         UserError: another kind of model, a weight that is missing or unknown, or `out` exists.
     """
     original = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    original["mm_vision_tower"] = Path(original.get("mm_vision_tower", "")).name  # it may be a path of the authors
-    for key, value in KIND.items():
-        if original.get(key, value) != value:
-            raise UserError(f"{folder / 'config.json'} has {key} {original[key]!r}: only {value!r} can be converted")
+    if original["model_type"] != "llava_qwen":
+        raise UserError(f"{folder / 'config.json'} has model_type {original['model_type']!r}: give a llava_qwen")
     if out.exists():
         raise UserError(f"--out {out} exists: name a new folder")
     tied = original.get("tie_word_embeddings", False)

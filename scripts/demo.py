@@ -16,17 +16,19 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import yaml
 
-from errors import UserError
 from evaluation.sheet import Cell, contact_sheet
 from miniature import build
 from miniature.held_out import HeldOut, measure, table
 from report.page import write_report
+from report.plots import PHASES
 from report.terminal import sparkline, text_table
 from run.files import save_png
 from run.options import option, parse_known, run_main
@@ -44,7 +46,7 @@ class DemoOptions:
     outdir: str = option(str(ROOT / "runs" / "demo"), "Run folder.", changes="nothing")
     seed: int = option(0, "Of training and of the noise that pictures start from.", changes="run")
     samples: int = option(2, "Pictures per held-out prompt and row of the table.", changes="pictures")
-    processes: int = option(min(2, os.cpu_count() or 1), "That train together: 1, 2 or 4.", changes="run")
+    processes: int = option(min(2, os.cpu_count() or 1), "That train together.", changes="run", choices=[1, 2, 4])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,8 +56,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(options: DemoOptions, trainer_options: Sequence[str]) -> int:
     """Train, measure and show; returns the trainer's exit code if it failed."""
-    if options.processes not in (1, 2, 4):
-        raise UserError(f"--processes {options.processes}: give 1, 2 or 4, which share out the groups of a step")
     started = time.time()
     outdir = Path(options.outdir)
     summary_file = outdir / "summary.json"
@@ -88,10 +88,10 @@ def train(outdir: Path, seed: int, processes: int, options: Sequence[str]) -> in
 def write_gallery(outdir: Path, found: HeldOut) -> list[dict]:
     """Write `gallery.jsonl`, the first prompts of each category whatever came of them; returns its rows."""
     (outdir / "images").mkdir(exist_ok=True)
-    taken: dict[str, int] = {}
+    taken: Counter[str] = Counter()
     rows = []
     for i, prompt in enumerate(found.prompts):
-        taken[prompt.task] = taken.get(prompt.task, 0) + 1
+        taken[prompt.task] += 1
         if taken[prompt.task] > GALLERY:
             continue
         row = {"prompt": prompt.text, "task": prompt.task}
@@ -126,8 +126,7 @@ def draw_before_after(outdir: Path, gallery: Sequence[dict]) -> None:
 def summarise(outdir: Path, found: HeldOut, started: float) -> dict:
     """What `summary.json` holds: the oracle's table, the figures to be read first, and the costs."""
     rows, record = metrics(outdir), json.loads((outdir / "run.json").read_text(encoding="utf-8"))
-    phases = ("generate", "render", "score", "train")
-    seconds = {phase: sum(row[f"seconds/{phase}"] for row in rows) for phase in phases}
+    seconds = {phase: sum(row[f"seconds/{phase}"] for row in rows) for phase in PHASES}
     rollouts = len(rows) * record["derived"]["completions_per_generation"]
     return {
         "table": table(found),
@@ -153,8 +152,7 @@ def show(outdir: Path) -> None:
     summary = json.loads((outdir / "summary.json").read_text(encoding="utf-8"))
     rewards = [row["reward"] for row in metrics(outdir)]
     tenth = max(1, len(rewards) // 10)
-    first, last = sum(rewards[:tenth]) / tenth, sum(rewards[-tenth:]) / tenth
-    print(f"\nreward   {sparkline(rewards)}   {first:.3f} -> {last:.3f}\n")
+    print(f"\nreward   {sparkline(rewards)}   {fmean(rewards[:tenth]):.3f} -> {fmean(rewards[-tenth:]):.3f}\n")
     print(text_table(summary["table"]))
     print(f"\ngap closed, (after - raw) / (written - raw): {summary['gap_closed']:.2f}")
     seconds = summary["seconds"]

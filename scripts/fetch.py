@@ -8,9 +8,6 @@
 Interrupted and run again, it goes on. What cannot fit on the disk is refused before anything is written. Each file is
 compared with checkpoints.lock, and with the size and hash that the hub publishes; nothing is ever deleted. HF_TOKEN
 gives access to repositories whose licence must be accepted; HF_HUB_CACHE or HF_HOME say where files go.
-
-Exit code 0: everything is there and right. 1: network or disk; the same command goes on. 2: options, access, or a file
-that is not the one that is meant.
 """
 
 from __future__ import annotations
@@ -37,7 +34,7 @@ from models import weights
 from models.hub import READ, base_of, is_adapter
 from models.weights import Checkpoint
 from rewards import CHECKPOINTS, RewardOptions, check
-from run.files import atomic_write
+from run.files import atomic_write, size_text
 from run.options import config_path, option, parse_known, run_main
 
 RECIPE = Path(__file__).resolve().parent.parent / "configs" / "flux_dev.yaml"
@@ -104,8 +101,8 @@ def parse_options(argv: Sequence[str]) -> dict[str, Any]:
     for path in filter(None, (RECIPE, config)):
         try:
             options |= yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError, TypeError, ValueError) as error:
-            raise UserError(f"--config {path} is no YAML file of `option: value` lines ({one_line(error)})") from error
+        except (OSError, yaml.YAMLError) as error:
+            raise UserError(f"--config {path} cannot be read ({one_line(error)})") from error
     return options | given
 
 
@@ -113,7 +110,8 @@ def fetch_all(options: Mapping[str, Any]) -> None:
     """Say what the options name and how much of it is missing, then fetch and verify it."""
     wanted = [_ask(use, known) for use, known in named(options)]
     for one in wanted:
-        print(f"{one.use}: {one.known.repo}, {_gb(one.size)}, {_gb(one.missing)} to fetch, licence: {one.licence}")
+        sizes = f"{size_text(one.size)}, {size_text(one.missing)} to fetch"
+        print(f"{one.use}: {one.known.repo}, {sizes}, licence: {one.licence}")
     check_room(sum({one.known.repo: one.missing for one in wanted}.values()))
     if options["dry_run"]:
         return
@@ -184,12 +182,10 @@ def _explained(repo: str) -> Iterator[None]:
 def check_room(needed: int) -> None:
     """Say how much is to be fetched and how much is free. Stopped if it cannot fit."""
     place = Path(constants.HF_HUB_CACHE).absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    print(f"to fetch: {_gb(needed)}; free in {constants.HF_HUB_CACHE}: {_gb(free)}", flush=True)
+    free = shutil.disk_usage(next(folder for folder in (place, *place.parents) if folder.exists())).free
+    print(f"to fetch: {size_text(needed)}; free in {constants.HF_HUB_CACHE}: {size_text(free)}", flush=True)
     if needed > free:
-        raise Stopped(f"{_gb(needed)} do not fit: make room, or set HF_HUB_CACHE to a folder on a larger disk")
+        raise Stopped(f"{size_text(needed)} do not fit: make room, or set HF_HUB_CACHE to a folder on a larger disk")
 
 
 def fetch(one: Wanted) -> None:
@@ -215,14 +211,9 @@ def _fill_blob(one: Wanted, file: RepoSibling) -> None:
         if part.with_suffix("").exists():
             return
         with open(part, "ab") as content:
-            http_get(
-                hf_hub_url(one.known.repo, file.rfilename, revision=one.sha),
-                content,
-                resume_size=content.tell(),
-                headers=build_hf_headers(),
-                expected_size=file.size,
-                displayed_filename=file.rfilename,
-            )
+            url = hf_hub_url(one.known.repo, file.rfilename, revision=one.sha)
+            named = {"expected_size": file.size, "displayed_filename": file.rfilename}
+            http_get(url, content, resume_size=content.tell(), headers=build_hf_headers(), **named)
         part.rename(part.with_suffix(""))
 
 
@@ -232,7 +223,7 @@ def update_lock(wanted: Sequence[Wanted]) -> None:
     entries = yaml.safe_load(text)
     for one in wanted:
         repo = one.known.repo
-        new = {"licence": one.licence, "size": _gb(one.size), "include": list(READ), "exclude": []}
+        new = {"licence": one.licence, "size": size_text(one.size), "include": list(READ), "exclude": []}
         entry = entries.setdefault(repo, {**new, "revision": None, "files": {}})
         if entry["revision"] not in (None, one.sha):
             continue  # fetched at the user's own revision
@@ -251,10 +242,6 @@ def _fill(where: str, row: dict[str, Any], published: Mapping[str, Any]) -> None
         if row[key] is None:
             row[key] = value
             print(f"checkpoints.lock: {where}: {key} {value}")
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 5e7 else f"{size / 1e6:.1f} MB"
 
 
 if __name__ == "__main__":

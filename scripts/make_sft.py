@@ -13,9 +13,8 @@ first wins a tie.
     FILE.dropped     prompts without an example, and why
     FILE.settings    what the two depend on
 
-After Ctrl-C, a kill or a dead server run the same command again: prompts that are done are not asked again. Exit code:
-0 done; 1 something is missing that the same command may still get, or nothing was kept; 2 bad input, or a teacher that
-denies access; 130 interrupted.
+After Ctrl-C, a kill or a dead server run the same command again: prompts that are done are not asked again. The exit
+code is 1 if something is missing that the same command may still get, or nothing was kept, and 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from openai.types.chat import ChatCompletion
@@ -99,13 +99,9 @@ class Options:
     price_out: float = option(0.0, "Of a million tokens written.", changes="nothing")
     skill: float = option(0.35, "Share of what the miniature's writer means to write with care.", changes="run")
     best_of: int = option(1, "Answers a prompt, of which the best is kept; needs rewards.", changes="run")
-    min_score: float | None = option(None, "A prompt whose best answer scores less is dropped.", changes="run")
     rewards: list[str] = option([], f"Of: {', '.join(REWARDS)}.", changes="run")
     reward_weights: list[float] = option([], "One for each reward; unset: 1 each.", changes="run")
     images_per_rewrite: int = option(1, "Pictures per answer, averaged.", changes="run")
-
-
-# --- asking ---------------------------------------------------------------------------------------
 
 
 @asynccontextmanager
@@ -124,9 +120,7 @@ async def chat_teacher(client: ChatClient, **sampling: float) -> AsyncIterator[T
                 if error.status in (401, 403, 404):
                     raise client.unusable(error) from error
                 if client.circuit.is_open:
-                    raise Stopped(
-                        f"{client.url} does not answer ({error}): run the same command again later"
-                    ) from error
+                    raise Stopped(f"{client.url} does not answer ({error}): run it again later") from error
                 raise
 
         yield draft
@@ -140,17 +134,19 @@ def read(reply: ChatCompletion) -> dict:
         API counts them, None if it does not say.
     """
     choice, usage = reply.choices[0], reply.usage
-    counts = (usage.prompt_tokens, usage.completion_tokens) if usage else (None,)
-    tokens, text = None if None in counts else counts, choice.message.content or ""
+    tokens = (usage.prompt_tokens, usage.completion_tokens) if usage else None
+    refusal, text = choice.message.refusal, choice.message.content or ""
     # A model that always thinks may put a think block of its own before the one that it was asked for.
     answer = parse_answer(text) or parse_answer(text.partition("</think>")[2])
-    said = answer.rewrite if answer else text
-    if choice.message.refusal or choice.finish_reason == "content_filter" or _REFUSAL.match(said):
-        return {"drop": REFUSED, "text": (choice.message.refusal or text)[:200], "tokens": tokens}
-    if choice.finish_reason == "length" or not answer:
-        why = TRUNCATED if choice.finish_reason == "length" else MALFORMED
-        return {"drop": why, "text": text[:200], "tokens": tokens}
-    return {"drop": "", **vars(answer), "tokens": tokens}
+    if refusal or choice.finish_reason == "content_filter" or _REFUSAL.match(answer.rewrite if answer else text):
+        drop = REFUSED
+    elif choice.finish_reason == "length":
+        drop = TRUNCATED
+    elif answer is None:
+        drop = MALFORMED
+    else:
+        return {"drop": "", **vars(answer), "tokens": tokens}
+    return {"drop": drop, "text": (refusal or text)[:200], "tokens": tokens}
 
 
 @asynccontextmanager
@@ -163,9 +159,8 @@ async def miniature_teacher(skill: float) -> AsyncIterator[Teacher]:
     def can_be_drawn(prompt: Prompt) -> bool:
         number = sum(number for _, number in prompt.counts) or len(prompt.nouns)
         known = {*prompt.nouns} <= {*world.SHAPES} and {*prompt.attr_nouns} <= looks
-        return (
-            0 < number <= world.MAX_THINGS and known and (not prompt.spatial or prompt.spatial[1] in world.RELATIONS)
-        )
+        related = prompt.spatial is None or prompt.spatial[1] in world.RELATIONS
+        return known and related and 0 < number <= world.MAX_THINGS
 
     async def draft(prompt: Prompt, seed: int) -> dict:
         await asyncio.sleep(0)  # so that Ctrl-C is heard
@@ -181,19 +176,13 @@ def open_teacher(options: Options) -> AbstractAsyncContextManager[Teacher]:
     """The teacher that the options name; a URL that cannot work is a UserError at once."""
     if options.teacher == "miniature":
         return miniature_teacher(options.skill)
-    client = ChatClient(
-        "teacher",
-        options.teacher_url,
-        options.teacher_model,
-        concurrency=options.teacher_concurrency,
-        call_timeout=options.teacher_timeout,
-        attempts=ATTEMPTS,
-    )
+    limits = {"concurrency": options.teacher_concurrency, "call_timeout": options.teacher_timeout}
+    client = ChatClient("teacher", options.teacher_url, options.teacher_model, attempts=ATTEMPTS, **limits)
     return chat_teacher(client, temperature=options.temperature, max_tokens=options.max_new_tokens)
 
 
 def sampling_seed(seed: int, prompt: Prompt, slot: int, attempt: int) -> int:
-    """Of one attempt at one answer, in [0, 2**31): no two attempts at a prompt share theirs but by chance."""
+    """Of one attempt at one answer, in [0, 2**31)."""
     return int(hashlib.sha256(f"{seed}/{prompt.id}/{slot}/{attempt}".encode()).hexdigest()[:8], 16) >> 1
 
 
@@ -214,16 +203,12 @@ async def ask(options: Options, teacher: Teacher, prompt: Prompt) -> list[dict]:
     return [answer for answers in slots for answer in answers]
 
 
-# --- scoring --------------------------------------------------------------------------------------
-
-
 def load_scorer(options: Options, render: RenderOptions, reward: RewardOptions, prompts: Sequence[Prompt]) -> Scorer:
     """The renderer and rewards that the options name, as the trainer has them."""
     device = pick_device(render.render_device or "auto")
     renderer = load_renderer(render, device)
     context = RewardContext(reward.reward_device or device, renderer, prompts, options.seed)
-    # Groups of 1, because all answers can be read. Pictures of one prompt start from the same noise all the same: it
-    # depends on seed, prompt and image index alone.
+    # groups of 1: the noise of a picture depends on seed, prompt and image index alone
     drawer = Drawer(renderer, group=1, images_per_rewrite=options.images_per_rewrite, run_seed=options.seed)
     return Scorer(drawer, build(options.rewards, reward, context), {prompt.id: prompt for prompt in prompts})
 
@@ -241,17 +226,10 @@ def total_of(weights: Sequence[float], parts: dict[str, float | None]) -> float 
     return sum(weight * part for weight, part in zip(weights, parts.values(), strict=True))
 
 
-# --- what comes of it -----------------------------------------------------------------------------
-
-
 def row_of(options: Options, prompt: Prompt, answers: list[dict], parts: Sequence[dict]) -> dict | None:
     """The row of a prompt: its example, or why it has none ("why"). None where no answer got a score.
 
-    Args:
-        options: of the run.
-        prompt: the user's.
-        answers: all that the teacher gave.
-        parts: scores of the answers that were kept; none without rewards.
+    `parts` has the scores of the answers that were not dropped; it is empty without rewards.
     """
     kept = [answer for answer in answers if not answer["drop"]]
     tokens = [answer["tokens"] for answer in answers if answer["tokens"]]
@@ -268,15 +246,13 @@ def row_of(options: Options, prompt: Prompt, answers: list[dict], parts: Sequenc
             return None
         best = max(there, key=totals.__getitem__)
         scores = {"score": totals[best], "rewards": parts[best], "scores": totals}
-        if options.min_score is not None and totals[best] < options.min_score:
-            return {**row, "why": "below --min_score", **scores, "answers": answers}
     names = ("reasoning", "rewrite", "slot", "attempt", "lost")
     example = {name: kept[best][name] for name in names if name in kept[best]}
     return {**row, **example, "teacher": options.teacher_model or options.teacher, **scores}
 
 
 class Output:
-    """FILE and FILE.dropped with a row for each prompt that is done; one process at a time holds them.
+    """FILE and FILE.dropped, with a row for each prompt that is done; one process at a time holds them.
 
     Args:
         out: FILE.
@@ -286,7 +262,7 @@ class Output:
         rows: prompt id -> its row; one with "why" belongs to FILE.dropped.
 
     Raises:
-        UserError: the files cannot be written, are in use, or belong to other settings or another program.
+        UserError: the files are in use, or belong to other settings or another program.
     """
 
     def __init__(self, out: Path, settings: dict[str, Any]):
@@ -297,22 +273,19 @@ class Output:
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             self._record = open(record, "a+", encoding="utf-8")
-            fcntl.flock(self._record, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._record, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError if another run has it
             self._record.seek(0)
             lines = [line for path in (out, self.dropped) if path.exists() for line in complete_lines(path, cut=True)]
             self.rows = {row["id"]: row for row in map(json.loads, lines)}
-            if self.rows and (changed := differences(json.loads(self._record.read()), settings)):
-                raise UserError(f"--out {out} was begun with other settings ({changed}): use those, or name another")
-            if not self.rows:
-                self._record.truncate(0)
-                self._record.write(json.dumps(settings))
-                self._record.flush()
-        except BlockingIOError as error:
-            raise UserError(f"--out {out} is in use by another run: wait for it, or name another") from error
-        except OSError as error:
-            raise UserError(f"--out {out} cannot be written ({one_line(error)}): name another") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"--out {out} has rows that this program did not write: name another") from error
+            changed = differences(json.loads(self._record.read()), settings) if self.rows else ""
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"--out {out} cannot be continued ({one_line(error)}): name another file") from error
+        if changed:
+            raise UserError(f"--out {out} was begun with other settings ({changed}): use those, or name another")
+        if not self.rows:
+            self._record.truncate(0)
+            self._record.write(json.dumps(settings))
+            self._record.flush()
 
     def close(self) -> None:
         """Let other processes have the files."""
@@ -329,8 +302,8 @@ class Output:
     def sort(self, prompts: Sequence[Prompt]) -> None:
         """Put the rows of both files into the order of the prompts."""
         rows = [self.rows[prompt.id] for prompt in prompts if prompt.id in self.rows]
-        for path, dropped in ((self.out, False), (self.dropped, True)):
-            text = "".join(json.dumps(row) + "\n" for row in rows if ("why" in row) == dropped)
+        for path in (self.out, self.dropped):
+            text = "".join(json.dumps(row) + "\n" for row in rows if ("why" in row) == (path == self.dropped))
             atomic_write(path, text.encode())
 
 
@@ -338,35 +311,25 @@ def report(options: Options, count: int, rows: Sequence[dict]) -> str:
     """What was kept, dropped and why, and what it cost, in a few lines."""
     kept, dropped = [row for row in rows if "why" not in row], Counter(row["why"] for row in rows if "why" in row)
     lines = [f"{len(kept):,} of {count:,} prompts have an example: {options.out}"]
-    if missing := dropped + Counter({"not done": count - len(rows)}):
-        lines.append(f"  without: {_listed(missing)}")
-    if drops := Counter(reason for row in rows for reason in row["drops"]):
-        lines.append(f"  answers dropped: {_listed(drops)}")
+    drops = Counter(reason for row in rows for reason in row["drops"])
+    for what, counts in (("without", dropped + Counter({"not done": count - len(rows)})), ("answers dropped", drops)):
+        if counts:
+            lines.append(f"  {what}: " + ", ".join(f"{name} {n:,}" for name, n in counts.most_common()))
     if tokens := [row["tokens"] for row in rows if row["tokens"]]:
         read, written = map(sum, zip(*tokens, strict=True))
         cost = (read * options.price_in + written * options.price_out) / 1e6
         lines.append(f"  {read:,} + {written:,} tokens" + (f", cost {cost:,.2f}" if cost else ""))
-    every = [total for row in rows for total in row.get("scores", ()) if total is not None]
-    if best := [row["score"] for row in kept if "score" in row]:
-        means = (sum(every) / len(every), sum(best) / len(best))
-        lines.append("  mean score: {:.3f} of all answers, {:.3f} of those kept".format(*means))
+    every = [total for row in kept for total in row.get("scores", ()) if total is not None]
+    if every:
+        best = fmean(row["score"] for row in kept)
+        lines.append(f"  mean score: {fmean(every):.3f} of all answers, {best:.3f} of those kept")
     return "\n".join(lines)
 
 
-def _listed(counts: Counter[str]) -> str:
-    return ", ".join(f"{name} {count:,}" for name, count in counts.most_common())
-
-
-# --- the command ----------------------------------------------------------------------------------
-
-
 async def make(
-    options: Options,
-    teacher: AbstractAsyncContextManager[Teacher],
-    scorer: Scorer | None,
-    prompts: Sequence[Prompt],
-    output: Output,
-) -> Counter[str]:
+    options: Options, teacher: AbstractAsyncContextManager[Teacher], scorer: Scorer | None,
+    prompts: Sequence[Prompt], output: Output,
+) -> Counter[str]:  # fmt: skip
     """Add the row of each prompt to `output`; returns how often each failure of the API left a prompt undone.
 
     A prompt is scored in another thread while others are asked; at most `--teacher_concurrency` are under way.
@@ -432,16 +395,12 @@ def _settings(options: Options, render: RenderOptions, reward: RewardOptions, pr
 
 
 def parse_options(argv: Sequence[str]) -> tuple[Options, RenderOptions, RewardOptions]:
-    """The command line.
-
-    Raises:
-        UserError: an unknown flag (with the nearest one), a missing or bad value, or options that do not go together.
-    """
+    """The command line; UserError for options that do not go together."""
     options, render, reward = parse((Options, RenderOptions, RewardOptions), None, argv)
     if options.teacher == "chat" and not (options.teacher_url and options.teacher_model):
         raise UserError("give --teacher_url and --teacher_model, or --teacher miniature")
-    if not options.rewards and (options.best_of > 1 or options.min_score is not None):
-        raise UserError("--best_of and --min_score choose by a score: name --rewards")
+    if not options.rewards and options.best_of > 1:
+        raise UserError("--best_of chooses by a score: name --rewards")
     if options.reward_weights and len(options.reward_weights) != len(options.rewards):
         raise UserError(
             f"--reward_weights {options.reward_weights} for --rewards {options.rewards}: give one for each"

@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -36,9 +35,7 @@ from run.seeds import render_seed
 class RepromptOptions:
     """What is rewritten, and how."""
 
-    data: str = option(
-        help="Prompts: .txt, one a line, or .jsonl.", changes="nothing"
-    )  # their ids are in the settings
+    data: str = option(help="Prompts: .txt, one a line, or .jsonl.", changes="nothing")  # settings have their ids
     gpt_path: str = option(help="Policy: folder, PEFT adapter folder or hub name.", changes="run")
     out: str = option(help="Folder to write to, or to continue in.", changes="nothing")
     rewrite_batch_size: int = option(16, "Prompts rewritten at once.", changes="run")
@@ -52,11 +49,7 @@ class RepromptOptions:
     baseline: bool = option(False, "Draw the user's own prompts too, from the same seeds.", changes="pictures")
 
     def __post_init__(self) -> None:
-        """Refuse numbers out of range.
-
-        Raises:
-            UserError: with the option and its value.
-        """
+        """Raise UserError for a number out of range."""
         for name in ("rewrite_batch_size", "max_new_tokens", "samples"):
             if (value := vars(self)[name]) < 1:
                 raise UserError(f"--{name} is {value}: give 1 or more")
@@ -73,9 +66,6 @@ class Drawing(RenderOptions):
     )
 
 
-# The folder -------------------------------------------------------------------------------------------------------
-
-
 def _settings(options: RepromptOptions, drawing: Drawing, prompts: Sequence[Prompt]) -> tuple[dict, dict]:
     """(all that a rewrite depends on, what a picture depends on beside it)."""
     given, pictures = {**asdict(options), **asdict(drawing)}, may_differ(options, drawing, changes=("pictures",))
@@ -89,20 +79,12 @@ def _settings(options: RepromptOptions, drawing: Drawing, prompts: Sequence[Prom
 
 def _read_rows(path: Path) -> dict[str, dict]:
     """Rows by prompt id; a last line that a kill tore is removed from the file."""
-    if not path.exists():
-        return {}
-    try:
-        rows = [json.loads(line) for line in complete_lines(path, cut=True)]
-    except ValueError as error:
-        raise UserError(f"{path} has a line that is not JSON ({error}): name another --out") from error
+    rows = map(json.loads, complete_lines(path, cut=True)) if path.exists() else ()
     return {row["id"]: row for row in rows}
 
 
-def _write_json(path: Path, value: Any) -> None:
+def _write_json(path: Path, value: dict) -> None:
     atomic_write(path, json.dumps(value, indent=1, sort_keys=True).encode())
-
-
-# Rewriting and drawing --------------------------------------------------------------------------------------------
 
 
 def rewrite_all(policy: Reprompter, out: Path, prompts: Sequence[Prompt], rows: dict[str, dict]) -> tuple[int, float]:
@@ -157,15 +139,8 @@ def _texts(row: dict, baseline: bool) -> list[tuple[str, str, str]]:
     return [rewritten, raw] if baseline else [rewritten]
 
 
-# The command ------------------------------------------------------------------------------------------------------
-
-
 def run(options: RepromptOptions, drawing: Drawing) -> None:
-    """Rewrite, draw, and print a summary.
-
-    Raises:
-        UserError: prompts, policy, renderer or folder cannot be used.
-    """
+    """Rewrite, draw, and print a summary."""
     if options.baseline and drawing.sdmodel_name is None:
         raise UserError("--baseline true draws pictures: name a renderer with --sdmodel_name")
     prompts, out = load_prompts(options.data), Path(options.out)

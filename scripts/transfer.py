@@ -13,14 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from scipy import stats
 from tqdm import tqdm
 
 from errors import UserError
 from miniature import build
 from miniature.held_out import SYSTEMS, measure
 from run.options import option, parse, run_main
+from scripts.ablate import mean_and_interval
 
 
 @dataclass
@@ -57,13 +56,10 @@ def table(names: Sequence[str], rows: Sequence[Sequence[float]]) -> str:
     """Markdown; the last row is the mean over runs, with an interval where there are two or more."""
     columns = ("raw prompt", "policy before", "policy after", "written", "gap_closed")
     lines = ["| run | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    lines += [
-        f"| {name} | " + " | ".join(f"{v:.3f}" for v in row) + " |" for name, row in zip(names, rows, strict=True)
-    ]
+    cells = {name: [f"{value:.3f}" for value in row] for name, row in zip(names, rows, strict=True)}
     if len(rows) > 1:
-        half = stats.t.ppf(0.975, len(rows) - 1) * stats.sem(rows, axis=0)
-        cells = [f"{mean:.3f} ± {h:.3f}" for mean, h in zip(np.mean(rows, axis=0), half, strict=True)]
-        lines.append("| mean ± 95 % | " + " | ".join(cells) + " |")
+        cells["mean ± 95 %"] = [mean_and_interval(column) for column in zip(*rows, strict=True)]
+    lines += [f"| {name} | {' | '.join(row)} |" for name, row in cells.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -297,7 +297,6 @@ def test_two_runs_do_not_write_to_one_file(data, tmp_path, capsys):
     "more, named",
     [
         (("--best_of", 4), "--rewards"),
-        (("--min_score", 0.5), "--rewards"),
         (("--rewards", "hps", "--reward_weights", 1, 2), "--reward_weights"),
         (("--rewards", "hsp"), "hps"),
         (("--rewards", "format", "--sdmodel_name", "nowhere"), "nowhere"),
@@ -499,13 +498,3 @@ def test_a_reward_that_never_answers_stops_the_run(data, tmp_path, scored_by):
     with server as url:
         assert main(job(data, tmp_path / "examples.jsonl", url, *BEST, "--teacher_concurrency", 4)) == 1
     assert server.requests < 4 * (make_sft.PATIENCE + 8), "it does not pay for answers that nobody scores"
-
-
-def test_a_prompt_whose_best_is_below_the_floor_is_dropped_and_counted(data, tmp_path, scored_by, capsys):
-    scored_by(lambda value: False)
-    out = tmp_path / "examples.jsonl"
-    with TeacherServer() as url:
-        assert main(job(data, out, url, *BEST, "--min_score", 0.8)) == 0
-    rows = rows_of(out)
-    assert 0 < len(rows) < len(TEXTS) and min(row["score"] for row in rows) >= 0.8
-    assert f"below --min_score {len(TEXTS) - len(rows)}" in capsys.readouterr().out

@@ -348,8 +348,6 @@ def test_a_converted_original_scores_like_the_native_one(original, orm_folder, t
 @pytest.mark.parametrize(
     "changes, named",
     [
-        ({"mm_projector_type": "linear"}, "linear"),
-        ({"mm_vision_tower": "openai/clip-vit-large-patch14"}, "clip-vit"),
         ({"model_type": "llava_llama"}, "llava_llama"),
         ("model.norm.weight", "model.language_model.norm.weight"),
         ("model.vision_tower.vision_tower.", "model.vision_tower."),
