@@ -57,8 +57,7 @@ from scoring.drawing import Drawer
 from scoring.judge import Watchdog
 from scoring.rollouts import Rollout, Scorer, rollout_rows
 
-HERE = Path(__file__).resolve().parent
-RECIPE = HERE / "configs" / "flux_dev.yaml"
+RECIPE = Path(__file__).resolve().parent / "configs" / "flux_dev.yaml"
 
 
 # Options ---------------------------------------------------------------------------------------------------------

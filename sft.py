@@ -40,8 +40,7 @@ from run.options import may_differ, option, parse, resume_option, run_main, set_
 from run.progress import start_run
 from run.trainer import RunTrainer, warn_if_bf16_loses_updates
 
-HERE = Path(__file__).resolve().parent
-RECIPE = HERE / "configs" / "cold_start.yaml"
+RECIPE = Path(__file__).resolve().parent / "configs" / "cold_start.yaml"
 FLASH = ("flash_attention_2", "flash_attention_3", "kernels-community/")  # they keep packed examples apart
 
 

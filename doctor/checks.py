@@ -20,13 +20,14 @@ from safetensors import SafetensorError
 from data.prompts import load_prompts
 from doctor.memory import checkpoint_bytes, estimate, scorers_of
 from doctor.probes import probe_all
-from doctor.report import GB, NOT_RUN, OK, PROBLEM, WARNING, Check, Plan, Report, readable
+from doctor.report import GB, NOT_RUN, OK, PROBLEM, WARNING, Check, Plan, Report
 from errors import UserError
 from interfaces import Prompt
 from models.hub import base_of, is_adapter, on_disk
 from models.weights import absent_shards, locked, verify
 from prompting import MAX_PROMPT_CHARS
 from r1_prompter import Options
+from run.files import size_text
 from run.folder import RunFolder
 from run.options import may_differ
 from run.trainer import warn_if_bf16_loses_updates
@@ -91,7 +92,7 @@ def versions(lock: Path = LOCK) -> Check:
 def devices(plan: Plan, bf16: bool) -> list[Check]:
     """The GPUs, their free memory and their bfloat16."""
     device, checks = f"{plan.gpus} GPU(s)" if plan.gpus else "the CPU", []
-    text = f"{plan.processes} process(es) on {device} with {readable(plan.memory)}"
+    text = f"{plan.processes} process(es) on {device} with {size_text(plan.memory)}"
     if plan.processes > plan.gpus > 0:
         return [Check("devices", PROBLEM, text, "launch one process for each GPU")]
     if not plan.here or not plan.gpus:
@@ -99,7 +100,7 @@ def devices(plan: Plan, bf16: bool) -> list[Check]:
     for i in range(plan.gpus):
         free, total = torch.cuda.mem_get_info(i)
         if total - free > 2 * GB:
-            used = f"{readable(total - free)} of GPU {i} are in use, which the estimate does not count"
+            used = f"{size_text(total - free)} of GPU {i} are in use, which the estimate does not count"
             checks.append(Check("devices", WARNING, used, "see nvidia-smi"))
     if bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
         action = "give --bf16 false --dtype float32 --render_dtype float16"
@@ -179,7 +180,7 @@ def checkpoint(role: str, path: str) -> Check:
     except (UserError, ValueError) as error:
         return Check(role, PROBLEM, str(error), action)
     size = sum(file.stat().st_size for file in (folder, *folder.rglob("*")) if file.is_file())
-    return Check(role, OK, f"{path} is here, {readable(size)}{facts}")
+    return Check(role, OK, f"{path} is here, {size_text(size)}{facts}")
 
 
 def missing_files(folder: Path) -> list[str]:
@@ -202,7 +203,7 @@ def memory_and_disk(found: Report, options: Options) -> list[Check]:
         return [Check("memory", NOT_RUN, f"no estimate, the size of a model is not known: {error}")]
     total, room = sum(found.memory.values()), found.plan.memory
     state = PROBLEM if total > room else WARNING if 1.2 * total > room else OK
-    text = f"about {readable(total)} and activations, of {readable(room)}"
+    text = f"about {size_text(total)} and activations, of {size_text(room)}"
     memory = Check("memory", state, text, "" if state == OK else "see docs/scaling.md")
     return [memory, _disk(options, found.batch, size)] if found.batch else [memory]
 
@@ -217,7 +218,7 @@ def _disk(options: Options, numbers: dict[str, int], size: int) -> Check:
     pictures = int(kept * (options.render.resolution or 1024) ** 2 * PNG)
     saves = steps // max(1, int(training.save_steps)) if training.save_strategy == "steps" else 1
     most = min(training.save_total_limit or saves, saves) + 1  # a new one is written before the oldest is deleted
-    need = f"{most} checkpoints of {readable(size)} and {readable(pictures)} of pictures"
+    need = f"{most} checkpoints of {size_text(size)} and {size_text(pictures)} of pictures"
     state = OK if free > most * size + pictures else WARNING if free > 2 * size + pictures else PROBLEM
     action = "free some, choose another --outdir, or lower --save_total_limit or --save_images_max"
-    return Check("disk", state, f"{readable(free)} free for {need}", "" if state == OK else action)
+    return Check("disk", state, f"{size_text(free)} free for {need}", "" if state == OK else action)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import textwrap
 from dataclasses import dataclass, field
 
+from run.files import size_text
+
 OK, WARNING, PROBLEM, NOT_RUN = "ok", "warning", "problem", "not run"
 GB = 10**9
 WIDTH = 110
@@ -63,10 +65,6 @@ class Report:
         return "\n".join([*lines, "", verdict])
 
 
-def readable(count: int) -> str:
-    return f"{count / GB:.1f} GB" if count >= GB else f"{count / 10**6:.1f} MB"
-
-
 def _lines(check: Check) -> list[str]:
     state = "PROBLEM" if check.state == PROBLEM else check.state
     start = f"{state:8s} {check.name:18s} "
@@ -81,5 +79,5 @@ def _table_lines(rows: dict[str, int], plan: Plan) -> list[str]:
     return [
         f"memory, {device}, in {name}: an estimate, ±20 %, not calibrated on a GPU yet",
         *[f"  {row:32s}{count / unit:8.1f}" for row, count in rows.items()],
-        f"  {'total, activations not counted':32s}{total / unit:8.1f} of {readable(plan.memory)}",
+        f"  {'total, activations not counted':32s}{total / unit:8.1f} of {size_text(plan.memory)}",
     ]

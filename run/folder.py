@@ -27,7 +27,7 @@ from PIL import Image
 from errors import UserError
 from run import checkpoints
 from run.checkpoints import ResumeKey
-from run.files import FULL, append_line, atomic_write, installed_versions, png_bytes
+from run.files import FULL, append_line, atomic_write, complete_lines, installed_versions, png_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -208,8 +208,8 @@ class RunFolder:
     def _cut_after(self, step: int) -> None:
         metrics = self.path / "metrics.jsonl"
         if metrics.exists():
-            kept = [line for line in metrics.read_text(encoding="utf-8").splitlines() if _logged_by(line, step)]
-            atomic_write(metrics, "".join(f"{line}\n" for line in kept).encode())
+            kept = [line for line in complete_lines(metrics, cut=False) if json.loads(line)["step"] <= step]
+            atomic_write(metrics, b"".join(line + b"\n" for line in kept))
         for rollouts in (self.path / "rollouts").glob("step_*.jsonl"):
             if int(rollouts.stem.removeprefix("step_")) > step:
                 rollouts.unlink()
@@ -270,14 +270,6 @@ class RunFolder:
         if self._keeps_images:
             logger.warning("%s: %s: no more pictures are kept; free some space", self.path, error.strerror)
         self._keeps_images = False
-
-
-def _logged_by(line: str, step: int) -> bool:
-    """Whether a metrics row is of `step` or before; a half-written last row is not."""
-    try:
-        return json.loads(line)["step"] <= step
-    except (json.JSONDecodeError, KeyError):
-        return False
 
 
 def _without_secrets(command: Sequence[str]) -> list[str]:
