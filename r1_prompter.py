@@ -72,9 +72,7 @@ class ScriptArguments:
         help="Run folder, new or this run's own; the trained policy is saved there.", changes="nothing"
     )
     gpt_path: str = option(
-        "Qwen/Qwen2.5-3B-Instruct",
-        "Policy: folder or hub name of an instruct model with a chat template.",
-        changes="run",
+        "Qwen/Qwen2.5-3B-Instruct", "Policy: folder or hub name of an instruct model.", changes="run"
     )
     rewards: list[str] = option(
         [], f"Rewards, of: {', '.join(REWARDS)}; weighted by --reward_weights in this order (1 each).", changes="run"
@@ -86,36 +84,26 @@ class ScriptArguments:
         True, "Think before rewriting; false: the rewrite alone is asked for and read.", changes="run"
     )
     common_seeds: bool = option(
-        True,
-        "All members of a group start from the same noise; false: each from its own (for ablation).",
-        changes="run",
+        True, "All members of a group start from the same noise; false: each from its own.", changes="run"
     )
     images_per_rewrite: int = option(
         1, "Pictures per rewrite, averaged; another prompt often teaches more at the same cost.", changes="run"
     )
     fresh_seeds: bool = option(
-        True,
-        "New noise for a prompt at each step; false: its own for the whole run, rewrites are cached.",
-        changes="run",
+        True, "New noise for a prompt at each step; false: its own for the whole run.", changes="run"
     )
     picture_cache: float = option(
-        4.0,
-        "GB on disk for pictures that may be wanted again: raw prompts', and without fresh seeds all.",
-        changes="nothing",
+        4.0, "GB on disk for pictures that may be drawn again at a later step.", changes="nothing"
     )
     max_absent_share: float = option(
-        0.5,
-        "Share of readable samples without score, 0 to 1; above it three batches in a row stop the run.",
-        changes="nothing",
+        0.5, "Share of readable samples without score that stops the run after three batches.", changes="nothing"
     )
     save_images_every: int = option(
         10, "Optimiser steps between steps whose pictures are kept; first and last always.", changes="nothing"
     )
     save_images_max: int = option(64, "Pictures kept of such a step; 64 of 512 px are about 25 MB.", changes="nothing")
     phase_budget: float = option(
-        1800.0,
-        "Seconds of one phase (generate, render, ...) after which all stacks are written down.",
-        changes="nothing",
+        1800.0, "Seconds of one phase after which all stacks are written down.", changes="nothing"
     )
     resume: str | None = resume_option()
 

@@ -53,9 +53,7 @@ class ScriptArguments:
         help="Run folder, new or this run's own; the trained policy is saved there.", changes="nothing"
     )
     gpt_path: str = option(
-        "Qwen/Qwen2.5-3B-Instruct",
-        "Model to start from: folder or hub name of an instruct model with a chat template.",
-        changes="run",
+        "Qwen/Qwen2.5-3B-Instruct", "Model to start from: folder or hub name of an instruct model.", changes="run"
     )
     reasoning: bool = option(True, "Think first; false: teach the rewrite alone.", changes="run")
     validation_share: float = option(

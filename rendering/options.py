@@ -55,13 +55,13 @@ class RenderOptions:
     )
     render_compile: bool = option(
         False,
-        "Compile the repeated blocks of the transformer; the first pictures wait.",
+        "Compile the transformer's repeated blocks; the first pictures wait.",
         changes="pictures",
         where="drawer",
     )
     render_attention: str | None = option(
         None,
-        "Attention backend of diffusers (_native_cudnn, _flash_3, sage, ...); unset: native.",
+        "Attention backend of diffusers (_flash_3, sage, ...); unset: native.",
         changes="pictures",
         where="drawer",
     )
@@ -73,22 +73,13 @@ class RenderOptions:
         where="drawer",
     )
     render_offload_text: bool = option(
-        False,
-        "Text encoders wait in main memory and come to the device once a generation, to encode.",
-        changes="nothing",
-        where="drawer",
+        False, "Keep text encoders in main memory while they do not encode.", changes="nothing", where="drawer"
     )
     render_slice_vae: bool = option(
-        False,
-        "Decode one picture at a time: less memory, where decoding needs the most.",
-        changes="pictures",
-        where="drawer",
+        False, "Decode one picture at a time, in less memory.", changes="pictures", where="drawer"
     )
     render_lora: str | None = option(
-        None,
-        "LoRA fused into the renderer: folder or hub name, :file.safetensors to say which of it.",
-        changes="pictures",
-        where="drawer",
+        None, "LoRA to fuse: folder or hub name, :file.safetensors after it.", changes="pictures", where="drawer"
     )
     render_lora_scale: float = option(
         1.0, "Its strength; few-step ones name theirs.", changes="pictures", where="drawer"
@@ -100,11 +91,7 @@ class RenderOptions:
     render_tokenizer: str | None = option(
         None, "Folder or hub name of its longest tokenizer, for servers that do not give one.", changes="pictures"
     )
-    render_timeout: float = option(
-        120.0,
-        "Seconds for one picture of a server, its turn included, and to wait while all are gone.",
-        changes="nothing",
-    )
+    render_timeout: float = option(120.0, "Seconds for one picture of a server, its turn included.", changes="nothing")
     render_batch_timeout: float = option(
         900.0, "Seconds for all pictures of a batch from servers; then the rest is absent.", changes="nothing"
     )
