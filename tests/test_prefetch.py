@@ -1,6 +1,6 @@
 """Claims about scoring ahead and about pictures that are kept: both save time, neither changes a score.
 
-pytest tests/test_ahead.py
+pytest tests/test_prefetch.py
 """
 
 from __future__ import annotations
