@@ -1,8 +1,5 @@
 """Claims about pictures from other machines: the client against real HTTP servers with faults, and our own server, two
-replicas of the miniature on Ray Serve, against the renderer in this process.
-
-pytest tests/test_remote.py
-"""
+replicas of the miniature on Ray Serve, against the renderer in this process."""
 
 from __future__ import annotations
 
@@ -22,7 +19,6 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import chain
 
 import grpc
 import httpx
@@ -170,8 +166,6 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(b"x")
         elif fault.isdecimal():
             self.reply(int(fault), json.dumps({"error": {"message": "a fault\nthat was asked for"}}).encode())
-        elif fault == "html":
-            self.reply(200, b"<html>Welcome</html>")
         else:
             self.reply(200, reply[:-40] if fault == "cut json" else reply)
 
@@ -219,21 +213,14 @@ def test_each_row_arrives_with_its_own_text_seed_and_settings_and_order_is_kept(
         assert all(body == {**fixed, **REQUEST} for body in server.bodies)
 
 
-def test_equal_rows_are_drawn_once_and_blank_ones_are_not_sent():
+def test_equal_rows_are_drawn_once_blank_ones_are_not_sent_and_on_image_is_called_for_each_picture():
     with Painter(CARD) as server:
-        draw = load(server)
-        first, blank, again, other = draw(["a cat", " \n", "a cat", "a cat"], [1, 1, 1, 2])
+        draw, seen = load(server), {}
+        first, blank, again, other = draw(["a cat", " \n", "a cat", "a cat"], [1, 1, 1, 2], seen.__setitem__)
         assert first is again and other is not first and blank is None
+        assert seen == {0: first, 2: again, 3: other}
         assert len(server.bodies) == 2 and draw.failures == {"blank text": 1}
         assert draw([], []) == []
-
-
-def test_on_image_is_called_for_each_picture_and_not_for_a_failed_one():
-    with Painter() as server:
-        draw, seen = load(server, render_tokenizer=TOKENIZER, resolution=SIZE), {}
-        pictures = draw([*TEXTS, " ", TEXTS[0]], [*SEEDS, 1, SEEDS[0]], seen.__setitem__)
-        assert sorted(seen) == [i for i in range(len(pictures)) if i != len(TEXTS)]
-        assert all(seen[i] is pictures[i] for i in seen)
 
 
 def test_another_engine_gets_what_was_asked_for_and_31_bits_of_each_seed():
@@ -254,12 +241,16 @@ def test_tokens_are_counted_here_with_the_servers_tokenizer_and_long_texts_are_c
     assert (draw.count_tokens("one two three"), draw.max_tokens) == (3, 5)
 
 
-def test_the_key_comes_from_the_environment_and_goes_into_a_header_alone(monkeypatch):
+def test_the_key_comes_from_the_environment_goes_into_a_header_alone_and_is_never_shown(monkeypatch):
     monkeypatch.setenv("RENDER_API_KEY", "secret")
     with Painter(CARD) as server:
         draw = load(server)
         draw(["a cat"], [1])
         assert server.headers[0]["Authorization"] == "Bearer secret" and "secret" not in repr(vars(draw))
+    monkeypatch.setenv("RENDER_API_KEY", "secret\nsecond line")  # no header
+    with pytest.raises(UserError, match="RENDER_API_KEY") as refused:
+        load("http://127.0.0.1:9/v1")
+    assert "secret" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -274,7 +265,7 @@ def test_as_many_are_in_flight_as_the_server_can_use_shared_by_processes(options
 # ----- what fails
 
 
-@pytest.mark.parametrize("fault", ["500", "503", "429", "408", "drop", "cut json", "half a png", "html"])
+@pytest.mark.parametrize("fault", ["500", "503", "429", "408", "drop", "cut json", "half a png"])
 def test_a_failure_that_may_pass_is_asked_again_and_nothing_is_lost(fault):
     with Painter(CARD, fault=lambda body, count: fault if count == 0 else "") as server:
         draw = load(server)
@@ -413,12 +404,9 @@ DIFFERS = {**CARD, "request": {**REQUEST, "drawing": {"render_quantization": "in
         (CARD, {"render_dtype": "float32"}, "float32"),
         (None, {"render_dtype": "float32"}, "float32"),
         (None, {}, "--render_tokenizer"),
-        (None, {"render_tokenizer": "/nowhere"}, "/nowhere"),
         (CARD, {"render_timeout": 0.0}, "--render_timeout"),
-        (CARD, {"render_batch_timeout": float("inf")}, "--render_batch_timeout"),
         (CARD, {"render_concurrency": 0}, "--render_concurrency"),
         (CARD, {"render_device": "cuda:1"}, "--render_device"),
-        (CARD, {"render_compile": True}, "--render_compile"),
         (DIFFERS, {"sdmodel_name": "{other},{url}"}, "int8"),
         (CARD, {"sdmodel_name": "{url},{url}/"}, "twice"),
         (CARD, {"sdmodel_name": "{root}"}, "/v1"),
@@ -435,13 +423,6 @@ def test_what_does_not_fit_is_refused_before_the_first_picture(card, options, na
         with pytest.raises(UserError, match=named) as refused:
             load_renderer(RenderOptions(**{**options, "sdmodel_name": url}), "cpu")
         assert "secret" not in str(refused.value) and not server.bodies
-
-
-def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(monkeypatch):
-    monkeypatch.setenv("RENDER_API_KEY", "s3cret\nsecond line")
-    with pytest.raises(UserError, match="RENDER_API_KEY") as refused:
-        load("http://127.0.0.1:9/v1")
-    assert "s3cr" not in str(refused.value)
 
 
 def test_the_doctor_draws_one_real_picture_and_says_whether_a_seed_means_one(tmp_path):
@@ -539,7 +520,6 @@ def test_our_server_draws_the_very_pixels_that_this_process_draws(there, here):
     ("body", "headers", "status"),
     [
         ({"num_inference_steps": 20}, {}, 409),
-        ({"size": "512x512"}, {}, 409),
         ({"drawing": {"render_dtype": "float32"}}, {}, 409),
         ({"seed": -1}, {}, 400),
         ({"prompt": " "}, {}, 400),
@@ -602,28 +582,23 @@ def test_a_replica_killed_while_it_draws_loses_nothing(served, there, here):
 
 @ray_test
 def test_training_with_servers_gives_the_rollouts_and_rewards_of_training_without(served, tmp_path):
-    def rollouts(name: str, *more: str) -> list[list[dict]]:
-        flags = [word for option, value in DRAWN.items() for word in (f"--{option}", str(value))]
-        small = ["--max_steps", "2", "--per_device_train_batch_size", "16", "--save_images_every", "1"]
-        rewards = ["--rewards", "hps", "format", "--reward_weights", "1", "0.3", "--save_strategy", "no"]
-        command = [sys.executable, str(ROOT / "r1_prompter.py"), "--config", "configs/miniature.yaml", *flags, *small]
-        done = subprocess.run(
-            [*command, *rewards, "--outdir", str(tmp_path / name), *more],
-            env={**ENVIRONMENT, "RENDER_API_KEY": KEY}, cwd=ROOT, capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
+    def rollouts(name: str, *more: str) -> list[dict]:
+        command = [sys.executable, "r1_prompter.py", "--config", "configs/miniature.yaml", "--outdir", tmp_path / name]
+        command += [word for option, value in DRAWN.items() for word in (f"--{option}", str(value))]
+        command += ["--max_steps", "2", "--per_device_train_batch_size", "16", "--save_strategy", "no"]
+        command += ["--rewards", "hps", "format", "--reward_weights", "1", "0.3", "--save_images_every", "1", *more]
+        subprocess.run(command, env={**ENVIRONMENT, "RENDER_API_KEY": KEY}, cwd=ROOT, check=True)
         files = sorted((tmp_path / name / "rollouts").glob("*.jsonl"))
-        return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+        return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
-    local, served_rows = rollouts("local"), rollouts("remote", "--sdmodel_name", served[0])
-    assert len(local) == 2 and len(local[0]) == 16
-    numbers = ("parts", "total", "advantage")  # HPS of a group at once, or of the batch at once: another order of sums
-    for mine, theirs in zip(chain(*local), chain(*served_rows), strict=True):
-        assert {k: v for k, v in mine.items() if k not in numbers} == {
-            k: v for k, v in theirs.items() if k not in numbers
-        }
-        assert mine["parts"] == pytest.approx(theirs["parts"], abs=1e-5)
-        assert mine["advantage"] == pytest.approx(theirs["advantage"], abs=1e-3)
+    local, remote_rows = rollouts("local"), rollouts("remote", "--sdmodel_name", served[0])
+    assert len(local) == 2 * 16
+    for mine, theirs in zip(local, remote_rows, strict=True):
+        # HPS of a group at once, or of the batch at once: another order of sums
+        assert mine.pop("parts") == pytest.approx(theirs.pop("parts"), abs=1e-5)
+        assert mine.pop("total") == pytest.approx(theirs.pop("total"), abs=1e-5)
+        assert mine.pop("advantage") == pytest.approx(theirs.pop("advantage"), abs=1e-3)
+        assert mine == theirs
 
 
 class Slow:
@@ -680,8 +655,6 @@ def test_our_server_does_not_start_with_what_cannot_work(capsys):
         (["--host", "0.0.0.0"], "RENDER_API_KEY"),
         (["--render_batch_size", "auto"], "--render_batch_size"),
         (["--sdmodel_name", "http://127.0.0.1:8001/v1"], "--sdmodel_name"),
-        (["--render_stepz", "1"], "--render_steps"),
     ]:
         assert render_server.main(flags) == 2
-        error = capsys.readouterr().err
-        assert named in error and error.count("\n") == 1
+        assert named in capsys.readouterr().err
