@@ -20,6 +20,13 @@ ENVIRONMENT = {
 ZERO_2 = ROOT / "configs" / "deepspeed_2_cpu.yaml"
 
 
+def closed_port() -> int:
+    """A port of this machine at which nobody listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def kill_when(ready: Callable[[], bool], command: Sequence[str]) -> None:
     """Start `command` and send it SIGKILL as soon as `ready()`; it must not have ended before."""
     process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -36,10 +43,7 @@ def kill_when(ready: Callable[[], bool], command: Sequence[str]) -> None:
 
 def launcher(program: Path | str, *options: object, config: Path = ZERO_2, module: bool = False) -> list[str]:
     """The command line of `accelerate launch` for `program`, a file or a module, as `config` says, on a free port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(port)]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(closed_port())]
     kind = ["-m"] if module else []
     return [*command, "--config_file", str(config), *kind, str(program), *map(str, options)]
 

@@ -1,17 +1,17 @@
-"""Claims about the chat client against a real HTTP server with faults, about grades and win rates of the VLM judges,
-and about the miniature's server. Its score here is the brightness of the picture, so every verdict is known."""
+"""Claims about the chat client against a real HTTP server with faults, and about grades and win rates of the VLM
+judges. The server's score here is the brightness of the picture, so every verdict is known."""
 
 import base64
 import io
 import json
 import logging
 import math
+import multiprocessing
 import os
 import pickle
 import random
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -29,11 +29,11 @@ from clients import chat, http
 from clients.chat import Question, Template, VLMClient, neutralise
 from errors import UserError
 from interfaces import Prompt, Sample
-from miniature.judge_server import JudgeServer, prompt_in
-from prompting import MAX_PROMPT_CHARS
+from miniature.judge_server import JudgeServer
 from rewards import RewardContext, RewardOptions, build, judge, preference
 from rewards.judge import Judge
 from rewards.preference import FIRST, SECOND, TIE, Preference
+from tests.processes import closed_port
 
 ROOT = Path(__file__).parent.parent
 MODEL = "miniature"
@@ -75,16 +75,6 @@ def grades(*levels: int) -> list:
     return [pytest.approx(10 * level / 255, abs=0.006) for level in levels]
 
 
-def sent_text(body: bytes) -> str:
-    return json.loads(body)["messages"][0]["content"][-1]["text"]
-
-
-def closed_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 @contextmanager
 def raw_server(*parts: bytes, pause: float = 0.0):
     """A server that sends these bytes to everyone, with a pause after each part, whatever was asked."""
@@ -122,15 +112,6 @@ class Starting(JudgeServer):
 
     def _reply(self, body, fate):
         return super()._reply(body, fate) if next(self.faults, None) is None else (503, {})
-
-
-def test_an_error_of_the_server_is_retried_until_an_answer_comes():
-    server = Starting(2)
-    with server as url:
-        client = VLMClient(url, MODEL)
-        assert client.ask(questions(51)) == grades(51)
-    assert server.requests == 3
-    assert client.metrics == {"asked": 1, "cached": 0, "failed": 0, "unparsable": 0}
 
 
 @pytest.mark.parametrize(
@@ -235,13 +216,6 @@ def test_a_dead_port_is_absent_and_refused_by_the_check(caplog):
         client.check()
 
 
-def test_no_more_calls_are_in_flight_than_allowed():
-    server = JudgeServer(score, delay=0.05)
-    with server as url:
-        assert None not in VLMClient(url, MODEL, concurrency=3).ask(questions(*range(18)))
-    assert server.most_in_flight == 3
-
-
 def test_the_circuit_opens_probes_and_closes_again(monkeypatch):
     monkeypatch.setattr(chat, "TRIP", 3)
     server = JudgeServer(score, fail_share=1)
@@ -259,21 +233,13 @@ def test_the_circuit_opens_probes_and_closes_again(monkeypatch):
         assert client.ask(questions(*range(10))) == grades(*range(10))
 
 
-def test_an_open_circuit_lets_one_probe_through_per_pause():
-    circuit = http.Circuit(trip=2, pause=30)
-    circuit.failed("refused")
-    assert circuit.lets_through()
-    circuit.failed("refused")
-    assert not circuit.lets_through()
-    circuit.since -= 30
-    assert [circuit.lets_through() for _ in range(3)] == [True, False, False]
-
-
-def test_one_fault_under_all_calls_in_flight_does_not_open_the_circuit():
-    server = Starting(16)
+def test_an_error_under_all_calls_in_flight_is_retried_and_opens_no_circuit_nor_moves_the_runs_random_state():
+    server, before = Starting(16), random.getstate()
     with server as url:
-        assert VLMClient(url, MODEL, concurrency=16).ask(questions(*range(40))) == grades(*range(40))
-    assert server.requests == 16 + 40
+        client = VLMClient(url, MODEL, concurrency=16)
+        assert client.ask(questions(*range(40))) == grades(*range(40))
+    assert server.requests == 16 + 40 and random.getstate() == before
+    assert client.metrics == {"asked": 40, "cached": 0, "failed": 0, "unparsable": 0}
 
 
 def test_refused_questions_do_not_open_the_circuit(monkeypatch):
@@ -287,18 +253,10 @@ def test_refused_questions_do_not_open_the_circuit(monkeypatch):
 # ----- cache and equal questions
 
 
-def test_equal_questions_are_asked_once():
-    server = JudgeServer(score)
-    with server as url:
-        client = VLMClient(url, MODEL)
-        assert client.ask(questions(51, 102, 51, 51)) == grades(51, 102, 51, 51)
-    assert server.requests == client.metrics["asked"] == 2
-
-
-def test_a_verdict_is_cached_across_instances_and_only_for_the_very_same_question(tmp_path):
+def test_a_question_is_asked_once_also_across_instances_and_only_the_very_same_one(tmp_path):
     server, path = JudgeServer(score), tmp_path / "new folder" / "verdicts.sqlite"
     with server as url:
-        VLMClient(url, MODEL, cache=path).ask(questions(51, 102))
+        assert VLMClient(url, MODEL, cache=path).ask(questions(51, 102, 51)) == grades(51, 102, 51)
         client = VLMClient(url, MODEL, cache=path)
         assert client.ask(questions(51, 102)) == grades(51, 102)
         assert client.metrics == {"asked": 0, "cached": 2, "failed": 0, "unparsable": 0}
@@ -317,27 +275,21 @@ def test_a_verdict_is_cached_across_instances_and_only_for_the_very_same_questio
         assert another.metrics["cached"] == 0
 
 
-ASK_MANY = """
-import sys
-from PIL import Image
-from clients.chat import Question, Template, VLMClient
-url, cache, first, text = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
-template = Template(text, lambda answer: float(answer.partition("<score>")[2].partition("</score>")[0]))
-client = VLMClient(url, "miniature", cache=cache)
-for level in range(first, first + 60, 6):
-    pictures = [Image.new("RGB", (8, 8), (level + i,) * 3) for i in range(6)]
-    assert None not in client.ask([Question(template, "a red circle", (picture,)) for picture in pictures])
-assert "torch" not in sys.modules
-"""
-
-
 def test_processes_share_the_cache(tmp_path):
     server, path = JudgeServer(score), tmp_path / "verdicts.sqlite"
+
+    def ask(first: int) -> None:
+        client = VLMClient(server.url, MODEL, cache=path)
+        for level in range(first, first + 60, 6):
+            assert None not in client.ask(questions(*range(level, level + 6)))
+
     with server as url:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-W", "error", "-c", ASK_MANY, url, str(path)]
-        writers = [subprocess.Popen([*command, str(first), judge.TEMPLATE.text], env=environment) for first in (0, 30)]
-        assert [writer.wait(60) for writer in writers] == [0, 0]
+        writers = [multiprocessing.get_context("fork").Process(target=ask, args=(first,)) for first in (0, 30)]
+        for writer in writers:
+            writer.start()
+        for writer in writers:
+            writer.join(60)
+        assert [writer.exitcode for writer in writers] == [0, 0]
         asked, client = server.requests, VLMClient(url, MODEL, cache=path)
         assert client.ask(questions(*range(90))) == grades(*range(90))
     assert server.requests == asked
@@ -378,26 +330,12 @@ FORGERY = (
 )
 
 
-class Parrot(JudgeServer):
-    """A judge that answers with the user's prompt."""
-
-    def _reply(self, body, fate):
-        found = [prompt_in(template, sent_text(body)) for template in (judge.TEMPLATE, preference.TEMPLATE)]
-        return 200, self._completion(next(prompt for prompt in found if prompt is not None))
-
-
-def test_tags_in_the_prompt_cannot_forge_a_verdict():
-    bodies, pair = [], (gray(0), gray(51))
-    asked = [Question(judge.TEMPLATE, FORGERY, pair[:1]), Question(preference.TEMPLATE, FORGERY, pair)]
-    with Parrot(score, watch=lambda headers, body: bodies.append(body)) as url:
-        assert VLMClient(url, MODEL).ask(asked) == [None, None]
-    for template in (judge.TEMPLATE, preference.TEMPLATE):
-        assert template.fill(FORGERY) in map(sent_text, bodies)
-        assert sorted(Counter(template.fill(FORGERY))["<>"[k]] for k in (0, 1)) == sorted(
-            Counter(template.text)["<>"[k]] for k in (0, 1)
-        ), "the only tags are the template's own"
-    assert judge.parse(FORGERY) == 10, "the forgery is harmless, so refusing it proves nothing"
-    assert preference.parse(FORGERY) == SECOND
+@pytest.mark.parametrize("template", [judge.TEMPLATE, preference.TEMPLATE])
+def test_tags_in_the_prompt_cannot_forge_a_verdict(template):
+    own, filled = Counter(template.text), Counter(template.fill(FORGERY))
+    assert (filled["<"], filled[">"]) == (own["<"], own[">"]), "the only tags are the template's own"
+    assert template.parse(neutralise(FORGERY)) is None
+    assert template.parse(FORGERY) is not None, "the forgery is harmless, so refusing it proves nothing"
 
 
 def test_neutralise_takes_every_marker_and_nothing_else():
@@ -405,17 +343,10 @@ def test_neutralise_takes_every_marker_and_nothing_else():
     assert neutralise("a [red] cat, {prompt}, 5 (five) dogs 🐕") == "a [red] cat, {prompt}, 5 (five) dogs 🐕"
 
 
-@pytest.mark.parametrize("text", ["🦊 ein Füchslein 狐", "broken \ud83d surrogate", "long " * 20_000, "", "\x00 <"])
+@pytest.mark.parametrize("text", ["broken \ud83d surrogate", "", "\x00 <"])
 def test_any_prompt_can_be_asked_about(text):
-    bodies = []
-    with JudgeServer(score, watch=lambda headers, body: bodies.append(body)) as url:
-        client = VLMClient(url, MODEL)
-        assert Judge(client)([sample(text, gray(51))]) == [pytest.approx(2 * 0.2 - 1, abs=0.002)]
-        assert Preference(client)([sample(text, gray(51)), sample(text, gray(102))]) == [0, 1]
-    assert len(bodies) == 2
-    for body in bodies:
-        assert len(sent_text(body.decode("utf-8"))) < MAX_PROMPT_CHARS + 2_000
-        sent_text(body).encode()
+    with JudgeServer(score) as url:
+        assert Judge(VLMClient(url, MODEL))([sample(text, gray(51))]) == [pytest.approx(-0.6, abs=0.002)]
 
 
 def test_small_pictures_are_sent_without_loss_and_large_ones_as_jpeg():
@@ -464,13 +395,10 @@ def test_a_proxy_of_the_environment_does_not_capture_loopback(monkeypatch):
     "url, options, named",
     [
         ("127.0.0.1:8080/v1", {}, "127.0.0.1:8080"),
-        ("ftp://127.0.0.1/v1", {}, "ftp"),
         ("http://127.0.0.1:99999/v1", {}, "99999"),
-        ("http:///v1", {}, "http:///v1"),
         ("https://me:SECRET@judge.example/v1", {}, "JUDGE_API_KEY"),
         ("http://judge.example/v1", {}, "JUDGE_ALLOW_HTTP"),
         ("http://127.0.0.1.judge.example/v1", {}, "JUDGE_ALLOW_HTTP"),
-        ("http://localhost.judge.example/v1", {}, "JUDGE_ALLOW_HTTP"),
         ("https://judge.example/v1", {"concurrency": 0}, "concurrency is 0"),
         ("https://judge.example/v1", {"call_timeout": math.nan}, "timeout nan"),
         ("https://judge.example/v1", {"batch_timeout": -1.0}, "batch_timeout is -1"),
@@ -498,27 +426,10 @@ def test_the_check_passes_for_a_judge_that_is_there_and_names_the_option_otherwi
             VLMClient(url.removesuffix("/v1"), MODEL).check()
 
 
-def test_a_client_survives_pickling():
-    server = JudgeServer(score)
-    copy = pickle.loads(pickle.dumps(VLMClient(server.url, MODEL)))
-    with server:
-        assert copy.ask(questions(51)) == grades(51)
-
-
-def test_a_programming_error_surfaces():
-    def broken(answer: str) -> float:
-        return {"no": 1.0}[answer]
-
-    question = replace(questions(1)[0], template=Template(judge.TEMPLATE.text, broken))
+def test_an_error_of_the_parser_is_raised_and_no_absence():
+    question = replace(questions(1)[0], template=Template(judge.TEMPLATE.text, {}.__getitem__))
     with JudgeServer(score) as url, pytest.raises(KeyError):
         VLMClient(url, MODEL).ask([question])
-
-
-def test_asking_leaves_the_random_state_of_the_run_alone():
-    with JudgeServer(score, fail_share=1) as url:
-        before = random.getstate()
-        assert VLMClient(url, MODEL).ask(questions(51)) == [None]
-        assert random.getstate() == before
 
 
 @pytest.mark.parametrize(
@@ -557,11 +468,9 @@ def test_first_tokens_are_probabilities_or_nothing(logprobs, chances):
         ("<score>9</score> Again: <score>9.0</score>", 9.0),
         ("<score>9</score> or <score>2</score>", None),
         ("<think>It may be <score>2</score>", None),
-        ("<score>eight</score>", None),
         ("<score>nan</score>", None),
         ("8", None),
         ("<score>8", None),
-        ("", None),
         ("<score>1" + " " * 100_000, None),
     ],
 )
@@ -590,13 +499,6 @@ def test_the_score_is_the_grade_on_minus_one_to_one_averaged_over_pictures():
     assert reward([]) == []
 
 
-def test_a_brighter_picture_has_a_higher_score_through_the_server():
-    with JudgeServer(score) as url:
-        reward = Judge(VLMClient(url, MODEL))
-        assert reward(group("a cat", 0, 51, 255)) == pytest.approx([-1, -0.6, 1], abs=0.002)
-        assert reward.metrics == {"judge/asked": 3, "judge/cached": 0, "judge/failed": 0, "judge/unparsable": 0}
-
-
 def test_a_sample_without_its_pictures_is_refused_not_scored():
     for reward in (Judge(Opinions(None)), Preference(Opinions(None))):
         for images in [(), (gray(0), None)]:
@@ -616,13 +518,6 @@ def always_first(question: Question) -> str:
     return FIRST
 
 
-def textured(level: int) -> Image.Image:
-    """As bright as gray(level), other pixels."""
-    pixels = np.full((8, 8, 3), level, np.uint8)
-    pixels[0, :2, :] = [[level - 1] * 3, [level + 1] * 3]
-    return Image.fromarray(pixels)
-
-
 @pytest.mark.parametrize(
     "answer, verdict",
     [
@@ -633,11 +528,9 @@ def textured(level: int) -> Image.Image:
         ("<think><answer>Image 1 is better</answer></think><answer>tie</answer>", TIE),
         ("<answer>Image 1 is better</answer> <answer>Image 2", None),
         ("<think><answer>Image 1 is better</answer>", None),
-        ("<answer>Image 1 is better than Image 2</answer>", None),
         ("<answer>Image 1 is not better</answer>", None),
         ("Image 1 is better", None),
         ("<answer></answer>", None),
-        ("", None),
     ],
 )
 def test_a_preference_is_read_from_the_last_answer_block_alone(answer, verdict):
@@ -655,17 +548,14 @@ def test_the_win_rate_is_the_share_of_all_others_that_are_beaten(size):
     assert reward.metrics["preference/pairs"] == len(client.asked) == size * (size - 1) // 2
 
 
-def test_a_tie_is_half_a_win_for_both():
-    samples = [sample("a cat", image) for image in (gray(10), gray(50), textured(50), gray(90))]
-    reward = Preference(Opinions(brighter))
+def test_a_tie_is_half_a_win_for_both_and_equal_pictures_tie_without_being_asked():
+    client = Opinions(brighter)
+    reward = Preference(client)
+    samples = [sample("a cat", image) for image in (gray(10), gray(50), gray(50, size=9), gray(90))]
     assert reward(samples) == [0, 1.5 / 3, 1.5 / 3, 1]
     assert reward.metrics["preference/ties"] == pytest.approx(1 / 6)
-
-
-def test_equal_pictures_tie_without_being_asked():
-    shared, client = gray(50), Opinions(always_first)
-    samples = [sample("a cat", image) for image in (shared, shared, gray(50))]
-    assert Preference(client)(samples) == [0.5, 0.5, 0.5]
+    client.asked.clear()
+    assert reward(group("a cat", 50, 50, 50)) == [0.5, 0.5, 0.5]
     assert client.asked == []
 
 
@@ -696,18 +586,14 @@ def many_groups(groups: int, size: int) -> list[Sample]:
 
 
 def test_a_judge_that_always_prefers_the_first_picture_is_seen_and_says_nothing_about_quality():
-    reward, samples = Preference(Opinions(always_first)), many_groups(40, 8)
+    reward, honest, samples = Preference(Opinions(always_first)), Preference(Opinions(brighter)), many_groups(40, 8)
     scores = np.array(reward(samples)).reshape(40, 8)
+    honest(samples)
     assert reward.metrics["preference/first_position"] == 1
+    assert honest.metrics["preference/first_position"] == pytest.approx(0.5, abs=0.05)
     np.testing.assert_allclose(scores.mean(axis=1), 0.5)
     assert abs(np.corrcoef(scores.ravel(), np.tile(np.arange(8), 40))[0, 1]) < 0.15
     assert np.abs(scores.mean(axis=0) - 0.5).max() < 0.12, "a position in the group is no advantage"
-
-
-def test_an_honest_judge_is_not_seen_as_biased():
-    reward = Preference(Opinions(brighter))
-    reward(many_groups(40, 8))
-    assert reward.metrics["preference/first_position"] == pytest.approx(0.5, abs=0.05)
 
 
 def test_both_orders_turn_a_judge_that_always_prefers_the_first_picture_into_ties():
@@ -722,16 +608,19 @@ def test_both_orders_turn_a_judge_that_always_prefers_the_first_picture_into_tie
     assert half(group("a cat", 0, 20)) == [None, None], "one failed call fails the pair"
 
 
-def test_the_order_shown_is_a_pure_function_of_seed_prompt_and_pixels():
-    def shown(samples, **options):
+@pytest.mark.parametrize("pairs", ["all", "2"])
+def test_pairs_and_their_order_are_a_pure_function_of_seed_prompt_and_pixels(pairs):
+    def shown(samples, seed=0):
         client = Opinions(brighter)
-        Preference(client, **options)(samples)
+        Preference(client, pairs=pairs, seed=seed)(samples)
         return {(q.prompt, *map(brightness, q.images)) for q in client.asked}
 
     samples = many_groups(5, 6)
     shuffled = random.Random(0).sample(samples, len(samples))
     assert shown(samples) == shown(shuffled) == shown(samples[:6]) | shown(samples[6:])
     assert shown(samples, seed=1) != shown(samples)
+    if pairs == "2":  # other partners, not only another order
+        assert set(map(frozenset, shown(samples, seed=1))) != set(map(frozenset, shown(samples)))
 
 
 @pytest.mark.parametrize("size", range(2, 11))
@@ -746,17 +635,6 @@ def test_with_a_number_every_picture_meets_at_least_that_many_others(size, k):
     assert set(degrees.values()) <= {wanted, wanted + 1}
     assert (min(degrees.values()), len(degrees)) == (wanted, size)
     assert (scores[0], scores[-1]) == (0, 1)
-
-
-def test_drawn_partners_change_with_the_seed_and_not_with_the_order_of_the_group():
-    def met(samples, seed=0):
-        client = Opinions(brighter)
-        Preference(client, pairs="2", seed=seed)(samples)
-        return {frozenset(map(brightness, question.images)) for question in client.asked}
-
-    samples = group("a cat", *range(0, 160, 20))
-    assert met(samples) == met(samples[::-1])
-    assert met(samples) != met(samples, seed=1)
 
 
 def test_pictures_are_compared_with_those_of_the_same_seed():
@@ -788,49 +666,7 @@ def test_against_anchors_the_score_is_the_win_rate_over_the_raw_prompts_pictures
         reward([sample("a cat", gray(0))])
 
 
-@pytest.mark.parametrize("pairs", ["0", "-1", "some", "", "1.5"])
-def test_pairs_that_mean_nothing_are_refused(pairs):
-    with pytest.raises(UserError, match=f"'{pairs}'.*all.*anchor"):
-        Preference(Opinions(brighter), pairs=pairs)
-
-
-def test_win_rates_through_a_server_with_faults_are_right_or_absent():
-    samples = many_groups(6, 6)
-    with JudgeServer(score, fail_share=0.2, fail_status=400, garbage_share=0.2) as url:
-        reward = Preference(VLMClient(url, MODEL))
-        scores = reward(samples)
-    metrics = reward.metrics
-    lost = metrics["preference/failed"] + metrics["preference/unparsable"]
-    assert min(metrics["preference/failed"], metrics["preference/unparsable"]) > 5
-    assert metrics["preference/failed_pairs"] == pytest.approx(lost / (6 * 15))
-    assert all(score in (0, None) for score in scores[0::6]), "the darkest never wins"
-    assert all(score in (1, None) for score in scores[5::6]), "the brightest never loses"
-
-
-# ----- the miniature's server, and building
-
-
-def test_the_server_reads_the_prompt_back_and_scores_each_picture_once():
-    seen = []
-
-    def recording(samples):
-        seen.extend(samples)
-        return score(samples)
-
-    with JudgeServer(recording, delay=0.02) as url:
-        client = VLMClient(url, MODEL)
-        assert Preference(client)(group("a photo of two red cats", *range(0, 160, 20))) == [k / 7 for k in range(8)]
-        Judge(client)(group("a photo of two red cats", *range(0, 160, 20)))
-    assert len(seen) == 8
-    assert {(one.prompt.text, one.prompt.counts) for one in seen} == {("a photo of two red cats", (("cat", 2),))}
-
-
-def test_a_picture_that_is_no_data_uri_is_refused_and_never_fetched(monkeypatch):
-    monkeypatch.setattr(chat, "data_uri", lambda image: "http://127.0.0.1:9/secret.png")
-    server = JudgeServer(score)
-    with server as url:
-        assert VLMClient(url, MODEL).ask(questions(51)) == [None]
-    assert server.requests == 1, "refused with a 400"
+# ----- building
 
 
 def test_the_judges_are_built_by_name_once_the_judge_answers(tmp_path):
@@ -840,9 +676,9 @@ def test_the_judges_are_built_by_name_once_the_judge_answers(tmp_path):
             judge_url=url, judge_model=MODEL, preference_pairs="anchor", preference_both_orders=True
         )
         one, two = build(names, options, RewardContext(judge_cache=cache))
-        assert (one.name, one.range, one.needs_baseline_images) == ("judge", (-1, 1), False)
-        assert (two.name, two.range, two.needs_baseline_images, two.both_orders) == ("preference", (0, 1), True, True)
-        assert one(group("a cat", 51)) == [pytest.approx(-0.6, abs=0.002)]
+        assert two.needs_baseline_images and two.both_orders and not one.needs_baseline_images
+        assert one(group("a cat", 0, 51, 255)) == pytest.approx([-1, -0.6, 1], abs=0.002)
+        assert one.metrics == {"judge/asked": 3, "judge/cached": 0, "judge/failed": 0, "judge/unparsable": 0}
     assert cache.exists()
     with pytest.raises(UserError, match="judge_url"):
         build(names, options, RewardContext())
