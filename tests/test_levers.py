@@ -16,7 +16,7 @@ from diffusers import FluxPipeline
 import r1_prompter
 from errors import UserError
 from miniature import build as miniature
-from rendering import RenderOptions, levers, load_renderer, local
+from rendering import levers, load_renderer, local
 from rendering.levers import MAX_PIXEL_DIFFERENCE, smallest_good_batch
 from run.folder import Resume
 from tests.processes import launch
@@ -229,11 +229,3 @@ def test_a_copy_of_the_policy_is_kept_only_where_nothing_else_can_be_the_referen
         train_dataset=Dataset.from_list([{"prompt": "a"}] * 4), peft_config=get_peft_config(made.model),
     )  # fmt: skip
     assert (trainer.ref_model is not None) == kept
-
-
-def test_a_renderer_takes_a_pipeline_that_is_ready():
-    folder = ROOT / "miniature" / "weights" / "flux"
-    pipe = FluxPipeline.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
-    options = {"render_steps": 2, "resolution": 48, "max_sequence_length": 32, "render_batch_size": 4}
-    renderer = load_renderer(RenderOptions(**options), "cpu", pipe=pipe)
-    assert renderer.pipe is pipe and None not in renderer(TEXTS[:2], [0, 1])
