@@ -26,9 +26,10 @@ FLOORS = [
     {"scripts"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS, 1) for name in names}
-# Lines of Python, blank lines and docstrings included. Larger than first planned: run (a loop for trainers without TRL,
-# and options that say what they change), scoring (drawing and judging are two parts), clients (the judges' cache and the
-# teacher), rendering (quantisation, LoRA, other engines' servers), data (places and relations of an intent), evaluation.
+# Lines of Python, blank lines and docstrings included. Larger than first planned: run (a loop for trainers without
+# TRL, options that say what they change), scoring (drawing and judging are two parts), clients (the judges' cache, the
+# teacher), rendering (quantisation, LoRA, other engines' servers), data (places and relations of an intent),
+# evaluation.
 BUDGETS = {
     "r1_prompter": 500, "sft": 260, "run": 1575, "report": 460, "scoring": 915, "models": 900, "clients": 620,
     "rendering": 1755, "rewards": 2350, "data": 1400, "evaluation": 3800, "doctor": 700, "miniature": 2400,
