@@ -2,7 +2,7 @@
 
 Arrow of the design: examples (`scripts/make_sft.py`) -> policy. Each is what `r1_prompter.py` shows the policy at
 rollout, token for token (same template, `prompting.messages`; same answer, `prompting.completion`), and only the
-answer is train_rows. The optimiser is TRL's `SFTTrainer`.
+answer is learnt. The optimiser is TRL's `SFTTrainer`.
 
 Left out: several turns, mixing with other data, assistant masks (a prompt and an answer need none).
 
@@ -67,7 +67,7 @@ class ScriptArguments:
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and the answer to be train_rows."""
+    """A prompt and the answer to be learnt."""
 
     prompt: str
     answer: str
@@ -177,14 +177,14 @@ def train(script: ScriptArguments, training: SFTConfig, model: ModelConfig) -> N
     folder = RunFolder(script.outdir, config, may_differ=may_differ(script, training, model), resume=script.resume)
     tokenizer = load_tokenizer(script.gpt_path, model.model_revision, training.trust_remote_code)
     longest = training.max_length
-    (train_rows, too_long), (eval_rows, too_long_to_watch) = (
+    (train_rows, too_long), (eval_rows, too_long_to_evaluate) = (
         _dataset(side, tokenizer, script.reasoning, longest) for side in split(examples, script.validation_share)
     )
     if not len(train_rows):
         raise UserError(f"all {too_long} examples are longer than max_length {longest} tokens: raise it")
     if training.padding_free:
         training.max_length = None  # TRL's condition; what is too long has been left out
-    numbers = _plan(training, len(train_rows), len(progress_metrics), too_long + too_long_to_watch)
+    numbers = _plan(training, len(train_rows), len(eval_rows), too_long + too_long_to_evaluate)
     resume = folder.plan(numbers["optimizer_steps"])
     resume = start_run(
         folder, numbers, [*_announce(numbers, train_rows, folder), *warn_if_bf16_loses_updates(training, model)]
@@ -194,7 +194,7 @@ def train(script: ScriptArguments, training: SFTConfig, model: ModelConfig) -> N
         model=prepare_policy(script.gpt_path, training, model.use_peft),
         args=training,
         train_dataset=train_rows,
-        eval_dataset=eval_rows if len(progress_metrics) else None,
+        eval_dataset=eval_rows if len(eval_rows) else None,
         processing_class=tokenizer,
         folder=folder,
         resume=resume,

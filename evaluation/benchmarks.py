@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from clients.chat import VLMClient
 from evaluation.benchmark import Benchmark
 from rewards import RewardOptions, judge_client
 from run.options import option
@@ -66,22 +67,29 @@ def _compbench(options: BenchmarkOptions, reward: RewardOptions, device: str) ->
     return CompBench(parser(options.parses) if options.parses else None, categories, judges)
 
 
+def _judge(reward: RewardOptions) -> VLMClient:
+    """The judge's client, once the judge has answered."""
+    client = judge_client(reward)
+    client.check()
+    return client
+
+
 def _unigenbench(options: BenchmarkOptions, reward: RewardOptions, device: str) -> Benchmark:
     from evaluation.unigenbench import UniGenBench
 
-    return UniGenBench(judge_client(reward), revision=options.judge_revision)
+    return UniGenBench(_judge(reward), revision=options.judge_revision)
 
 
 def _wise(options: BenchmarkOptions, reward: RewardOptions, device: str) -> Benchmark:
     from evaluation.wise import WISE
 
-    return WISE(judge_client(reward), version=options.wise_version, revision=options.judge_revision)
+    return WISE(_judge(reward), version=options.wise_version, revision=options.judge_revision)
 
 
 def _dpg(options: BenchmarkOptions, reward: RewardOptions, device: str) -> Benchmark:
     from evaluation.dpg import DPG
 
-    return DPG(judge_client(reward), revision=options.judge_revision)
+    return DPG(_judge(reward), revision=options.judge_revision)
 
 
 def _geneval2(options: BenchmarkOptions, reward: RewardOptions, device: str) -> Benchmark:
@@ -89,7 +97,7 @@ def _geneval2(options: BenchmarkOptions, reward: RewardOptions, device: str) -> 
 
     if options.vlm_path:
         return GenEval2(LocalVLM(options.vlm_path, device=device, batch_size=options.judge_batch_size))
-    return GenEval2(ServedVLM(judge_client(reward), revision=options.judge_revision))
+    return GenEval2(ServedVLM(_judge(reward), revision=options.judge_revision))
 
 
 Constructor = Callable[[BenchmarkOptions, RewardOptions, str], Benchmark]

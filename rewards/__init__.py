@@ -19,6 +19,8 @@ from run.options import option
 
 if TYPE_CHECKING:
     from clients.chat import VLMClient
+    from rewards.judge import Judge
+    from rewards.preference import Preference
 
 
 DTYPES = ["float32", "bfloat16", "float16"]
@@ -162,25 +164,32 @@ def _pickscore(options: RewardOptions, context: RewardContext) -> Reward:
 def _judge(options: RewardOptions, context: RewardContext) -> Reward:
     from rewards.judge import Judge
 
-    return Judge(judge_client(options, context.judge_cache))
+    return _reached(Judge(judge_client(options, context.judge_cache)))
 
 
 def _preference(options: RewardOptions, context: RewardContext) -> Reward:
     from rewards.preference import Preference
 
     client, pairs = judge_client(options, context.judge_cache), options.preference_pairs
-    return Preference(client, pairs=pairs, both_orders=options.preference_both_orders, seed=context.seed)
+    both = options.preference_both_orders
+    return _reached(Preference(client, pairs=pairs, both_orders=both, seed=context.seed))
+
+
+def _reached(reward: Judge | Preference) -> Reward:
+    """`reward`, once its judge has answered: a run must not find out after an hour that nobody is there."""
+    reward.client.check()
+    return reward
 
 
 def judge_client(options: RewardOptions, cache: Path | None = None) -> VLMClient:
-    """The judge's client, once the judge has answered: a run must not find out after an hour that nobody is there.
+    """The judge's client; nothing is contacted yet.
 
     Args:
         cache: where verdicts are kept if the options name no file; None keeps none.
     """
     from clients.chat import VLMClient
 
-    client = VLMClient(
+    return VLMClient(
         options.judge_url,
         options.judge_model,
         concurrency=options.judge_concurrency,
@@ -188,8 +197,6 @@ def judge_client(options: RewardOptions, cache: Path | None = None) -> VLMClient
         batch_timeout=options.judge_batch_timeout,
         cache=options.judge_cache or cache,
     )
-    client.check()
-    return client
 
 
 def _format(options: RewardOptions, context: RewardContext) -> Reward:

@@ -19,7 +19,7 @@ class Watched(r1_prompter.RewriteTrainer):
         weights = hashlib.sha256()
         for parameter in self.accelerator.unwrap_model(self.model).parameters():
             weights.update(parameter.detach().float().numpy().tobytes())
-        mine = {"weights": weights.hexdigest(), "prompt_ids": [row.sample.prompt.id for row in self.scorer.last]}
+        mine = {"weights": weights.hexdigest(), "prompt_ids": [row.sample.prompt.id for row in self.columns.rollouts]}
         everyone = gather_object([mine])
         if self.is_world_process_zero():
             Path(sys.argv[1]).write_text(json.dumps(everyone))

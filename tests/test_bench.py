@@ -62,6 +62,7 @@ def test_what_the_plain_loop_draws_and_scores_again_for_each_rollout_and_reward_
     assert passes == {"texts": [1] * 33, "steps": [1] * 64, "pictures": [1] * 32, **scored}
 
 
+@pytest.mark.slow
 def test_the_time_of_a_rollout_is_split_into_phases_and_compared(tmp_path):
     out = tmp_path / "bench.json"
     assert bench.main(["--target", "cpu", "--prompts", "1", "--group", "2", "--json", str(out)]) == 0
@@ -129,6 +130,7 @@ def test_the_counted_steps_of_a_picture_add_up():
     assert step > 0 and once > 0 and counter.get_total_flops() == 6 * step + 2 * once
 
 
+@pytest.mark.slow
 def test_the_table_of_levers_has_gains_differences_and_reasons():
     chosen = ["VAE in slices", "quantised, fp8", "half the steps", "attention flash"]
     rows = {row["name"]: row for row in bench_levers("tiny", 1, CPU, chosen)["rows"]}

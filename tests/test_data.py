@@ -432,6 +432,7 @@ def test_rewards_get_what_they_need_of_each_type():
     assert {bool(p.attr_nouns) for p in of["non"]} == {bool(p.counts) for p in of["non"]} == {True, False}
 
 
+@pytest.mark.slow
 def test_the_committed_files_are_what_the_program_makes(tmp_path):
     command = [sys.executable, "data/make_prompts.py", "--out_dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

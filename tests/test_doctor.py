@@ -85,6 +85,7 @@ def test_the_text_names_the_problems_at_its_end(capsys):
     assert sum("-> hf download" in line for line in lines) == 5, "each command on a line of its own, to be copied"
 
 
+@pytest.mark.slow
 def test_a_launch_examines_its_own_processes_and_its_deepspeed_and_prints_once(tmp_path):
     flags = [*MINIATURE, "--outdir", tmp_path / "run", "--probe", "false", "--json"]
     command = launcher("doctor", *flags, module=True)

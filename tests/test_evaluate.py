@@ -66,6 +66,7 @@ def whole(tmp_path_factory) -> Path:
     return evaluated(tmp_path_factory.mktemp("whole") / "out")
 
 
+@pytest.mark.slow
 def test_every_system_is_drawn_from_the_same_noise_and_judged_by_the_original_prompt(whole):
     found, asked = rows(whole), {prompt.text: prompt for prompt in world.splits()[1]}
     assert {row["system"] for row in found} == {"raw", "rewrite", "best_of_2", "revise_1"}
@@ -99,6 +100,7 @@ def test_the_table_is_that_of_the_rows_and_says_all_that_it_depends_on(whole):
     assert "cost per prompt" in shown and "rewrite minus raw" in shown
 
 
+@pytest.mark.slow
 def test_an_evaluation_killed_and_run_again_has_the_same_rows_and_table(whole, tmp_path):
     out = tmp_path / "out"
     command = [*MINI, *SMALL, *ALL, "--out", str(out)]
@@ -109,6 +111,7 @@ def test_an_evaluation_killed_and_run_again_has_the_same_rows_and_table(whole, t
     assert facts(out) == facts(whole) and results(out)["scores"] == results(whole)["scores"]
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_rows_and_table_of_one(whole, tmp_path):
     out = evaluated(tmp_path / "out", processes=2)
     assert len(list(out.glob("rows_*.jsonl"))) == 2

@@ -25,6 +25,8 @@ from run import checkpoints
 from run.checkpoints import ResumeKey
 from tests.processes import ENVIRONMENT, ROOT, launcher
 
+pytestmark = pytest.mark.slow
+
 TRAIN, FAULTY = ROOT / "r1_prompter.py", ROOT / "tests" / "fault_run.py"
 STEPS, SAVE = 7, 3  # two steps an epoch: checkpoints lie inside an epoch and at its end
 LORA = ["--use_peft", "true", "--lora_r", "4", "--lora_target_modules", "q_proj", "v_proj"]

@@ -27,6 +27,8 @@ from scoring.rollouts import Scorer
 from tests.hostile import TEXTS
 from tests.processes import ENVIRONMENT, ROOT
 
+pytestmark = pytest.mark.slow
+
 REWRITES = [*TEXTS, "half a pair \ud83d", "\udfff"][-200:]
 
 

@@ -74,6 +74,7 @@ def test_another_attention_kernel_is_this_transformers_alone(plain):
     assert most(drawn(), plain) == 0
 
 
+@pytest.mark.slow
 def test_compiled_blocks_draw_the_same_within_the_tolerance(toy):
     options = {"sdmodel_name": str(toy.flux), "resolution": 16, "render_dtype": "float32", "max_sequence_length": 32}
     assert most(drawn(**options, render_compile=True), drawn(**options)) <= MAX_PIXEL_DIFFERENCE
@@ -179,6 +180,7 @@ def test_a_run_writes_down_the_batch_size_that_it_chose(toy, tmp_path):
     assert record["config"]["render_batch_size"] == "auto"
 
 
+@pytest.mark.slow
 def test_every_process_takes_the_smallest_that_one_found(toy, tmp_path):
     launch(ROOT / "tests" / "launch_batch.py", toy.flux, tmp_path)
     assert [(tmp_path / f"{rank}").read_text() for rank in (0, 1)] == ["2 2", "2 2"]
@@ -215,17 +217,3 @@ def test_the_vllm_configurations_reach_trl(mode):
 
 
 REFERENCES = [(["--beta", "0"], False), (["--beta", "0.1", "--use_peft", "true"], False), (["--beta", "0.1"], True)]
-
-
-@pytest.mark.parametrize(("options", "kept"), REFERENCES)
-def test_a_copy_of_the_policy_is_kept_only_where_nothing_else_can_be_the_reference(toy, tmp_path, options, kept):
-    from datasets import Dataset
-    from trl import GRPOTrainer, get_peft_config
-
-    argv = ["--config", str(toy.config), "--outdir", str(tmp_path), *options]
-    made = r1_prompter.parse_options(argv)
-    trainer = GRPOTrainer(
-        model=str(toy.policy), reward_funcs=lambda completions, **_: [0.0] * len(completions), args=made.training,
-        train_dataset=Dataset.from_list([{"prompt": "a"}] * 4), peft_config=get_peft_config(made.model),
-    )  # fmt: skip
-    assert (trainer.ref_model is not None) == kept

@@ -54,6 +54,7 @@ def undisturbed(request, tmp_path_factory) -> tuple[Path, int]:
     return outdir, request.param
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fault", "at"), [("kill_step", 5), ("kill_between", 6), ("kill_saving", 6)])
 def test_a_loop_killed_anywhere_ends_bit_for_bit_where_the_undisturbed_one_ends(undisturbed, tmp_path, fault, at):
     reference, processes = undisturbed
@@ -65,6 +66,7 @@ def test_a_loop_killed_anywhere_ends_bit_for_bit_where_the_undisturbed_one_ends(
     assert record(tmp_path / "run") == record(reference)
 
 
+@pytest.mark.slow
 def test_a_loop_told_to_leave_saves_the_step_that_is_done_and_continues_from_it(undisturbed, tmp_path):
     reference, processes = undisturbed
     done = run(tmp_path / "run", fault=("terminate", 5), processes=processes)
@@ -74,6 +76,7 @@ def test_a_loop_told_to_leave_saves_the_step_that_is_done_and_continues_from_it(
     assert record(tmp_path / "run") == record(reference)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_while_saving_stops_the_run_and_costs_no_checkpoint(undisturbed, tmp_path):
     reference, processes = undisturbed
     done = run(tmp_path / "run", fault=("full_disk", 6), processes=processes)

@@ -135,6 +135,7 @@ def test_tokens_and_cost_are_those_of_all_answers_useless_ones_too(data, tmp_pat
 # --- interruption --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how, code", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_after_ctrl_c_and_after_kill_a_prompt_that_is_done_is_not_asked_again(how, code, data, tmp_path):
     server = TeacherServer(USELESS, delay=0.15, fail_share=0.05)

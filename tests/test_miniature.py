@@ -153,6 +153,7 @@ AT_LEAST = {
 }
 
 
+@pytest.mark.slow
 def test_of_300_pairs_each_reward_prefers_the_picture_that_keeps_the_prompt():
     measured = meaning.measure(300)
     assert {name: measured[name] for name, least in AT_LEAST.items() if measured[name] < least} == {}
@@ -174,12 +175,14 @@ def rewritten():
     return {name: Reprompter(str(WEIGHTS / name), **sampling)(texts) for name in ("instruct", "policy")}
 
 
+@pytest.mark.slow
 def test_the_cold_start_teaches_the_form_that_the_instruct_model_often_misses(rewritten):
     readable = {name: sum(row.readable for row in rows) / len(rows) for name, rows in rewritten.items()}
     assert 0.4 <= readable["instruct"] <= 0.9
     assert readable["policy"] >= 0.97
 
 
+@pytest.mark.slow
 def test_the_cold_start_alone_is_better_than_the_instruct_model_and_leaves_much_to_learn(rewritten, renderer):
     _, held_out = world.splits()
     drawn = {name: renderer([row.rewrite for row in rows], range(len(rows))) for name, rows in rewritten.items()}

@@ -196,13 +196,13 @@ def test_at_the_limit_no_more_pictures_are_kept_and_all_processes_read_those_tha
 
 
 def test_a_damaged_picture_is_drawn_again(tmp_path, caplog):
-    cache = PictureCache(tmp_path, 1e6)
-    cache.put("x", 1, noise(1))
+    cache, picture = PictureCache(tmp_path, 1e6), noise(1)
+    cache.put("x", 1, picture)
     path = next(tmp_path.iterdir())
     path.write_bytes(path.read_bytes()[:200])
     assert cache.get("x", 1) is None and "drawn again" in caplog.text
-    cache.put("x", 1, noise(1))
-    assert cache.get("x", 1).tobytes() == noise(1).tobytes()
+    cache.put("x", 1, picture)
+    assert cache.get("x", 1).tobytes() == picture.tobytes()
 
 
 def test_a_folder_that_cannot_be_written_costs_the_cache_and_not_the_run(tmp_path, caplog):

@@ -506,6 +506,7 @@ def same(ours: list[Image.Image | None], theirs: list[Image.Image | None]) -> bo
     return [one.tobytes() for one in ours] == [one.tobytes() for one in theirs]
 
 
+@pytest.mark.slow
 @ray_test
 def test_our_server_draws_the_very_pixels_that_this_process_draws(there, here):
     seeds = list(range(FIRST, FIRST + len(LAYOUTS)))
@@ -562,6 +563,7 @@ def test_our_server_listens_on_this_machine_alone_but_for_ports_of_replicas_that
         assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
 
 
+@pytest.mark.slow
 @ray_test
 def test_a_replica_killed_while_it_draws_loses_nothing(served, there, here):
     texts = LAYOUTS * 4
@@ -580,6 +582,7 @@ def test_a_replica_killed_while_it_draws_loses_nothing(served, there, here):
     assert same(drawn, here(texts, seeds))
 
 
+@pytest.mark.slow
 @ray_test
 def test_training_with_servers_gives_the_rollouts_and_rewards_of_training_without(served, tmp_path):
     def rollouts(name: str, *more: str) -> list[dict]:
@@ -647,6 +650,7 @@ def test_rows_that_come_one_by_one_are_drawn_together_and_a_renderer_that_raises
         replica.check_health()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Using extra keyword")  # of ray.serve, when it is imported
 def test_our_server_does_not_start_with_what_cannot_work(capsys):
     from rendering import server as render_server

@@ -26,6 +26,8 @@ from rewards.offload import describe, offloaded
 from rewards.orm import ORM
 from tests.processes import ENVIRONMENT, ZERO_2, launch
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 MINIATURE = ["--config", "configs/miniature.yaml", "--save_strategy", "no"]
 LOCAL = ("hps", "git", "gdino", "orm", "imagereward", "pickscore")

@@ -13,6 +13,8 @@ from PIL import Image
 
 from miniature import build, fit, second, world
 
+pytestmark = pytest.mark.slow
+
 SD3 = build.WEIGHTS / "sd3"
 
 

@@ -77,7 +77,7 @@ def test_the_tokens_that_are_learnt_are_those_that_rollout_sees(toy, tmp_path, m
         batch = original(trainer, inputs)
         ids = [batch[f"{part}_ids"].masked_select(batch[f"{part}_mask"].bool()) for part in ("prompt", "completion")]
         sizes = [batch[f"{part}_mask"].sum(1).tolist() for part in ("prompt", "completion")]
-        texts = [(s.sample.prompt.text, s.sample.completion, s.sample.rewrite) for s in trainer.scorer.last]
+        texts = [(s.sample.prompt.text, s.sample.completion, s.sample.rewrite) for s in trainer.columns.rollouts]
         seen.extend(zip(texts, *(part.split(size) for part, size in zip(ids, sizes, strict=True)), strict=True))
         return batch
 
@@ -166,6 +166,7 @@ def test_lora_trains_an_adapter_that_grpo_goes_on_from(cold, toy, tmp_path, capf
     assert "leave --use_peft out" in capfd.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_killed_cold_start_resumes_and_logs_each_step_once(cold, tmp_path):
     run, command = tmp_path / "run", [sys.executable, str(ROOT / "sft.py"), *cold, "--num_train_epochs", "40"]
     kill_when(lambda: bool(list(run.glob("checkpoint-*/manifest.json"))), command)
@@ -177,6 +178,7 @@ def test_a_killed_cold_start_resumes_and_logs_each_step_once(cold, tmp_path):
     assert again.returncode == 2 and "--resume" in again.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_two_processes_under_zero_2_share_a_step_and_leave_one_policy(cold, tmp_path):
     options = [*cold, "--max_steps", "3", "--per_device_train_batch_size", "4", "--save_strategy", "no"]
     done = launch(ROOT / "sft.py", *options)

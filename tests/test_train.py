@@ -220,6 +220,7 @@ def test_a_folder_of_another_run_or_of_something_else_is_refused(tmp_path):
         folder("other", seed=1).plan()
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_at_its_newest_checkpoint_and_logs_each_step_once(toy, tmp_path):
     run = tmp_path / "run"
     steps = 30
@@ -248,6 +249,7 @@ def test_a_killed_run_resumes_at_its_newest_checkpoint_and_logs_each_step_once(t
     assert len(rows(run / "metrics.jsonl")) == steps
 
 
+@pytest.mark.slow
 def test_two_processes_under_zero_2_agree_on_the_weights_and_hold_whole_groups(toy, tmp_path):
     options = [tmp_path / "two.json", "--config", toy.config, "--outdir", tmp_path / "run"]
     done = launch(ROOT / "tests" / "launch_two.py", *options)
@@ -260,6 +262,7 @@ def test_two_processes_under_zero_2_agree_on_the_weights_and_hold_whole_groups(t
     assert done.stdout.count("report:") == 1
 
 
+@pytest.mark.slow
 def test_two_machines_make_one_run_and_a_wrong_rank_is_named(toy, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
