@@ -154,11 +154,6 @@ def test_the_published_flux_row_gives_its_published_overall():
     assert benchmark.overall(means | {"Attribute - Size": 0.0}, {}) == pytest.approx(60.974)
 
 
-def test_there_are_ten_dimensions_and_27_points_with_rows_for_23_of_them():
-    counts = map(len, (unigenbench.PRIMARY, unigenbench.POINTS, unigenbench.FROM_CHINESE, unigenbench.CATEGORIES))
-    assert list(counts) == [10, 27, 27, 10 + 23]
-
-
 def csv_of(rows: list[list], header: list[str]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])

@@ -214,6 +214,3 @@ def test_the_vllm_configurations_reach_trl(mode):
         assert training.vllm_max_model_length == 2048
     else:
         assert (training.vllm_server_host, training.vllm_server_port) == ("127.0.0.1", 8000)
-
-
-REFERENCES = [(["--beta", "0"], False), (["--beta", "0.1", "--use_peft", "true"], False), (["--beta", "0.1"], True)]
