@@ -29,6 +29,7 @@ from errors import UserError, one_line
 from run.options import option, parse_known, run_main
 
 DEEPSPEED = Path(__file__).resolve().parent.parent / "deepspeed_2.yaml"
+OTHERS = "All other options are the trainer's: python r1_prompter.py --help"
 TRAINERS = {"r1_prompter": r1_prompter}
 
 
@@ -62,7 +63,7 @@ def _accelerate(path: Path) -> dict:
 
 
 def _examine(argv: Sequence[str]) -> int:
-    own, flags = parse_known((DoctorOptions,), argv)
+    own, flags = parse_known((DoctorOptions,), argv, prog="python -m doctor", epilog=OTHERS)
     trainer, plan = TRAINERS[own.trainer], this_machine()
     if (own.gpus is None) != (own.gpu_memory is None):
         raise UserError("--gpus and --gpu_memory describe a machine together: give both, or neither for this one")

@@ -35,7 +35,7 @@ class RenderOptions:
     max_sequence_length: int | str | None = option(
         None,
         "Renderer tokens read of a rewrite; all texts are padded to it, so fewer draw faster. auto: the "
-        "least of 128, 256 and 512 that holds the rewrite of a full --max_completion_length.",
+        "least of 128, 256 and 512 that holds the rewrite of a full answer (r1_prompter.py).",
         changes="pictures",
     )
     render_dtype: str = option(

@@ -133,13 +133,16 @@ def config_path(argv: Sequence[str]) -> str | None:
     return _CONFIG.parse_known_args(argv)[0].config
 
 
-def parse_known(kinds: Sequence[type], argv: Sequence[str]) -> tuple[Any, ...]:
+def parse_known(kinds: Sequence[type], argv: Sequence[str], **about: str) -> tuple[Any, ...]:
     """One filled dataclass per kind, and then the list of the words that are flags of another program.
+
+    Args:
+        about: argparse's `prog`, `epilog`.
 
     Raises:
         UserError: an ill-typed value.
     """
-    parser = _Parser(tuple(kinds), allow_abbrev=False)
+    parser = _Parser(tuple(kinds), allow_abbrev=False, **about)
     return parser.parse_args_into_dataclasses(list(argv), return_remaining_strings=True, look_for_args_file=False)
 
 

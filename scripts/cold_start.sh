@@ -7,7 +7,8 @@ cd "$(dirname "$0")/.."
 
 python="${PYTHON:-.venv/bin/python}"
 [ -x "$python" ] || python=python
-out="$1" seed="$2"
+usage="usage: scripts/cold_start.sh OUTDIR SEED [options of sft.py]"
+out="${1:?$usage}" seed="${2:?$usage}"
 shift 2
 [ ! -f "$out/report.html" ] || exit 0
 mkdir -p "${out}_examples"

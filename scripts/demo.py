@@ -51,7 +51,8 @@ class DemoOptions:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    return run_main("demo", lambda: run(*parse_known((DemoOptions,), sys.argv[1:] if argv is None else argv)))
+    words, others = sys.argv[1:] if argv is None else argv, "All other options are the trainer's."
+    return run_main("demo", lambda: run(*parse_known((DemoOptions,), words, epilog=others)))
 
 
 def run(options: DemoOptions, trainer_options: Sequence[str]) -> int:
