@@ -79,5 +79,5 @@ def _table_lines(rows: dict[str, int], plan: Plan) -> list[str]:
     return [
         f"memory, {device}, in {name}: an estimate, ±20 %, not calibrated on a GPU yet",
         *[f"  {row:32s}{count / unit:8.1f}" for row, count in rows.items()],
-        f"  {'total, activations not counted':32s}{total / unit:8.1f} of {size_text(plan.memory)}",
+        f"  {'total, activations not counted':32s}{total / unit:8.1f} {name} of {size_text(plan.memory)}",
     ]

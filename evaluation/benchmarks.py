@@ -20,16 +20,12 @@ class BenchmarkOptions:
     """What a user may choose about a benchmark's judge; the judge's API is that of the rewards (`--judge_url`)."""
 
     detector_path: str | None = option(
-        None, "Detector: Mask2Former (geneval), OWLv2 (compbench); unset: published.", changes="run"
+        None, "Mask2Former (geneval) or OWLv2 (compbench); unset: published.", changes="run"
     )
-    clip_path: str | None = option(
-        None, "CLIP of geneval's colours or compbench's score; unset: the published one.", changes="run"
-    )
+    clip_path: str | None = option(None, "CLIP of geneval or compbench; unset: the published one.", changes="run")
     blip_path: str | None = option(None, "BLIP-VQA of compbench; unset: the published one.", changes="run")
     depth_path: str | None = option(None, "DPT of compbench; unset: the published one.", changes="run")
-    vlm_path: str | None = option(
-        None, "geneval2: a Qwen-VL on this machine in place of the judge's API.", changes="run"
-    )
+    vlm_path: str | None = option(None, "geneval2: a Qwen-VL here in place of the judge's API.", changes="run")
     parses: str | None = option(None, "compbench: frozen parses (.json), spacy, or grammar.", changes="run")
     categories: list[str] = option([], "compbench: which files of the folder are judged; unset: all.", changes="run")
     wise_version: str = option("verified", "wise: which protocol.", changes="run", choices=["verified", "legacy"])

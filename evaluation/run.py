@@ -62,9 +62,7 @@ class EvaluateOptions:
     out: str = option(help="Folder to write to, or to continue in.", changes="nothing")
     gpt_path: str | None = option(None, "Policy: folder, adapter folder or hub name.", changes="run")
     rewrites: str | None = option(None, "A .jsonl with `prompt` and `rewrite`, to be drawn.", changes="run")
-    images: list[str] = option(
-        [], "Folders with pictures that are there, in the benchmark's layout; nothing is drawn then.", changes="run"
-    )
+    images: list[str] = option([], "Folders of pictures to judge, in the benchmark's layout.", changes="run")
     samples: int | None = option(None, "Pictures a prompt; unset: the protocol's.", changes="run")
     seed: int = option(42, "Of noise and sampling.", changes="run")
     limit: int | None = option(None, "Only the first so many prompts of each category.", changes="run")
@@ -75,7 +73,7 @@ class EvaluateOptions:
         None, f"Reward that chooses; not the benchmark's own judge. Of: {', '.join(REWARDS)}.", changes="run"
     )
     training_prompts: list[str] = option(
-        [], "What the policy was trained on, for the leak check; unset: what its run.json names.", changes="nothing"
+        [], "For the leak check; unset: what the policy's run.json names.", changes="nothing"
     )
     temperature: float = option(1.0, "Of the rewrites to choose from; the other is greedy.", changes="run")
     max_new_tokens: int = option(512, "Of one answer of the policy.", changes="run")

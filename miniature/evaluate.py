@@ -101,12 +101,12 @@ MINIATURE = {
 }
 
 
-def defaults(given: Sequence[str]) -> list[str]:
-    """The miniature's own options, but for those in `given`."""
+def defaults() -> list[str]:
+    """The miniature's own options."""
     config = yaml.safe_load((ROOT.parent / "configs" / "miniature.yaml").read_text(encoding="utf-8"))
     flags = {f"--{name}": config[name] for name in (*RENDERER, *REWARDS)}
     flags |= {"--max_new_tokens": config["max_completion_length"], "--dtype": "float32"}
-    return [word for flag, value in flags.items() if flag not in given for word in (flag, str(value))]
+    return [word for flag, value in flags.items() for word in (flag, str(value))]
 
 
 def prompts(out: Path) -> Path:
@@ -122,7 +122,7 @@ def run(argv: Sequence[str]) -> int:
     words = list(argv)
     if "--metadata" not in words and "--out" in words[:-1]:
         words += ["--metadata", str(prompts(Path(words[words.index("--out") + 1])))]
-    return main([*words, *defaults(words)], {**BENCHMARKS, **MINIATURE})
+    return main([*defaults(), *words], {**BENCHMARKS, **MINIATURE})
 
 
 if __name__ == "__main__":

@@ -31,12 +31,8 @@ FORMULAS = ["faithful", "released"]
 class RewardOptions:
     """What a user may choose about rewards; every field is a flag of the trainer and a key of its YAML files."""
 
-    reward_device: str | None = option(
-        None, "Where reward models compute; unset: where the renderer does.", changes="nothing"
-    )
-    reward_offload: bool = option(
-        False, "Keep reward models in main memory while they do not score.", changes="nothing"
-    )
+    reward_device: str | None = option(None, "Of reward models; unset: the renderer's.", changes="nothing")
+    reward_offload: bool = option(False, "Keep reward models in main memory between calls.", changes="nothing")
     reward_dtype: str = option(
         "float32",
         "Their arithmetic; a group's scores differ in the third digit, so not bfloat16.",
@@ -50,21 +46,15 @@ class RewardOptions:
         changes="run",
         choices=FORMULAS,
     )
-    hps_path: str | None = option(
-        None, "HPS checkpoint, .pt file or open_clip folder; unset: the published v2.1.", changes="run"
-    )
+    hps_path: str | None = option(None, "HPS .pt file or open_clip folder; unset: the published v2.1.", changes="run")
     git_path: str | None = option(None, "GIT folder; unset: microsoft/git-large-vqav2.", changes="run")
-    gdino_path: str | None = option(
-        None, "GroundingDINO folder; unset: IDEA-Research/grounding-dino-tiny.", changes="run"
-    )
+    gdino_path: str | None = option(None, "Its folder; unset: IDEA-Research/grounding-dino-tiny.", changes="run")
     orm_path: str | None = option(
-        None, "ORM folder, from scripts/convert_orm.py; unset: CaraJ/ORM-T2I-R1, if it is converted.", changes="run"
+        None, "ORM folder, made by scripts/convert_orm.py; unset: CaraJ/ORM-T2I-R1.", changes="run"
     )
-    orm_dtype: str = option(
-        "bfloat16", "Weights and arithmetic of the ORM, 8 billion parameters.", changes="run", choices=DTYPES
-    )
+    orm_dtype: str = option("bfloat16", "Weights and arithmetic of the ORM.", changes="run", choices=DTYPES)
     orm_temperature: float = option(
-        1.0, "Of the ORM's yes/no softmax; 0.3 is as sharp as the released code.", changes="run"
+        1.0, "Of the ORM's yes/no softmax; the released code's is about 0.3.", changes="run"
     )
     imagereward_path: str | None = option(None, "ImageReward folder; unset: THUDM/ImageReward.", changes="run")
     pickscore_path: str | None = option(None, "PickScore folder; unset: yuvalkirstain/PickScore_v1.", changes="run")
@@ -74,24 +64,16 @@ class RewardOptions:
     judge_model: str = option("UnifiedReward", "The judge's name there.", changes="run")
     judge_concurrency: int = option(16, "Calls of one process in flight at once.", changes="nothing")
     judge_timeout: float = option(120.0, "Seconds for one call, retries included.", changes="nothing")
-    judge_batch_timeout: float = option(
-        900.0, "Seconds for all calls of a batch; what is open then is absent.", changes="nothing"
-    )
-    judge_cache: str | None = option(
-        None, "SQLite file of verdicts; unset: one per process in the run folder.", changes="nothing"
-    )
+    judge_batch_timeout: float = option(900.0, "Seconds for a batch; what is open then is absent.", changes="nothing")
+    judge_cache: str | None = option(None, "SQLite file of verdicts; unset: in the run folder.", changes="nothing")
     preference_pairs: str = option(
         "all", "Pairs of a group to compare: all, anchor (each with the raw prompt's), or k.", changes="run"
     )
     preference_both_orders: bool = option(
-        False, "Ask each pair twice, swapped; a disagreement is a tie.", changes="run"
+        False, "Ask each pair in both orders too; a disagreement is a tie.", changes="run"
     )
-    length_low: int = option(
-        15, "Renderer tokens; below it a rewrite loses length score: it adds nothing.", changes="run"
-    )
-    length_high: int = option(
-        77, "Renderer tokens; above it a rewrite loses length score; RePrompt's bound.", changes="run"
-    )
+    length_low: int = option(15, "Renderer tokens below which a rewrite loses length score.", changes="run")
+    length_high: int = option(77, "Renderer tokens above which it does; RePrompt's bound.", changes="run")
 
 
 @dataclass(frozen=True)

@@ -185,16 +185,17 @@ class RunFolder:
         """
         try:
             stored = json.loads(record.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+            layout, commit = stored.get("layout"), stored.get("commit") or "unknown"
+        except (ValueError, AttributeError) as error:
             raise UserError(f"{record} cannot be read ({error}): choose another --outdir") from error
-        if stored.get("layout") != LAYOUT:
+        if layout != LAYOUT:
             raise UserError(
-                f"--outdir {self.path} was made at commit {stored.get('commit')}, whose options have other names: "
+                f"--outdir {self.path} was made at commit {commit}, whose options have other names: "
                 "continue it with that commit, or choose another folder"
             )
-        if stored["config_hash"] == self.config_hash:
+        if stored.get("config_hash") == self.config_hash:
             return stored
-        theirs = stored["config"]
+        theirs = stored.get("config") or {}
         names = sorted((theirs.keys() | self.config.keys()) - self.may_differ)
         differing = [name for name in names if _json(theirs.get(name)) != _json(self.config.get(name))]
         if "num_processes" in differing and not set(differing) - {"num_processes", *FOLLOWING}:
@@ -208,7 +209,7 @@ class RunFolder:
     def _cut_after(self, step: int) -> None:
         metrics = self.path / "metrics.jsonl"
         if metrics.exists():
-            kept = [line for line in complete_lines(metrics, cut=False) if json.loads(line)["step"] <= step]
+            kept = [line for line in complete_lines(metrics, cut=False) if _step_of(line) <= step]
             atomic_write(metrics, b"".join(line + b"\n" for line in kept))
         for rollouts in (self.path / "rollouts").glob("step_*.jsonl"):
             if int(rollouts.stem.removeprefix("step_")) > step:
@@ -270,6 +271,14 @@ class RunFolder:
         if self._keeps_images:
             logger.warning("%s: %s: no more pictures are kept; free some space", self.path, error.strerror)
         self._keeps_images = False
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a row of metrics; infinity for a damaged one, which is removed."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
 
 
 def _without_secrets(command: Sequence[str]) -> list[str]:

@@ -85,8 +85,10 @@ def resume_option() -> Any:
 OURS = {"output_dir": "outdir", "model_name_or_path": "gpt_path", "resume_from_checkpoint": "resume"}
 
 
-_CONFIG = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-_CONFIG.add_argument("--config", help="YAML file of options; it states only what differs from the defaults.")
+def _config_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", help="YAML file of options; it states only what differs from the defaults.")
+    return parser
 
 
 class _Parser(TrlParser):
@@ -110,7 +112,7 @@ def parse(kinds: Sequence[type], recipe: Path | None, argv: Sequence[str]) -> tu
     Raises:
         UserError: an unknown key or flag (with the nearest valid one), a missing or ill-typed value.
     """
-    parser = _Parser(tuple(kinds), parents=[_CONFIG], allow_abbrev=False)
+    parser = _Parser(tuple(kinds), parents=[_config_parser()], allow_abbrev=False)
     if "use_cpu" in {action.dest for action in parser._actions}:
         parser.set_defaults(use_cpu=not torch.cuda.is_available())
     for path in (recipe, config_path(argv)):
@@ -130,7 +132,7 @@ def parse(kinds: Sequence[type], recipe: Path | None, argv: Sequence[str]) -> tu
 
 def config_path(argv: Sequence[str]) -> str | None:
     """What `--config` names."""
-    return _CONFIG.parse_known_args(argv)[0].config
+    return _config_parser().parse_known_args(argv)[0].config
 
 
 def parse_known(kinds: Sequence[type], argv: Sequence[str], **about: str) -> tuple[Any, ...]:

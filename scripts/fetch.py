@@ -93,7 +93,7 @@ def parse_options(argv: Sequence[str]) -> dict[str, Any]:
     """What the trainer would read of the same command: defaults < recipe < --config < flags."""
     own, reward, others = parse_known((FetchOptions, RewardOptions), argv)
     config = config_path(argv)
-    if unknown := [word for word in others if not word.startswith("--config") and word != config]:
+    if unknown := [word for word in others if word not in ("--config", config, f"--config={config}")]:
         raise UserError(f"unknown argument {unknown[0]!r}: give --config and the flags that name checkpoints")
     given = {name: value for name, value in vars(own).items() if value not in (None, [])}
     given |= {name: path for name, path in vars(reward).items() if name.endswith("_path") and path is not None}

@@ -87,9 +87,7 @@ class Options:
     teacher: str = option(
         "chat", "Who writes: a chat API, or the miniature world.", changes="run", choices=["chat", "miniature"]
     )
-    teacher_url: str = option(
-        "", "OpenAI-compatible API, ends in /v1; its key: environment TEACHER_API_KEY.", changes="nothing"
-    )
+    teacher_url: str = option("", "OpenAI-compatible API; its key: environment TEACHER_API_KEY.", changes="nothing")
     teacher_model: str = option("", "The teacher's name there.", changes="run")
     teacher_concurrency: int = option(16, "Calls in flight at once.", changes="nothing")
     teacher_timeout: float = option(300.0, "Seconds for one call, repeats included.", changes="nothing")
@@ -399,6 +397,9 @@ def parse_options(argv: Sequence[str]) -> tuple[Options, RenderOptions, RewardOp
     options, render, reward = parse((Options, RenderOptions, RewardOptions), None, argv)
     if options.teacher == "chat" and not (options.teacher_url and options.teacher_model):
         raise UserError("give --teacher_url and --teacher_model, or --teacher miniature")
+    for name in ("attempts", "best_of", "teacher_concurrency", "limit"):
+        if (value := vars(options)[name]) is not None and value < 1:
+            raise UserError(f"--{name} is {value}: give 1 or more")
     if not options.rewards and options.best_of > 1:
         raise UserError("--best_of chooses by a score: name --rewards")
     if options.reward_weights and len(options.reward_weights) != len(options.rewards):

@@ -79,8 +79,11 @@ def _settings(options: RepromptOptions, drawing: Drawing, prompts: Sequence[Prom
 
 def _read_rows(path: Path) -> dict[str, dict]:
     """Rows by prompt id; a last line that a kill tore is removed from the file."""
-    rows = map(json.loads, complete_lines(path, cut=True)) if path.exists() else ()
-    return {row["id"]: row for row in rows}
+    lines = complete_lines(path, cut=True) if path.exists() else []
+    try:
+        return {row["id"]: row for row in map(json.loads, lines)}
+    except ValueError as error:
+        raise UserError(f"{path} has a line that is not JSON ({error}): name another --out") from error
 
 
 def _write_json(path: Path, value: dict) -> None:

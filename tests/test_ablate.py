@@ -1,7 +1,4 @@
-"""Claims about the ablation runner, with the real trainer on the toy stack.
-
-pytest tests/test_ablate.py
-"""
+"""Claims about the ablation runner, with the real trainer on the toy stack."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Claims about scripts/bench.py: what is compared, what is counted, and what a row says that could not be measured.
-
-pytest tests/test_bench.py
-"""
+"""Claims about scripts/bench.py: what is compared, what is counted, and what a row says that could not be measured."""
 
 from __future__ import annotations
 

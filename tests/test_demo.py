@@ -1,7 +1,4 @@
-"""Claims about the loop as a whole, on the miniature and with the real scripts.
-
-pytest tests/test_demo.py
-"""
+"""Claims about the loop as a whole, on the miniature and with the real scripts."""
 
 from __future__ import annotations
 

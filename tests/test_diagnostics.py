@@ -1,7 +1,4 @@
-"""Claims about what is measured of a batch of rollouts, against hand-worked answers.
-
-pytest tests/test_diagnostics.py
-"""
+"""Claims about what is measured of a batch of rollouts, against hand-worked answers."""
 
 from __future__ import annotations
 

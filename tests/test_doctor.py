@@ -1,7 +1,4 @@
-"""Claims about the doctor: what it finds before a run, that it writes nothing, and the formulas of its estimate.
-
-pytest tests/test_doctor.py
-"""
+"""Claims about the doctor: what it finds before a run, that it writes nothing, and the formulas of its estimate."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Claims about what a fresh clone is made of: pins, configurations, scripts.
-
-pytest tests/test_environment.py
-"""
+"""Claims about what a fresh clone is made of: pins, configurations, scripts."""
 
 from __future__ import annotations
 

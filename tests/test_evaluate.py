@@ -21,6 +21,7 @@ from evaluation.geneval import GenEval
 from evaluation.layouts import There, quarters
 from evaluation.leak import leaks, training_files
 from evaluation.pipeline import Evaluation
+from evaluation.run import parse_options
 from evaluation.statistics import OVERALL, measure
 from evaluation.systems import BestOf, Chooser, Fixed, Revise
 from evaluation.table import NOTHING, difference, text_table
@@ -326,3 +327,9 @@ def test_bad_input_is_one_line_with_the_value_and_code_2(tmp_path, capfd, option
 def test_a_folder_of_another_evaluation_is_refused_with_what_differs(whole, capfd):
     assert mini.run([*POLICY, "--out", str(whole), *SMALL, "--seed", "7"]) == 2
     assert "seed 42 -> 7" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--render_steps", "2"], ["--render_steps=2"]])
+def test_what_a_user_gives_outweighs_the_miniatures_own_options(words):
+    given = [*mini.defaults(), "--benchmark", "miniature", "--metadata", "x", "--out", "y", *words]
+    assert parse_options(given, mini.MINIATURE).render.render_steps == 2

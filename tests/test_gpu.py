@@ -1,7 +1,4 @@
-"""Claims that only a GPU can test: real memory, real kernels. Without one they are left out, and the suite says so.
-
-pytest tests/test_gpu.py
-"""
+"""Claims that only a GPU can test: real memory, real kernels. Without one they are left out, and the suite says so."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Claims about text that wants to break something: 200 prompts, 200 rewrites, through training, inference and judge.
-
-pytest tests/test_hostile.py
-"""
+"""Claims about text that wants to break something: 200 prompts, 200 rewrites, in training, inference and judge."""
 
 from __future__ import annotations
 

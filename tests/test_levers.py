@@ -1,7 +1,4 @@
-"""Claims about what makes drawing and sampling faster: pixels that stay, batch sizes that are settled once.
-
-pytest tests/test_levers.py
-"""
+"""Claims about what makes drawing and sampling faster: pixels that stay, batch sizes that are settled once."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Claims about the miniature: what the oracle reads, what its models can do, and that a build can be interrupted.
-
-pytest tests/test_miniature.py
-"""
+"""Claims about the miniature: what the oracle reads, what its models can do, and that a build can be interrupted."""
 
 from __future__ import annotations
 

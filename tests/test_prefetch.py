@@ -1,7 +1,4 @@
-"""Claims about scoring ahead and about pictures that are kept: both save time, neither changes a score.
-
-pytest tests/test_prefetch.py
-"""
+"""Claims about scoring ahead and about pictures that are kept: both save time, neither changes a score."""
 
 from __future__ import annotations
 

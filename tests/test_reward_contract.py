@@ -1,7 +1,4 @@
-"""The claims that every reward with weights must keep, checked on the miniature's real models; formulas are elsewhere.
-
-pytest tests/test_reward_contract.py
-"""
+"""The claims that every reward with weights must keep, on the miniature's real models; formulas are elsewhere."""
 
 from __future__ import annotations
 

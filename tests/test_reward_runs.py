@@ -1,7 +1,4 @@
-"""Claims about whole runs with many rewards: the real trainer on the miniature, with a judge that misbehaves.
-
-pytest tests/test_reward_runs.py
-"""
+"""Claims about whole runs with many rewards: the real trainer on the miniature, with a judge that misbehaves."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Claims about the seam between completions, pictures and rewards; its renderer and rewards only count and compare.
-
-pytest tests/test_scoring.py
-"""
+"""Claims about the seam between completions, pictures and rewards; its renderer and rewards only count and compare."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Claims about r1_prompter.py on the toy stack of conftest.py: in this process, as a script, as two processes.
-
-pytest tests/test_train.py
-"""
+"""Claims about r1_prompter.py on the toy stack of conftest.py: in this process, as a script, as two processes."""
 
 from __future__ import annotations
 
