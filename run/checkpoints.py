@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or absent: sealed by a manifest that is written last, then renamed into place.
+"""Checkpoints that are complete or absent: a manifest is written last, then the folder is renamed into place.
 
 The trainer writes the files under `.saving/`; `write_manifest` lists them with size and SHA-256 and names the
 configuration, data, processes and versions that made them; one rename makes the folder `checkpoint-N`. A folder
@@ -56,7 +56,7 @@ def write_manifest(folder: Path, step: int, resume_key: ResumeKey) -> None:
 
 
 def put_in_place(staged: Path, target: Path) -> None:
-    """Rename a sealed folder to its final name; one of that name, damaged or of a run that was cut, makes room."""
+    """Rename a folder with a manifest to its final name; a folder that has this name already is deleted."""
     if target.exists():
         shutil.rmtree(target)
     os.replace(staged, target)

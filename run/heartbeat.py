@@ -1,8 +1,9 @@
-"""What a process is doing, since when: a heartbeat file per process, and every thread's stack when it takes too long.
+"""A file per process that says what it is doing since when, and every thread's stack when that takes too long.
 
-`heartbeat_R.json` of the run folder names phase, step, host and process number; its age is how long the phase lasts. A
-phase that exceeds its budget writes `stacks_R.txt` (Python's `faulthandler`, from a thread of its own that needs no
-interpreter lock, so a deadlock is seen too), and again after each further budget. Nothing is killed.
+`heartbeat_R.json` of the run folder names phase, step, host and process number; its age is the time that the phase has
+taken so far. When a phase exceeds its budget, all stacks are written to `stacks_R.txt`, and again after each further
+budget. Python's `faulthandler` does it from a thread that needs no interpreter lock, so a deadlock is seen too.
+Nothing is killed.
 
 No torch here.
 """

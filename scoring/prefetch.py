@@ -1,4 +1,4 @@
-"""Scoring ahead: a group's pictures go to the scorers as soon as all of them are there, while others are being drawn.
+"""Scoring ahead: the scorers get a group as soon as all its pictures are drawn, while other groups are being drawn.
 
 Judges, which wait for another machine, are always asked ahead (`Reward.prefetch`). Models of this process are asked
 ahead only where another machine draws, because on one device two at once would take turns. Each scorer has its own
@@ -17,7 +17,7 @@ Column = Callable[[Reward, Sequence[Sample]], list[float | None]]
 
 
 class Prefetcher:
-    """Scores groups beside the drawing; a context manager around it, at whose end all that was begun is done.
+    """Scores groups while others are drawn: a context manager around the drawing, at whose end it waits for scorers.
 
     Args:
         scorers: in any order; those that neither `can_prefetch` nor are scored `locally` are left alone.
