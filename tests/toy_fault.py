@@ -9,12 +9,12 @@ import os
 import signal
 import sys
 
+import toy_trainer
 from accelerate import Accelerator
 
 from run import checkpoints
 from run.loop import Loop
 from run.options import run_main
-from tests import toy_trainer
 
 
 def happen(owner, name, due, do):
