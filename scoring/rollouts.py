@@ -50,9 +50,14 @@ class Rollout:
 
     def total(self, weights: Sequence[float]) -> float | None:
         """The weighted sum of its parts, None if it is absent; one weight for each part, in their order."""
-        if self.absent:
-            return None
-        return sum(weight * part for weight, part in zip(weights, self.parts.values(), strict=True))
+        return weighted_total(self.parts, weights)
+
+
+def weighted_total(parts: Mapping[str, float | None], weights: Sequence[float]) -> float | None:
+    """The sum of weight x score, None if a score is absent; one weight for each, in their order."""
+    if None in parts.values():
+        return None
+    return sum(weight * part for weight, part in zip(weights, parts.values(), strict=True))
 
 
 class Scorer:

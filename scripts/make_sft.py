@@ -51,7 +51,7 @@ from rewards import REWARDS, RewardContext, RewardOptions, build, check
 from run.files import append_line, atomic_write, complete_lines, differences
 from run.options import may_differ, option, parse, run_main
 from scoring.drawing import Drawer
-from scoring.rollouts import Scorer
+from scoring.rollouts import Scorer, weighted_total
 
 # Added to what the policy itself is told.
 FOR_A_TEACHER = (
@@ -217,13 +217,6 @@ def score(scorer: Scorer, prompt: Prompt, answers: Sequence[dict]) -> list[dict[
     return [scored.parts for scored in scorer.score(texts, [prompt.id] * len(texts), step=0)] if texts else []
 
 
-def total_of(weights: Sequence[float], parts: dict[str, float | None]) -> float | None:
-    """Sum of weight x reward; None if any part is absent, which is not zero."""
-    if None in parts.values():
-        return None
-    return sum(weight * part for weight, part in zip(weights, parts.values(), strict=True))
-
-
 def row_of(options: Options, prompt: Prompt, answers: list[dict], parts: Sequence[dict]) -> dict | None:
     """The row of a prompt: its example, or why it has none ("why"). None where no answer got a score.
 
@@ -238,7 +231,7 @@ def row_of(options: Options, prompt: Prompt, answers: list[dict], parts: Sequenc
         return {**row, "why": "given up", "answers": answers}
     best, scores = 0, {}
     if options.rewards:
-        totals = [total_of(options.reward_weights, each) for each in parts]
+        totals = [weighted_total(each, options.reward_weights) for each in parts]
         there = [i for i, total in enumerate(totals) if total is not None]
         if not there:
             return None
