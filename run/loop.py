@@ -34,6 +34,12 @@ logger = logging.getLogger(__name__)
 PATIENCE = 3  # skipped optimiser steps in a row before the run stops
 
 
+def signals_of_all() -> tuple[int, bool]:
+    """Exit code to leave with, 0 to stay, and whether to save: the same on all processes."""
+    told = gather_object([(signals.leaving(), signals.saving())])
+    return max(code for code, _ in told), any(save for _, save in told)
+
+
 class FiniteSteps:
     """Skips optimiser steps whose gradient is not finite, and stops the run after PATIENCE of them in a row."""
 
@@ -132,8 +138,7 @@ class Loop:
             self.heartbeat.enter("train", self.done + 1)
             yield self.done + 1
             self.done, self._moved = self.done + 1, False
-            told = gather_object([(signals.leaving(), signals.saving())])
-            leave, asked_to_save = max(code for code, _ in told), any(save for _, save in told)
+            leave, asked_to_save = signals_of_all()
             if asked_to_save or leave or self.done % self.save_every == 0 or self.done == self.total:
                 self._save()
             if leave and self.done < self.total:

@@ -56,9 +56,9 @@ def option(
     return field(default=default, metadata=metadata)
 
 
-def changed_by(option: Field) -> str:
+def changed_by(one: Field) -> str:
     """What another value of an option changes, one of CHANGES; CHANGES_NOTHING says it for TRL's own options."""
-    return option.metadata.get("changes") or ("nothing" if option.name in CHANGES_NOTHING else "run")
+    return one.metadata.get("changes") or ("nothing" if one.name in CHANGES_NOTHING else "run")
 
 
 def may_differ(*options: Any, changes: Sequence[str] = ("nothing",)) -> set[str]:
@@ -125,7 +125,7 @@ def parse(kinds: Sequence[type], recipe: Path | None, argv: Sequence[str]) -> tu
     except ValueError as error:  # TRL and transformers check values against each other while they build their config
         raise UserError(str(error)) from error
     if unknown:
-        flags = [option for action in parser._actions for option in action.option_strings]
+        flags = [flag for action in parser._actions for flag in action.option_strings]
         raise UserError(f"unknown argument {unknown[0]!r}, did you mean {_nearest(unknown[0], flags)!r}?")
     return tuple(filled)
 

@@ -139,10 +139,8 @@ class Saver:
 
 def checkpoint_size(parameters: Iterable[torch.nn.Parameter]) -> int:
     """Bytes of a checkpoint with an Adam optimiser; of an adapter alone where not all parameters are trained."""
-    everything = list(parameters)
-    trained = [parameter for parameter in everything if parameter.requires_grad]
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in trained)
-    return weights + ADAM_BYTES * sum(parameter.numel() for parameter in trained)
+    trained = (parameter for parameter in parameters if parameter.requires_grad)
+    return sum(parameter.numel() * (parameter.element_size() + ADAM_BYTES) for parameter in trained)
 
 
 def random_state() -> dict[str, Any]:

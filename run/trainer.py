@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 from trl import ModelConfig
@@ -31,7 +30,7 @@ from run import signals
 from run.checkpoints import STAGING
 from run.folder import Resume, RunFolder
 from run.heartbeat import Heartbeat
-from run.loop import FiniteSteps
+from run.loop import FiniteSteps, signals_of_all
 from run.progress import StepLog
 from run.saver import Saver, checkpoint_size, random_state, set_random_state
 
@@ -116,10 +115,8 @@ class RunTrainer(Trainer):
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         self._saves_aside = True
         try:
-            save = super()._save_checkpoint
-            self.saver.save(
-                self.state.global_step, lambda staged: save(model, trial)
-            )  # TRL names it as the saver does
+            save = super()._save_checkpoint  # which names the staged folder as the saver does
+            self.saver.save(self.state.global_step, lambda staged: save(model, trial))
         finally:
             self._saves_aside = False
 
@@ -152,9 +149,8 @@ class _Guard(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.heartbeat.enter("train", state.global_step + 1)
-        received = gather_object([(signals.leaving(), signals.saving())])
-        self.leave = max(leave for leave, _ in received)
-        self.asked_to_save |= any(save for _, save in received)
+        self.leave, asked_to_save = signals_of_all()
+        self.asked_to_save |= asked_to_save
         if state.global_step % self.trainer.cycle:
             return
         self._remember(state)
