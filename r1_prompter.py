@@ -226,7 +226,7 @@ def load_frozen(
         context = RewardContext(device, renderer, prompts, training.seed, verdicts)
         try:
             rewards = build(names, options.reward, context)
-        except (UserError, ValueError) as error:
+        except UserError as error:
             missing.append(str(error))
     if missing:
         raise UserError("; and ".join(missing))

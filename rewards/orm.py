@@ -76,7 +76,7 @@ class ORM(Reward):
         temperature: float = 1.0,
     ):
         if not 0 < temperature < math.inf:
-            raise ValueError(f"orm's temperature is {temperature}, must be above 0; 1 is the model's own probability")
+            raise UserError(f"orm's temperature is {temperature}, must be above 0; 1 is the model's own probability")
         self.device, self.dtype, self.batch_size = torch.device(device), arithmetic(dtype, batch_size), batch_size
         self.temperature = temperature
         folder = resolve(path, NEEDS)
