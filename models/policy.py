@@ -50,23 +50,23 @@ def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
     return tokenizer
 
 
-def load_policy(path: str, dtype: str = "auto", device: str | None = "auto") -> PreTrainedModel:
+def load_policy(path: str, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
     """The policy at `path`, in eval mode; an adapter comes as a PeftModel around its base model.
 
     Args:
         dtype: one of DTYPES; "auto" is bfloat16 on a GPU that has it, else float32.
-        device: "auto" is the GPU if there is one; None leaves the weights where loading put them (a trainer's choice).
+        device: "auto" is the GPU if there is one.
 
     Raises:
         UserError: nothing at `path`, unreadable weights, an unknown dtype, or a GPU named where there is none.
     """
-    device = pick_device(device) if device else None
+    device = pick_device(device)
     options = {"dtype": pick_dtype(dtype, device), "use_safetensors": True}
     if is_adapter(path):
         policy = _adapted(path, None, options)
     else:
         policy = read(AutoModelForCausalLM, _folder(path), **options)
-    return (policy if device is None else policy.to(device)).eval()
+    return policy.to(device).eval()
 
 
 def prepare_policy(path: str, training: TrainingArguments, use_peft: bool) -> str | PreTrainedModel:
@@ -114,14 +114,13 @@ def pick_device(device: str) -> str:
     return device
 
 
-def pick_dtype(dtype: str, device: str | None) -> str:
+def pick_dtype(dtype: str, device: str) -> str:
     """`dtype`, or for "auto" "bfloat16" on a GPU that has it, else "float32". UserError if it is not in DTYPES."""
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     if dtype != "auto":
         return dtype
-    on_gpu = torch.cuda.is_available() if device is None else device.startswith("cuda")
-    return "bfloat16" if on_gpu and torch.cuda.is_bf16_supported() else "float32"
+    return "bfloat16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "float32"
 
 
 def _folder(path: str, revision: str | None = None) -> Path:
