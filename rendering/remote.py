@@ -399,11 +399,11 @@ def _check(options: RenderOptions) -> None:
         UserError: with the option.
     """
     for name in ("render_timeout", "render_batch_timeout", "render_concurrency"):
-        value = getattr(options, name)
+        value = vars(options)[name]
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name} is {value}: give a positive number")
     for one in fields(options):
-        value = getattr(options, one.name)
+        value = vars(options)[one.name]
         if one.metadata["where"] == "drawer" and value != one.default:
             raise UserError(f"--{one.name} {value} is an option of the server that draws: leave it out here")
 

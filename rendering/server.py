@@ -255,7 +255,7 @@ class Renderers:
 def _drawing(options: RenderOptions) -> dict[str, Any]:
     """By which pictures differ, beside the settings that the images API has fields for."""
     own = [one.name for one in fields(options) if one.metadata["where"] == "drawer" and changed_by(one) == "pictures"]
-    given = {name: getattr(options, name) for name in ("render_dtype", *own)}
+    given = {name: vars(options)[name] for name in ("render_dtype", *own)}
     return {**given, "revision": locked(options.sdmodel_name).revision}
 
 

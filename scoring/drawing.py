@@ -97,12 +97,8 @@ class Drawer:
         cache: PictureCache | None = None,
         score_while_drawing: bool = False,
     ):
-        self.renderer, self.group, self.images_per_rewrite, self.run_seed = (
-            renderer,
-            group,
-            images_per_rewrite,
-            run_seed,
-        )
+        self.renderer, self.group = renderer, group
+        self.images_per_rewrite, self.run_seed = images_per_rewrite, run_seed
         self.common_seeds, self.fresh_seeds, self.cache = common_seeds, fresh_seeds, cache
         self.score_while_drawing = score_while_drawing
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from errors import UserError, one_line
 from miniature import build as miniature
+from models.frozen import DTYPES
 from rendering import RenderOptions, load_renderer
 from rendering.local import LocalRenderer
 from scripts.bench_common import measure
@@ -74,7 +75,7 @@ def levers(base: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 def _load_real(**changes: Any) -> LocalRenderer:
     options = RenderOptions(**changes)
-    pipe = flux(torch.device(options.render_device)).to(getattr(torch, options.render_dtype))
+    pipe = flux(torch.device(options.render_device)).to(DTYPES[options.render_dtype])
     return load_renderer(options, "cpu", pipe=pipe)
 
 
