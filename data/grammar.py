@@ -148,8 +148,15 @@ _IRREGULAR |= {
         "headache"
     ).split()
 }
-_IRREGULAR |= {word: f"{word}es" for word in "thermos lens iris canvas atlas gas trellis".split()}
+_IRREGULAR |= {word: f"{word}es" for word in "thermos rhinoceros lens iris canvas atlas gas trellis".split()}
 _SINGULAR = {plural: singular for singular, plural in _IRREGULAR.items()}
+# The words in "-se". Any other plural in "-ses" is "es" after a word in "-s": "buses", or "boxerses" as published
+# training prompts have it.
+_WORDS_IN_SE = re.compile(
+    r"(horse|hearse|nurse|purse|curse|course|verse|corpse|lapse|eclipse|ellipse|pulse|license|response|sense|expense|"
+    r"fense|incense|browse|vase|case|chase|phase|phrase|ease|eese|oise|uise|rise|cise|chise|mise|dise|vise|tise|"
+    r"primrose|tuberose|overdose|purpose|prose|close|oose|ouse|\b(rose|nose|hose|dose|pose)|base)s$"
+)
 
 
 class _Phrase(NamedTuple):
@@ -175,22 +182,22 @@ def article(phrase: str) -> str:
 
 
 def plural(noun: str) -> str:
-    """Plural of a lower-case singular noun; of "teddy bear" only the last word changes."""
+    """Plural of a lower-case noun; of "teddy bear" only the last word changes, and "boxers" is one already."""
     head, _, last = noun.rpartition(" ")
     return f"{head} {_plural_word(last)}".lstrip()
 
 
 def singular(noun: str) -> str:
-    """Singular of a lower-case plural noun. Also knows GenEval's own plurals ("benchs", "knifes", "sheeps")."""
+    """Singular of a lower-case plural noun. Also knows published plurals ("benchs", "knifes", "boxerses")."""
     head, _, last = noun.rpartition(" ")
     return f"{head} {_singular_word(last)}".lstrip()
 
 
 def _plural_word(word: str) -> str:
-    if word in _INVARIANT:
-        return word
     if word in _IRREGULAR:
         return _IRREGULAR[word]
+    if word in _INVARIANT or word in _SINGULAR or re.search(r"[^su]s$", word):  # the last is "boxers", "bras", "skis"
+        return word
     if re.search(r"[^aeiou]y$", word):
         return word[:-1] + "ies"
     return word + ("es" if word.endswith(("s", "x", "z", "ch", "sh")) else "s")
@@ -203,7 +210,7 @@ def _singular_word(word: str) -> str:
         return _SINGULAR[word]
     if word.endswith("ies") and len(word) > 4:
         return word[:-3] + "y"
-    if re.search(r"(ss|x|zz|tz|ch|sh|[^o]us)es$", word):
+    if re.search(r"(s|x|zz|tz|ch|sh)es$", word) and not _WORDS_IN_SE.search(word):
         return word[:-2]
     return word[:-1] if re.search(r"[^su]s$", word) else word
 
