@@ -29,46 +29,23 @@ MAX_COUNT = 12  # largest number that is written as a word
 
 # What may stand between two phrases -> the locality that rewards know it by.
 RELATIONS = {
-    "left of": "left of",
-    "to the left of": "left of",
-    "on the left of": "on the left of",
-    "on the left side of": "on the left of",
-    "right of": "right of",
-    "to the right of": "right of",
-    "on the right of": "on the right of",
-    "on the right side of": "on the right of",
-    "above": "above",
-    "on top of": "on top of",
-    "on the top of": "on the top of",
-    "below": "below",
-    "under": "below",
-    "underneath": "below",
-    "beneath": "below",
-    "on the bottom of": "on the bottom of",
-    "next to": "next to",
-    "beside": "next to",
-    "near": "near",
-    "on side of": "on side of",
-    "on the side of": "on side of",
-}
+    "left of": "left of", "to the left of": "left of", "on the left of": "on the left of",
+    "on the left side of": "on the left of", "right of": "right of", "to the right of": "right of",
+    "on the right of": "on the right of", "on the right side of": "on the right of", "above": "above",
+    "on top of": "on top of", "on the top of": "on the top of", "below": "below", "under": "below",
+    "underneath": "below", "beneath": "below", "on the bottom of": "on the bottom of", "next to": "next to",
+    "beside": "next to", "near": "near", "on side of": "on side of", "on the side of": "on side of",
+}  # fmt: skip
 DEPTH_RELATIONS = ("in front of", "behind", "hidden by")
 # locality -> (what it asks of the picture, are the two objects swapped), so that both ways to say it are equal.
 _DIRECTIONS = {
-    "left of": ("left", False),
-    "on the left of": ("left", False),
-    "right of": ("left", True),
-    "on the right of": ("left", True),
-    "above": ("above", False),
-    "on top of": ("above", False),
-    "on the top of": ("above", False),
-    "below": ("above", True),
-    "on the bottom of": ("above", True),
-    "next to": ("near", False),
-    "near": ("near", False),
-    "on side of": ("near", False),
+    **dict.fromkeys(("left of", "on the left of"), ("left", False)),
+    **dict.fromkeys(("right of", "on the right of"), ("left", True)),
+    **dict.fromkeys(("above", "on top of", "on the top of"), ("above", False)),
+    **dict.fromkeys(("below", "on the bottom of"), ("above", True)),
+    **dict.fromkeys(("next to", "near", "on side of"), ("near", False)),
     "in front of": ("front", False),
-    "behind": ("front", True),
-    "hidden by": ("front", True),
+    **dict.fromkeys(("behind", "hidden by"), ("front", True)),
 }
 _RELATION_WORDS = sorted((tuple(words.split()) for words in (*RELATIONS, *DEPTH_RELATIONS)), key=len, reverse=True)
 _LEADS = [tuple(f"{article}{noun} of".split()) for article in ("a ", "an ", "the ", "") for noun in MEDIA]
@@ -100,45 +77,17 @@ _INVARIANT = frozenset(
     "scissors pliers tongs tweezers binoculars sunglasses headphones pants jeans shorts trousers pajamas dice series "
     "species crutches".split()
 )
-_IRREGULAR = {  # singular -> plural
-    "person": "people",
-    "man": "men",
-    "woman": "women",
-    "snowman": "snowmen",
-    "fireman": "firemen",
-    "policeman": "policemen",
-    "fisherman": "fishermen",
-    "child": "children",
-    "mouse": "mice",
-    "goose": "geese",
-    "tooth": "teeth",
-    "foot": "feet",
-    "ox": "oxen",
-    "cactus": "cacti",
-    "knife": "knives",
-    "wife": "wives",
-    "life": "lives",
-    "leaf": "leaves",
-    "loaf": "loaves",
-    "shelf": "shelves",
-    "bookshelf": "bookshelves",
-    "wolf": "wolves",
-    "calf": "calves",
-    "half": "halves",
-    "elf": "elves",
-    "scarf": "scarves",
-    "hoof": "hooves",
-    "thief": "thieves",
-    "tomato": "tomatoes",
-    "potato": "potatoes",
-    "mango": "mangoes",
-    "hero": "heroes",
-    "volcano": "volcanoes",
-    "torpedo": "torpedoes",
-    "domino": "dominoes",
-    "mosquito": "mosquitoes",
-    "quiz": "quizzes",
-}
+_IRREGULAR = dict(  # singular -> plural
+    pair.split()
+    for pair in (
+        "person people, man men, woman women, snowman snowmen, fireman firemen, policeman policemen, fisherman "
+        "fishermen, child children, mouse mice, goose geese, tooth teeth, foot feet, ox oxen, cactus cacti, knife "
+        "knives, wife wives, life lives, leaf leaves, loaf loaves, shelf shelves, bookshelf bookshelves, wolf wolves, "
+        "calf calves, half halves, elf elves, scarf scarves, hoof hooves, thief thieves, tomato tomatoes, potato "
+        "potatoes, mango mangoes, hero heroes, volcano volcanoes, torpedo torpedoes, domino dominoes, mosquito "
+        "mosquitoes, quiz quizzes"
+    ).split(", ")
+)
 # Regular plurals that `_singular_word` would take for another word's.
 _IRREGULAR |= {
     word: f"{word}s"
@@ -150,12 +99,11 @@ _IRREGULAR |= {
 }
 _IRREGULAR |= {word: f"{word}es" for word in "thermos rhinoceros lens iris canvas atlas gas trellis".split()}
 _SINGULAR = {plural: singular for singular, plural in _IRREGULAR.items()}
-# The words in "-se". Any other plural in "-ses" is "es" after a word in "-s": "buses", or "boxerses" as published
-# training prompts have it.
-_WORDS_IN_SE = re.compile(
+# Plurals of words in "-se". Any other in "-ses" is "es" after a word in "-s": "buses", and "boxerses" as published.
+_OF_SE = re.compile(
     r"(horse|hearse|nurse|purse|curse|course|verse|corpse|lapse|eclipse|ellipse|pulse|license|response|sense|expense|"
-    r"fense|incense|browse|vase|case|chase|phase|phrase|ease|eese|oise|uise|rise|cise|chise|mise|dise|vise|tise|"
-    r"primrose|tuberose|overdose|purpose|prose|close|oose|ouse|\b(rose|nose|hose|dose|pose)|base)s$"
+    r"expanse|fense|crevasse|mousse|aise|vase|case|chase|phase|phrase|ease|eese|oise|uise|rise|cise|chise|mise|dise|"
+    r"vise|tise|primrose|tuberose|overdose|purpose|prose|close|oose|ouse|\b(rose|nose|hose|dose|pose)|base)s$"
 )
 
 
@@ -210,7 +158,7 @@ def _singular_word(word: str) -> str:
         return _SINGULAR[word]
     if word.endswith("ies") and len(word) > 4:
         return word[:-3] + "y"
-    if re.search(r"(s|x|zz|tz|ch|sh)es$", word) and not _WORDS_IN_SE.search(word):
+    if re.search(r"(s|x|zz|tz|ch|sh)es$", word) and not _OF_SE.search(word):
         return word[:-2]
     return word[:-1] if re.search(r"[^su]s$", word) else word
 

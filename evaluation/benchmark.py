@@ -69,7 +69,7 @@ class Benchmark(Protocol):
         """The prompts in the file or folder at `path`; needs no model.
 
         Raises:
-            UserError: malformed rows, named with their line number; all of them in one message.
+            UserError: malformed rows; one message counts them and names the first by their line numbers.
         """
         ...
 

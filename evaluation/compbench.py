@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from errors import UserError
+from errors import UserError, listed
 from evaluation.benchmark import Benchmark, Item, Verdict
 from evaluation.boxes import NMS_IOU, QUERY, LabelledBox, Owlv2
 from evaluation.depth import Depth
@@ -298,8 +298,8 @@ def _plain(found: Sequence[LabelledBox]) -> list[list]:
 def load_items(path: Path, parses: Source | None, categories: Sequence[str] = tuple(ROWS)) -> list[Item]:
     """The prompts of one file, or of `{category}_val.txt` of a folder; ids are category and line.
 
-    Beside a numeracy file `new_objects.txt` is read, beside `complex_val.txt` the lists `complex_val_spatial.txt` and
-    `complex_val_action.txt`.
+    Beside a numeracy file `new_objects.txt` is read; beside `complex_val.txt` and parts of it the lists
+    `complex_val_spatial.txt` and `complex_val_action.txt`; beside `complex.txt` those of both its halves.
 
     Args:
         path: a text file of one prompt a line, its category in its name, or a folder of them.
@@ -319,7 +319,7 @@ def load_items(path: Path, parses: Source | None, categories: Sequence[str] = tu
                 missing.append(f"line {number} {prompt!r}")
         if missing:
             raise UserError(
-                f"{file}: {source} has no parse of {len(missing)} prompts: {', '.join(missing[:10])}. For parses "
+                f"{file}: {source} has no parse of {len(missing)} prompts: {listed(missing, ', ')}. For parses "
                 f"(complex prompts also need 'pair' and 'clip_text'): {HOW_TO_FREEZE}"
             )
     return items
@@ -365,12 +365,14 @@ def _meta_of(category: str, file: Path) -> Callable[[str, Parse | None], dict[st
         relations = RELATIONS_2D if category == "spatial" else RELATIONS_3D
         return lambda prompt, parse: _relation(prompt, relations, (*parse.nouns[:1], *parse.nouns[-1:]))
     if category == "numeracy":
-        singulars = _singulars(file.parent / "new_objects.txt")
+        singulars = _singulars(*_beside(category, file, "new_objects.txt"))
         return lambda prompt, parse: {"counts": counts_of(prompt, singulars)}
     if category == "non_spatial":
         return lambda prompt, parse: {"clip_text": prompt}
+    half = re.match("complex_(val|train)", file.stem)
+    name = half[0] if half else f"{file.stem}*"
     spatial, action = (
-        {_list_key(text) for _, text in _lines(file.with_name(f"{file.stem}_{kind}.txt"))}
+        {_list_key(text) for one in _beside(category, file, f"{name}_{kind}.txt") for _, text in _lines(one)}
         for kind in ("spatial", "action")
     )
 
@@ -382,6 +384,16 @@ def _meta_of(category: str, file: Path) -> Callable[[str, Parse | None], dict[st
         return {"questions": questions_of(parse.chunks), **place, **text}
 
     return complex_prompt
+
+
+def _beside(category: str, file: Path, name: str) -> list[Path]:
+    """The files in the folder of `file` with a name like `name`; UserError if there is none."""
+    if found := sorted(file.parent.glob(name)):
+        return found
+    others = " ".join(other for other in ROWS if other != category)
+    raise UserError(
+        f"{file.parent / name} is missing, which {category} alone needs: fetch it, or --categories {others}"
+    )
 
 
 def _relation(prompt: str, relations: Sequence[str], objects: Sequence[str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What several benchmarks share: reading their files, with all malformed rows in one message, and asking a VLM.
+"""What several benchmarks share: reading their files, with the malformed rows in one message, and asking a VLM.
 
 The benchmarks that ask a VLM are UniGenBench, WISE, GenEval 2 and DPG-graph: one file each beside this one.
 """
@@ -8,22 +8,26 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from clients.chat import MAX_TOKENS, Question, Template, VLMClient, after_thinking
 from clients.chat import Verdict as Answer
-from errors import UserError, one_line
+from errors import UserError, listed, one_line
 from evaluation.benchmark import Item
+
+log = logging.getLogger(__name__)
 
 _AROUND = ".,;:!?*_`\"'()"
 
 
 def check_rows(errors: Sequence[str]) -> None:
-    """Raise UserError with the problems of all malformed rows, if there are any."""
+    """Raise UserError with the number of malformed rows and the problems of the first, if there are any."""
     if errors:
-        raise UserError(f"{len(errors)} malformed rows: {'; '.join(errors)}; correct or remove them")
+        raise UserError(f"{len(errors)} malformed rows: {listed(errors)}; correct or remove them")
 
 
 def read_text(path: Path) -> str:
@@ -52,9 +56,9 @@ def csv_rows(path: Path, errors: list[str], *choices: Sequence[str]) -> Iterator
             raise UserError(f"{path}: its columns are {there}, not {wanted}: give the original file")
         line = reader.line_num + 1
         for cells in reader:
-            if cells and len(cells) != len(header):
+            if any(cells) and len(cells) != len(header):
                 errors.append(f"{path}, line {line}: {len(cells)} cells, not {len(header)}")
-            elif cells:
+            elif any(cells):
                 yield line, dict(zip(header, cells, strict=True))
             line = reader.line_num + 1
     except csv.Error as error:
@@ -63,17 +67,18 @@ def csv_rows(path: Path, errors: list[str], *choices: Sequence[str]) -> Iterator
 
 def json_list(path: Path) -> list[tuple[str, Any]]:
     """(its place, element) of each element of the JSON list in a file; UserError if it is not JSON."""
-    rows = _json(read_text(path), str(path))
+    rows = from_json(read_text(path), str(path))
     return [(f"{path}, element {number}", row) for number, row in enumerate(rows, 1)]
 
 
 def json_lines(path: Path) -> list[tuple[str, Any]]:
     """(its place, the value in it) of each line that is not blank; UserError if one is not JSON."""
     lines = enumerate(read_text(path).split("\n"), 1)
-    return [(f"{path}, line {line}", _json(text, f"{path}, line {line}")) for line, text in lines if text.strip()]
+    return [(f"{path}, line {line}", from_json(text, f"{path}, line {line}")) for line, text in lines if text.strip()]
 
 
-def _json(text: str, place: str) -> Any:
+def from_json(text: str, place: str) -> Any:
+    """The value of a JSON text; UserError, with its place, if it is none."""
     try:
         return json.loads(text)
     except ValueError as error:
@@ -83,15 +88,19 @@ def _json(text: str, place: str) -> Any:
 def items_of(
     rows: Iterable[tuple[str, Any]], make: Callable[[Any, int], Item], errors: list[str] | None = None
 ) -> list[Item]:
-    """`make(row, its number from 0)` of each (place, row).
+    """`make(row, its number from 0)` of each (place, row); a row that repeats an earlier one has no item.
 
     Raises:
         UserError: rows that are no objects, that `make` cannot read (ValueError, TypeError or KeyError), or whose id
-            comes twice; all of them in one message, after what is in `errors` already.
+            another row has; in one message, after what is in `errors` already.
     """
     errors = [] if errors is None else errors
     items: dict[str, Item] = {}
+    texts: Counter[str] = Counter()
     for number, (place, row) in enumerate(rows):
+        texts[text := json.dumps(row, sort_keys=True)] += 1
+        if texts[text] > 1:
+            continue
         try:
             if not isinstance(row, dict):
                 raise ValueError(f"a {type(row).__name__}, not an object")
@@ -103,6 +112,8 @@ def items_of(
         except (ValueError, TypeError) as error:
             errors.append(f"{place}: {one_line(error)}")
     check_rows(errors)
+    if repeated := texts.total() - len(texts):
+        log.warning("%d rows repeat an earlier one word for word, so they are left out", repeated)
     return list(items.values())
 
 

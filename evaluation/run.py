@@ -115,11 +115,14 @@ def parse_options(argv: Sequence[str], known: Constructors) -> Options:
 # What is drawn -----------------------------------------------------------------------------------------------------
 
 
-def systems(options: Options, items: Sequence[Item]) -> dict[str, System]:
+def systems(options: Options, items: Sequence[Item], samples: int) -> dict[str, System]:
     """Name -> system, the baseline first. Rewriting is done here, drawing when a system is called."""
     args = options.evaluate
     if args.images:
-        return {Path(folder).name: There(Path(folder), args.benchmark) for folder in args.images}
+        places = {Path(folder).resolve().name: Path(folder) for folder in args.images}
+        if len(places) < len(args.images):
+            raise UserError(f"--images {' '.join(args.images)}: the table goes by their last names: rename one")
+        return {name: There(place, args.benchmark, items, samples) for name, place in places.items()}
     device = str(PartialState().device)
     renderer = load_renderer(options.render, device)
     made: dict[str, System] = {"raw": Fixed(renderer, {i.id: (well_formed(i.prompt.text), True) for i in items}, {})}
@@ -210,7 +213,7 @@ def evaluate(options: Options, known: Constructors) -> None:
         run.open()
         print(leak.summary(found), flush=True)
     state.wait_for_everyone()
-    made = systems(options, items)
+    made = systems(options, items, samples)
     for name, system in made.items():
         run.run(name, system, benchmark)
     state.wait_for_everyone()

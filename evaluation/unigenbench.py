@@ -13,7 +13,8 @@ Different from the released code:
 - A picture whose answer could not be had counts as a failure of all its points. The released code asks up to ten times
   and then leaves the row out, which flatters. At temperature 0 asking again is no help, so each is asked once.
 - Row 509 of `test_prompts_en_long.csv` lacks a comma between two entries, on which the released code stops. It is
-  repaired; the log and the settings say so.
+  repaired. A test point without a description (row 383 of `test_prompts_en.csv`) stands in the prompt, as the judge is
+  told. The log and the settings name both.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from typing import Any
 from PIL import Image
 
 from clients.chat import Question, Template, VLMClient, after_thinking
+from errors import listed
 from evaluation.benchmark import Benchmark, Item, Verdict
 from evaluation.judged import ask, csv_rows, items_of, required_texts, settings_of
 from interfaces import Prompt
@@ -154,8 +156,8 @@ class UniGenBench(Benchmark):
         path, errors, repaired = Path(path), [], []
         rows = ((f"{path}, line {line}", row) for line, row in csv_rows(path, errors, *COLUMNS.values()))
         items = items_of(rows, lambda row, _: _item(row, path.name, repaired), errors)
-        for repair in repaired:
-            log.warning("%s: %s", path, repair)
+        if repaired:
+            log.warning("%s: %s", path, listed(repaired))
         self.settings |= {"file": path.name, "repaired_rows": repaired}
         return items
 
@@ -201,7 +203,7 @@ def _analyses(answer: str) -> list[str]:
 def _question(item: Item, image: Image.Image) -> Question:
     names, asked = item.meta["points"], item.meta["asked"]
     points = "\n".join(
-        f"{number}. {name} ({POINTS[name][1]}): {' '.join(what.split())}"
+        f"{number}. {name} ({POINTS[name][1]}): {' '.join(what.split()) or 'see the prompt'}"
         for number, (name, what) in enumerate(zip(names, asked, strict=True), 1)
     )
     slots = {"points": points, "count": str(len(names))}
@@ -225,7 +227,11 @@ def _item(row: Mapping[str, str], file: str, repaired: list[str]) -> Item:
     points, asked = entries[points], entries[asked]
     if not points or len(points) != len(asked):
         raise ValueError(f"test points {points!r} with descriptions {asked!r}")
-    meta = {"index": index, "points": [_point(point) for point in points], "asked": list(map(str, asked))}
+    asked = ["" if what is None else str(what).strip() for what in asked]
+    repaired += [
+        f"index {index}: {point!r} has no description" for point, what in zip(points, asked, strict=True) if not what
+    ]
+    meta = {"index": index, "points": [_point(point) for point in points], "asked": asked}
     return Item(f"{index:05d}", Prompt(text), str(entries.get(theme) or ""), meta)
 
 

@@ -44,6 +44,7 @@ LAST_ID = {  # of each category's block
 GRADES = ("Consistency", "Realism", "Aesthetic Quality")
 GRADE_WEIGHTS = (0.7, 0.2, 0.1)
 BEST = 2  # of each grade
+NO_PROMPTS = ("_rewrite", "_results")  # ends of names of the files that are no listings
 
 _SCORE = re.compile(r"\bscore\s*+:\s*+([01])(?![\w|/]|[.,]\d)", re.IGNORECASE)
 _BARE = re.compile(r"^[ \t]*+([01])[ \t]*+\.?[ \t]*+$", re.MULTILINE)
@@ -146,10 +147,10 @@ class WISE(Benchmark):
         }
 
     def load(self, path: Path) -> list[Item]:
-        """The rows of a JSON file, or of all JSON files of a folder but the authors' rewrites (`*_rewrite.json`)."""
+        """The rows of a JSON file, or of all JSON files of a folder but the authors' rewrites and judge's results."""
         files = [Path(path)]
         if files[0].is_dir():
-            files = sorted(file for file in files[0].glob("*.json") if not file.stem.endswith("_rewrite"))
+            files = sorted(file for file in files[0].glob("[!.]*.json") if not file.stem.endswith(NO_PROMPTS))
         if not files:
             raise UserError(f"{path}: no .json file in it: give the folder of WISE's data")
         return items_of((row for file in files for row in json_list(file)), lambda row, _: _item(row, self.version))

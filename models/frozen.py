@@ -16,7 +16,7 @@ from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import deepspeed
 
-from errors import UserError
+from errors import UserError, listed
 from interfaces import Sample
 from models.hub import read
 
@@ -54,7 +54,7 @@ def load(
     model, report = read(kind, folder, **options)
     if missing := sorted(name for name in report["missing_keys"] if not name.startswith(unused)):
         raise UserError(
-            f"{folder} lacks {len(missing)} weights of a {type(model).__name__} ({', '.join(missing[:5])}): fetch it "
+            f"{folder} lacks {len(missing)} weights of a {type(model).__name__} ({listed(missing, ', ')}): fetch it "
             "again, or name another folder"
         )
     return freeze(model, device, folder)

@@ -30,7 +30,7 @@ from huggingface_hub.utils import WeakFileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from errors import UserError, one_line
+from errors import UserError, listed, one_line
 from run.files import atomic_write
 
 LOCK = Path(__file__).resolve().parent.parent / "checkpoints.lock"
@@ -217,7 +217,7 @@ def check_folder(folder: Path, pickles: bool = False) -> None:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is damaged ({error}): fetch or save it again") from error
     if absent := absent_shards(folder):
-        raise UserError(f"{folder} has no {', '.join(absent)}, which its index names: fetch it again")
+        raise UserError(f"{folder} has no {listed(absent, ', ')}, which its index names: fetch it again")
     pickled = sorted(path for path in folder.glob("*.bin") if path.name.startswith(PICKLED_WEIGHTS))
     if pickled and not tensors and not pickles:
         raise UserError(

@@ -434,6 +434,11 @@ def test_a_complex_prompt_is_judged_by_the_list_that_names_it_else_by_all_three(
     assert near.meta["objects"] == ["cat", "dog"] and "clip_text" not in near.meta
     assert kicked.meta["clip_text"] == "The man kicked the ball ." and "objects" not in kicked.meta
     assert waved.meta["objects"] == [] and waved.meta["clip_text"] == "A boy waved"
+    for name in ("complex.txt", "complex_val_spatialaction.txt"):  # published as well
+        (folder / name).write_bytes((folder / "complex_val.txt").read_bytes().replace(b"\n", b"\r\n"))
+        assert [item.meta for item in load_items(folder / name, parser(folder / "parses.json"))] == [
+            item.meta for item in (near, kicked, waved)
+        ]
 
 
 BROKEN = [
@@ -448,8 +453,10 @@ BROKEN = [
 @pytest.mark.parametrize(
     "change, path, named",
     [
-        (lambda f: (f / "complex_val_action.txt").unlink(), "complex_val.txt", "complex_val_action.txt"),
+        (lambda f: (f / "complex_val_action.txt").unlink(), ".", "complex_val_action.txt.*--categories color"),
         (lambda f: (f / "new_objects.txt").unlink(), "numeracy_val.txt", "new_objects.txt"),
+        (lambda f: (f / "new_objects.txt").unlink(), ".", "new_objects.txt.*--categories color shape .* complex$"),
+        (lambda f: (f / "shape_val.txt").write_text("no parse\n" * 100), ".", "100 prompts: .*95 more"),
         (lambda f: (f / "new_objects.txt").write_text("dog\n"), "numeracy_val.txt", "'dog'"),
         (lambda f: (f / "shape_val.txt").write_text(" \n"), "shape_val.txt", "shape_val.txt"),
         (lambda f: (f / "shape_val.txt").write_text("a dog\n\nno parse\n"), "shape_val.txt", "line 3 'no parse'"),

@@ -18,7 +18,7 @@ from PIL import Image
 from errors import UserError
 from evaluation.benchmark import Item, Verdict
 from evaluation.geneval import GenEval
-from evaluation.layouts import There, quarters
+from evaluation.layouts import There
 from evaluation.leak import leaks, training_files
 from evaluation.pipeline import Evaluation
 from evaluation.run import parse_options
@@ -288,21 +288,65 @@ def test_a_picture_that_could_not_be_drawn_is_a_failure_that_is_listed(tmp_path)
     assert table.scores["raw"][OVERALL].value == 0.5
 
 
-def test_each_benchmarks_own_folder_is_read_and_too_few_pictures_are_named(tmp_path):
-    item = Item("00003", Prompt("a cat / a dog"), "x")
-    names = ["00003/samples/0000.png", "00003/samples/0001.png", "00003_0.png", "00003_10.png", "00003_2.png"]
-    for name in (*names, "samples/a dog_000000.png", "samples/a dog_000001.png"):
+DOG = {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": "a photo of a dog"}
+
+
+@pytest.mark.parametrize(
+    "benchmark, item, names",
+    [
+        ("geneval", Item("00003", Prompt("x"), "x"), "00003/samples/0000.png 00003/samples/0001.png"),
+        ("geneval", Item("00003", Prompt("x"), "x"), "3/samples/0.jpg 3/samples/2.jpg 3/samples/10.jpg"),
+        ("geneval", Item("00003", Prompt("x"), "x", DOG), "7/samples/00000.png 7/samples/00001.png"),
+        ("compbench", Item("color_00001", Prompt("x y"), "x"), "samples/x y_000000.png|samples/x y_000010.png"),
+        ("compbench", Item("color_00001", Prompt("x y"), "x"), "color/samples/x y_9.png|color/samples/x y_10.png"),
+        ("compbench", Item("color_00001", Prompt("caf\u00e9"), "x"), "samples/cafe\u0301_000000.png"),
+        ("compbench", Item("color_00001", Prompt("x y."), "x"), "x y._000000.png|x y._000001.png"),
+        ("wise", Item("00003", Prompt("x"), "x"), "3.png"),
+        ("wise", Item("00003", Prompt("x"), "x"), "0003.webp"),
+        ("unigenbench", Item("00383", Prompt("x"), "x"), "383_0.png 383_1.png 383_2.png 383_10.png"),
+        ("dpg", Item("partiprompts94", Prompt("x"), "x"), "partiprompts94_0.png partiprompts94_1.png"),
+        ("dpg", Item("94", Prompt("x"), "x"), "94.PNG"),
+        ("geneval2", Item("00000", Prompt("x"), "x"), "0.jpeg"),
+    ],
+)
+def test_each_benchmarks_own_pictures_are_found_by_its_own_names_in_their_order(tmp_path, benchmark, item, names):
+    wanted = names.split("|") if "|" in names else [names] if "samples/ca" in names else names.split()
+    other = [name.replace("3", "4").replace("x y", "x").replace("94", "941") for name in wanted]
+    other += ["._3.png", "Thumbs.db", "README.md", "3/grid.png", "3/samples/.DS_Store"]
+    for number, name in enumerate([*other, *wanted], -len(other)):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (4, 4), (len(name), 0, 0)).save(path)
-    assert len(There(tmp_path, "geneval")([item], range(2), no_seed)) == 2
-    assert len(There(tmp_path, "unigenbench")([item], range(3), no_seed)) == 3
-    assert len(There(tmp_path, "compbench")([Item("x", Prompt("a dog"), "x")], range(2), no_seed)) == 2
-    with pytest.raises(UserError, match="00003"):
-        There(tmp_path, "geneval")([item], range(4), no_seed)
+        if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
+            Image.new("L", (8, 8), max(0, 20 * number)).save(path)
+    if item.meta:
+        (tmp_path / "3/samples/0.png").write_bytes(b"of another prompt")
+        (tmp_path / "7/metadata.jsonl").write_text(json.dumps({**DOG, "prompt": "rewritten", "more": 1}))
+        (tmp_path / "3/metadata.jsonl").write_text(json.dumps({**DOG, "tag": "colors"}))
+    made = There(tmp_path, benchmark, [item], len(wanted))([item], range(len(wanted)), no_seed)
+    assert [round(one.image.getpixel((1, 1))[0] / 20) for one in made] == [*range(len(wanted))]
+    with pytest.raises(UserError, match=f"{item.id}.*--samples"):
+        There(tmp_path, benchmark, [item], 5)
+
+
+def test_grids_are_cut_listings_are_read_and_pictures_that_lack_are_named_at_once(tmp_path):
+    of = [Item(f"{n}", Prompt(f"prompt {n}"), "x") for n in range(100)]
     grid = Image.new("RGB", (4, 4))
     grid.putpixel((3, 3), (9, 9, 9))
-    assert [part.getpixel((1, 1)) for part in quarters(grid)] == [(0, 0, 0)] * 3 + [(9, 9, 9)]
+    grid.save(tmp_path / "0.png")
+    four = There(tmp_path, "dpg", of[:1], 4)(of[:1], range(4), no_seed)
+    assert [one.image.getpixel((1, 1)) for one in four] == [(0, 0, 0)] * 3 + [(9, 9, 9)]
+    (whole,) = There(tmp_path, "dpg", of[:1], 1)(of[:1], range(1), no_seed)
+    assert whole.image.size == (4, 4), "the released code's --pic-num 1"
+    (tmp_path / "paths.json").write_text(
+        json.dumps({"prompt 7": "0.png", "prompt 8": str(tmp_path / "0.png")}, indent=1)
+    )
+    assert len(There(tmp_path / "paths.json", "geneval2", of[7:9], 1)(of[7:9], range(1), no_seed)) == 2
+    with pytest.raises(UserError, match="99 prompts.*94 more") as caught:
+        There(tmp_path, "wise", of, 1)
+    assert len(str(caught.value)) < 500
+    (tmp_path / "paths.json").write_text('["0.png"]')
+    with pytest.raises(UserError, match="paths.json"):
+        There(tmp_path / "paths.json", "geneval2", of, 1)
 
 
 @pytest.mark.parametrize(
@@ -315,6 +359,7 @@ def test_each_benchmarks_own_folder_is_read_and_too_few_pictures_are_named(tmp_p
         (["--gpt_path", "/nowhere/policy"], "/nowhere/policy"),
         (["--sdmodel_name", "/nowhere/flux"], "/nowhere/flux"),
         (["--rewrites", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--gpt_path", "", "--images", "a/samples", "b/samples"], "b/samples"),
         (["--unit", "0"], "--unit"),
     ],
 )

@@ -29,7 +29,7 @@ FLOOR = {name: number for number, names in enumerate(FLOORS, 1) for name in name
 # evaluation.
 BUDGETS = {
     "r1_prompter": 500, "sft": 260, "run": 1580, "report": 460, "scoring": 915, "models": 900, "clients": 620,
-    "rendering": 1755, "rewards": 2350, "data": 1400, "evaluation": 3800, "doctor": 700, "miniature": 2400,
+    "rendering": 1755, "rewards": 2350, "data": 1400, "evaluation": 3870, "doctor": 700, "miniature": 2400,
     "scripts": 2800,
 }  # fmt: skip
 WHOLE, TESTS, REWARD, BENCHMARK = 19_000, 12_500, 200, 450
