@@ -9,14 +9,15 @@ function of the seed and of the prompts in its batch.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from interfaces import Prompt
-from models.policy import load_policy, load_tokenizer
+from models.policy import ChatTemplate, load_policy, load_tokenizer
 from prompting import messages, parse, well_formed
 
 
@@ -29,7 +30,7 @@ class Rewrite:
         reasoning: the think block; "" if there is none or the answer could not be read.
         rewrite: what the image model is given; the user's own text if the answer could not be read.
         readable: whether the answer could be read.
-        completion: the policy's whole text.
+        completion: the whole answer, with what the chat template writes at its head.
         prompt_tokens, completion_tokens, rewrite_tokens: lengths in the policy's tokens: of all that it read (system
             prompt and template too), of all that it wrote (end token too), of `rewrite`.
     """
@@ -52,6 +53,7 @@ class Reprompter:
         reasoning: whether the policy was trained to think first.
         temperature: 0 is greedy; above, plain sampling (no top-k, no top-p, no repetition penalty, as in training).
         dtype, device: see `models.policy.load_policy`.
+        template_kwargs: see `models.policy.load_tokenizer`; the folder of a trained policy has them in its template.
 
     Raises:
         UserError: the policy or its tokenizer cannot be loaded.
@@ -67,9 +69,11 @@ class Reprompter:
         dtype: str = "auto",
         device: str = "auto",
         reasoning: bool = True,
+        template_kwargs: Mapping[str, Any] | str | None = None,
     ) -> None:
         self.reasoning = reasoning
-        self.tokenizer = load_tokenizer(path)
+        self.tokenizer = load_tokenizer(path, template_kwargs=template_kwargs)
+        self.template = ChatTemplate(self.tokenizer, reasoning)
         self.policy = load_policy(path, dtype, device)
         self.batch_size = batch_size
         self.seed = seed
@@ -100,7 +104,7 @@ class Reprompter:
             share: (i, n): only every n-th batch, from the i-th on.
         """
         skip = set(skip)
-        inputs = [self._encode(messages(text, self.reasoning)) for text in texts]
+        inputs = [self.template.encode(messages(text, self.reasoning)) for text in texts]
         for batch in _batches([len(ids) for ids in inputs], self.batch_size)[share[0] :: share[1]]:
             if not all(texts[i] in skip for i in batch):
                 yield self._rewrite([texts[i] for i in batch], [inputs[i] for i in batch])
@@ -109,10 +113,7 @@ class Reprompter:
         """`count` sampled answers to one conversation about `text`: a function of seed, conversation and count."""
         key = "/".join(turn["content"] for turn in conversation)
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        return self._rewrite([text] * count, [self._encode(conversation)] * count, key, **sampling)
-
-    def _encode(self, conversation: list[dict[str, str]]) -> list[int]:
-        return self.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
+        return self._rewrite([text] * count, [self.template.encode(conversation)] * count, key, **sampling)
 
     def _rewrite(self, texts: list[str], inputs: list[list[int]], key: str = "", **sampling) -> list[Rewrite]:
         ids = torch.tensor(inputs, device=self.policy.device)  # (batch, tokens), no padding
@@ -125,7 +126,7 @@ class Reprompter:
 
     def _read(self, text: str, prompt_tokens: int, row: list[int]) -> Rewrite:
         length = next((i + 1 for i, token in enumerate(row) if token in self.end_tokens), len(row))
-        completion = self.tokenizer.decode(row[:length], skip_special_tokens=True)
+        completion = self.template.opening + self.tokenizer.decode(row[:length], skip_special_tokens=True)
         answer = parse(completion, self.reasoning)
         rewrite = answer.rewrite if answer else well_formed(text)
         return Rewrite(

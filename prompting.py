@@ -34,6 +34,7 @@ DIRECT_PROMPT = _ASK + "Write" + _ANSWER + "Write nothing outside the block."
 # Possessive repeats: a failed match gives nothing back, so the scan is linear in the length of the text.
 _TAG = re.compile(r"<\s*+(/?)\s*+(think|answer)\s*+>")
 _MARKER = re.compile(r"<\|(?=[^<>|]*\|>)")  # the opening of one; linear, since it cannot cross a bracket or bar
+_UNTHOUGHT = re.compile(r"\A(?:<think>)?\s*</think>\s*")  # how templates say that there is nothing to think
 _ORDER = {True: ["think", "/think", "answer", "/answer"], False: ["answer", "/answer"]}  # with reasoning, without
 
 
@@ -88,6 +89,15 @@ def revision(text: str, completion: str, missing: Sequence[str], reasoning: bool
     ]
 
 
+def opening(rendered: str) -> str:
+    """What a chat template writes of the answer itself ("<think>\\n"), in the text that it ends a conversation with.
+
+    "" where it writes none, or a think block that is closed and blank.
+    """
+    tag = _TAG.search(rendered)
+    return _UNTHOUGHT.sub("", rendered[tag.start() :]) if tag else ""
+
+
 def well_formed(text: str) -> str:
     """`text` with each lone surrogate, which no tokenizer or UTF-8 file takes, replaced by U+FFFD."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
@@ -111,6 +121,15 @@ def parse(completion: str, reasoning: bool = True) -> Answer | None:
     if outside.strip() or not all(map(_visible, blocks)):
         return None
     return Answer(blocks[0].strip() if reasoning else None, " ".join(blocks[-1].split()))
+
+
+def unreadable_because(completion: str, reasoning: bool = True) -> str:
+    """Why `parse` cannot read a completion, in a few words."""
+    order = _ORDER[reasoning]
+    tags = [tag[1] + tag[2] for tag in _TAG.finditer(completion)]
+    if missing := [tag for tag in order if tag not in tags]:
+        return f"no <{missing[0]}>"
+    return "blank, or with text outside of its blocks" if tags == order else "with more tags than one answer has"
 
 
 def completion(reasoning: str | None, rewrite: str) -> str:

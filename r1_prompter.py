@@ -31,7 +31,6 @@ from typing import Any
 
 from accelerate.utils import gather_object
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config, get_quantization_config
 from trl.trainer.utils import RepeatSampler
 
@@ -39,7 +38,7 @@ from data.prompts import load_prompts
 from errors import UserError
 from interfaces import Prompt, Renderer, Reward
 from models.frozen import without_zero3_init
-from models.policy import load_tokenizer, prepare_policy, record_base_model
+from models.policy import ChatTemplate, load_tokenizer, prepare_policy, record_base_model, sample_as_asked
 from prompting import messages
 from rendering import AUTO, RenderOptions, load_renderer
 from report.plots import progressing
@@ -196,24 +195,33 @@ def check_rewards(options: Options, weights: Sequence[float] | None) -> None:
         )
 
 
-def conversations(prompts: Iterable[Prompt], reasoning: bool) -> Dataset:
+def conversations(prompts: Iterable[Prompt], template: ChatTemplate) -> Dataset:
     """What TRL is given of each prompt: the policy's instructions with it, and its id."""
-    return Dataset.from_list([{"prompt": messages(p.text, reasoning), "prompt_id": p.id} for p in prompts])
+    asked = [(template.fit(messages(prompt.text, template.reasoning)), prompt.id) for prompt in prompts]
+    return Dataset.from_list([{"prompt": conversation, "prompt_id": id} for conversation, id in asked])
+
+
+def load_template(options: Options) -> ChatTemplate:
+    """The policy's tokenizer, with the chat template as the run uses it."""
+    training, revision = options.training, options.model.model_revision
+    path, variables = options.script.gpt_path, training.chat_template_kwargs
+    tokenizer = load_tokenizer(path, revision, training.trust_remote_code, variables)
+    return ChatTemplate(tokenizer, options.script.reasoning)
 
 
 def load_frozen(
     options: Options, prompts: Sequence[Prompt]
-) -> tuple[PreTrainedTokenizerBase, Renderer, list[Reward], list[Reward]]:
-    """Tokenizer, renderer, rewards and held-out scorers; one error names all that is missing.
+) -> tuple[ChatTemplate, Renderer, list[Reward], list[Reward]]:
+    """Tokenizer with its template, renderer, rewards and held-out scorers; one error names all that is missing.
 
     Raises:
         UserError: with each missing checkpoint's name, size, licence and the command that fetches it.
     """
-    script, training, missing, tokenizer, renderer = options.script, options.training, [], None, None
+    script, training, missing, template, renderer = options.script, options.training, [], None, None
     names = [*script.rewards, *script.held_out]
     with without_zero3_init():
         try:
-            tokenizer = load_tokenizer(script.gpt_path, options.model.model_revision, training.trust_remote_code)
+            template = load_template(options)
         except UserError as error:
             missing.append(str(error))
         try:
@@ -230,7 +238,7 @@ def load_frozen(
             missing.append(str(error))
     if missing:
         raise UserError("; and ".join(missing))
-    return tokenizer, renderer, rewards[: len(script.rewards)], rewards[len(script.rewards) :]
+    return template, renderer, rewards[: len(script.rewards)], rewards[len(script.rewards) :]
 
 
 def make_scorer(
@@ -262,12 +270,15 @@ def make_scorer(
 class RewardColumns:
     """The seam between rewards and TRL: completions are scored once, and each reward is a column of the result.
 
+    Args:
+        opening: what the chat template writes at the head of each answer.
+
     Attributes:
         rollouts: of the last batch.
     """
 
-    def __init__(self, scorer: Scorer):
-        self.scorer = scorer
+    def __init__(self, scorer: Scorer, opening: str = ""):
+        self.scorer, self.opening = scorer, opening
         self.rollouts: list[Rollout] = []
         self._completions: list | None = None
 
@@ -278,7 +289,7 @@ class RewardColumns:
     def _function(self, name: str) -> Callable[..., list[float | None]]:
         def column(*, completions, prompt_id, trainer_state, **_) -> list[float | None]:
             if completions is not self._completions:  # the first reward of this batch: draw and score it
-                texts = [turns[0]["content"] for turns in completions]
+                texts = [self.opening + turns[0]["content"] for turns in completions]
                 self.rollouts = self.scorer.score_together(texts, prompt_id, trainer_state.global_step + 1)
                 self._completions = completions
             return [rollout.parts[name] for rollout in self.rollouts]
@@ -292,7 +303,8 @@ class RewriteTrainer(RunTrainer, GRPOTrainer):
 
     def __init__(self, *args: Any, columns: RewardColumns, script: ScriptArguments, **kwargs: Any):
         super().__init__(*args, reward_funcs=columns.functions(), **kwargs)
-        self.columns, self.script, self.watchdog = columns, script, Watchdog(script.max_absent_share)
+        self.columns, self.script, self.watchdog = columns, script, Watchdog(script.max_absent_share, script.reasoning)
+        sample_as_asked(self.model, self.args)
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> RepeatSampler:
         sampler = super()._get_train_sampler(dataset)
@@ -313,7 +325,9 @@ class RewriteTrainer(RunTrainer, GRPOTrainer):
             self._metrics["train"][name].append(value)
         if self.accelerator.is_main_process:
             self.folder.write_rollouts(self.state.global_step + 1, rows)
-        self.watchdog.check({**measured, **found})  # the same verdict on every rank
+        self.watchdog.check(
+            {**measured, **found}, [row["completion"] for row in rows]
+        )  # the same verdict on every rank
         return batch
 
     def _rows(self, advantages: list[float]) -> list[dict[str, Any]]:
@@ -349,7 +363,7 @@ def train(options: Options) -> None:
         script.outdir, all_options(options), may_differ=may_differ(*vars(options).values()), resume=script.resume
     )
     resume = folder.plan(numbers["optimizer_steps"])
-    tokenizer, renderer, rewards, held_out = load_frozen(options, list(prompts.values()))
+    template, renderer, rewards, held_out = load_frozen(options, list(prompts.values()))
     numbers["render_batch_size"] = choose_run_batch_size(renderer, options.render.render_batch_size, resume)
     resume = start_run(folder, numbers, _announce(options, numbers, folder, [*rewards, *held_out]))
     heartbeat = Heartbeat(folder.path, training.process_index, script.phase_budget)
@@ -357,11 +371,11 @@ def train(options: Options) -> None:
     trainer = RewriteTrainer(
         model=prepare_policy(script.gpt_path, training, model.use_peft),
         args=training,
-        train_dataset=conversations(prompts.values(), script.reasoning),
-        processing_class=tokenizer,
+        train_dataset=conversations(prompts.values(), template),
+        processing_class=template.tokenizer,
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
-        columns=RewardColumns(scorer),
+        columns=RewardColumns(scorer, template.opening),
         folder=folder,
         resume=resume,
         heartbeat=heartbeat,

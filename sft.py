@@ -27,16 +27,15 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
 from errors import UserError
-from models.policy import load_tokenizer, prepare_policy, record_base_model
+from models.policy import ChatTemplate, load_tokenizer, prepare_policy, record_base_model
 from prompting import completion, messages
 from run.files import file_hash
 from run.folder import RunFolder
 from run.heartbeat import Heartbeat
-from run.options import may_differ, option, parse, resume_option, run_main, set_renamed
+from run.options import may_differ, option, parse, resume_option, run_main, set_renamed, template_option
 from run.progress import start_run
 from run.trainer import RunTrainer, warn_if_bf16_loses_updates
 
@@ -56,6 +55,7 @@ class ScriptArguments:
         "Qwen/Qwen2.5-3B-Instruct", "Model to start from: folder or hub name of an instruct model.", changes="run"
     )
     reasoning: bool = option(True, "Think first; false: teach the rewrite alone.", changes="run")
+    chat_template_kwargs: str | None = template_option()
     validation_share: float = option(
         0.1, "Share of the prompts, 0 to below 1, whose examples are only evaluated.", changes="run"
     )
@@ -137,20 +137,16 @@ def split(examples: Sequence[Example], validation_share: float) -> tuple[list[Ex
     return sides
 
 
-def tokens(example: Example, tokenizer: PreTrainedTokenizerBase, reasoning: bool) -> dict[str, list[int]]:
+def tokens(example: Example, template: ChatTemplate) -> dict[str, list[int]]:
     """`input_ids` as the policy sees them at rollout, end token included; `labels`, -100 over the prompt."""
-    asked = tokenizer.apply_chat_template(
-        messages(example.prompt, reasoning), add_generation_prompt=True, return_dict=False
-    )
-    answered = [*tokenizer.encode(example.answer, add_special_tokens=False), tokenizer.eos_token_id]
+    asked = template.encode(messages(example.prompt, template.reasoning))
+    answered = template.encode_answer(example.answer)
     return {"input_ids": asked + answered, "labels": [-100] * len(asked) + answered}
 
 
-def _dataset(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, reasoning: bool, longest: int | None
-) -> tuple[Dataset, int]:
+def _dataset(examples: Sequence[Example], template: ChatTemplate, longest: int | None) -> tuple[Dataset, int]:
     """The tokenised examples, and how many were left out: an answer that is cut would teach never to stop."""
-    rows = [tokens(example, tokenizer, reasoning) for example in examples]
+    rows = [tokens(example, template) for example in examples]
     kept = [row for row in rows if longest is None or len(row["input_ids"]) <= longest]
     return Dataset.from_list(kept), len(rows) - len(kept)
 
@@ -175,10 +171,12 @@ def train(script: ScriptArguments, training: SFTConfig, model: ModelConfig) -> N
     config = {**training.to_dict(), **asdict(model), **asdict(script), "data_hash": data_hash}
     config["num_processes"] = training.world_size
     folder = RunFolder(script.outdir, config, may_differ=may_differ(script, training, model), resume=script.resume)
-    tokenizer = load_tokenizer(script.gpt_path, model.model_revision, training.trust_remote_code)
-    longest = training.max_length
+    tokenizer = load_tokenizer(
+        script.gpt_path, model.model_revision, training.trust_remote_code, script.chat_template_kwargs
+    )
+    template, longest = ChatTemplate(tokenizer, script.reasoning), training.max_length
     (train_rows, too_long), (eval_rows, too_long_to_evaluate) = (
-        _dataset(side, tokenizer, script.reasoning, longest) for side in split(examples, script.validation_share)
+        _dataset(side, template, longest) for side in split(examples, script.validation_share)
     )
     if not len(train_rows):
         raise UserError(f"all {too_long} examples are longer than max_length {longest} tokens: raise it")

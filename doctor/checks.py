@@ -54,6 +54,8 @@ def examine(trainer: ModuleType, options: Options, plan: Plan, probe: bool | Non
         say(Check("rounding", WARNING, line) for line in warn_if_bf16_loses_updates(training, options.model))
     checkpoints = [checkpoint(role, path) for role, path in named_models(options)]
     say(checkpoints)
+    if checkpoints[0].state == OK:
+        say([_checked("template", lambda: template(trainer, options))])
     say(memory_and_disk(found, options))
     if probe is None:
         complete = all(check.state == OK for check in checkpoints)
@@ -137,6 +139,13 @@ def rewards(trainer: ModuleType, options: Options) -> str:
     """Names, weights and time limits that the trainer accepts."""
     trainer.check_rewards(options, options.training.reward_weights)
     return f"{', '.join(options.script.rewards)}; held out {', '.join(options.script.held_out) or 'none'}"
+
+
+def template(trainer: ModuleType, options: Options) -> str:
+    """What the policy is shown of a request."""
+    found = trainer.load_template(options)
+    turn = "" if found.has_system_turn else ", in one turn, because the template has none for instructions"
+    return f"it shows instructions and request{turn}; it writes {found.opening!r} at the head of an answer"
 
 
 def outdir(trainer: ModuleType, options: Options, found: Report) -> str:

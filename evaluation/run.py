@@ -48,7 +48,7 @@ from prompting import well_formed
 from rendering import RenderOptions, load_renderer
 from rewards import REWARDS, RewardContext, RewardOptions, build
 from run.files import atomic_write, complete_lines, git_commit, installed_versions
-from run.options import may_differ, option, parse, run_main
+from run.options import may_differ, option, parse, run_main, template_option
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -80,6 +80,7 @@ class EvaluateOptions:
     rewrite_batch_size: int = option(16, "Prompts rewritten at once.", changes="run")
     dtype: str = option("auto", "Of the policy.", changes="run", choices=list(DTYPES))
     reasoning: bool = option(True, "false for a policy trained with --reasoning false.", changes="run")
+    chat_template_kwargs: str | None = template_option()
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,9 @@ def systems(options: Options, items: Sequence[Item], samples: int) -> dict[str, 
     if not args.gpt_path:
         return made
     policy = Reprompter(
-        args.gpt_path, args.rewrite_batch_size, args.max_new_tokens, 0.0, args.seed, args.dtype, device, args.reasoning
-    )
+        args.gpt_path, args.rewrite_batch_size, args.max_new_tokens, 0.0, args.seed, args.dtype, device,
+        args.reasoning, args.chat_template_kwargs,
+    )  # fmt: skip
     greedy, seconds = rewritten(policy, Path(args.out), items)
     made["rewrite"] = Fixed(renderer, {id: (one.rewrite, one.readable) for id, one in greedy.items()}, seconds)
     if args.select:

@@ -6,48 +6,149 @@ model that is on this disk is never looked up on the network.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from jinja2 import TemplateError
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
 )
+from trl import GRPOConfig
 
 from errors import UserError, one_line
 from models.hub import READ, base_of, is_adapter, read, resolve
 from models.weights import locked
+from prompting import completion, messages, opening, parse
 
 DTYPES = ("auto", "bfloat16", "float32")
+Conversation = list[dict[str, str]]
 
 
-def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    path: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    template_kwargs: Mapping[str, Any] | str | None = None,
+) -> PreTrainedTokenizerBase:
     """The tokenizer at `path` (of its base model for an adapter saved without one), left-padding, with a pad token.
 
     Args:
         revision: of a hub name, None or "main" for the locked one.
         trust_remote_code: run Python code that comes with it; `run.options` allows it at a full commit only.
+        template_kwargs: variables of the chat template, as an object or its JSON. They are written into the template
+            itself, so that whoever loads the saved tokenizer shows the policy the same conversations.
 
     Raises:
-        UserError: nothing at `path`, unreadable files, or no chat template.
+        UserError: nothing at `path`, unreadable files, no chat template, or variables that are no JSON object.
     """
     source = path
     if is_adapter(path) and not Path(path, "tokenizer_config.json").is_file():
         source, revision = base_of(path, revision)
     folder = _folder(source, revision)
     tokenizer = read(AutoTokenizer, folder, padding_side="left", trust_remote_code=trust_remote_code)
-    if tokenizer.chat_template is None:
-        raise UserError(f"the tokenizer of {source!r} has no chat template; name an instruct model")
+    try:
+        tokenizer.chat_template = _set_variables(template_kwargs) + tokenizer.get_chat_template()
+    except ValueError as error:
+        raise UserError(f"the tokenizer of {source!r} has no chat template; name an instruct model") from error
+    # TRL would let one of these take the think block out of an answer.
+    tokenizer.response_template = tokenizer.response_schema = None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _set_variables(template_kwargs: Mapping[str, Any] | str | None) -> str:
+    """The Jinja statements that set the variables."""
+    try:
+        given = json.loads(template_kwargs) if isinstance(template_kwargs, str) else template_kwargs or {}
+    except ValueError:
+        given = None
+    if not isinstance(given, Mapping) or not all(name.isidentifier() for name in given):
+        raise UserError(
+            f"""--chat_template_kwargs {template_kwargs!r}: give a JSON object, {{"enable_thinking": false}}"""
+        )
+    return "".join(f"{{% set {name} = {value!r} %}}" for name, value in given.items())
+
+
+class ChatTemplate:
+    """How a tokenizer shows a conversation to its policy, found out once, when it is loaded.
+
+    Args:
+        reasoning: whether the policy is asked to think first.
+
+    Attributes:
+        opening: what the template writes at the head of each answer ("<think>\\n"); it belongs to the answer.
+
+    Raises:
+        UserError: the template cannot show a request, opens a think block that is not asked for, or the tokenizer
+            loses the tags of an answer.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, reasoning: bool = True) -> None:
+        self.tokenizer, self.reasoning, self.has_system_turn = tokenizer, reasoning, True
+        asked = messages("a photo of a red circle", reasoning)
+        system, user = (turn["content"] for turn in asked)
+        try:
+            shown = self._render(asked)
+        except (TemplateError, TypeError):  # as Gemma's does
+            shown = ""
+        if system not in shown:
+            self.has_system_turn = False
+            try:
+                shown = self._render(self.fit(asked))
+            except (TemplateError, TypeError) as error:
+                raise UserError(f"the chat template cannot show a request ({one_line(error)}); mend it") from error
+        if not (system in shown and user in shown):
+            lost = "the instructions" if user in shown else "the request"
+            raise UserError(f"the chat template leaves out {lost}: {shown[-200:]!r}; mend chat_template.jinja")
+        self.opening = opening(shown.rpartition(user)[2])
+        answer = completion("x" if reasoning else None, "y")
+        if parse(self.opening + self._rest(answer), reasoning) is None:
+            raise UserError(
+                f"the chat template begins each answer with {self.opening!r}, which is not how an answer with "
+                f"--reasoning {str(reasoning).lower()} begins: change that option, or the template with "
+                "--chat_template_kwargs (as the model's page says)"
+            )
+        ids = tokenizer.encode(answer, add_special_tokens=False)
+        if parse(tokenizer.decode(ids, skip_special_tokens=True), reasoning) is None:
+            raise UserError(
+                "the tokenizer loses <think> or <answer>: in tokenizer.json they must not be special tokens"
+            )
+
+    def fit(self, conversation: Conversation) -> Conversation:
+        """The conversation with its instructions before the first request, if the template has no system turn."""
+        if self.has_system_turn:
+            return conversation
+        system, user, *later = conversation
+        return [{**user, "content": f"{system['content']}\n\n{user['content']}"}, *later]
+
+    def encode(self, conversation: Conversation) -> list[int]:
+        """The tokens that the policy reads before it answers."""
+        return self.tokenizer.apply_chat_template(
+            self.fit(conversation), add_generation_prompt=True, return_dict=False
+        )
+
+    def encode_answer(self, text: str) -> list[int]:
+        """The tokens that the policy is to write for this whole answer, end token included."""
+        return [*self.tokenizer.encode(self._rest(text), add_special_tokens=False), self.tokenizer.eos_token_id]
+
+    def _rest(self, text: str) -> str:
+        """What the policy writes of an answer: all, or what follows its first tag where the template writes that."""
+        return text.partition(">")[2] if self.opening else text
+
+    def _render(self, conversation: Conversation) -> str:
+        return self.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
 
 
 def load_policy(path: str, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
@@ -87,6 +188,23 @@ def prepare_policy(path: str, training: TrainingArguments, use_peft: bool) -> st
         raise UserError(f"{path!r} is an adapter, which is trained on as it is: leave --use_peft out")
     options, training.model_init_kwargs = training.model_init_kwargs, None  # TRL's are for a path
     return _adapted(path, revision, options, is_trainable=True)
+
+
+def sample_as_asked(model: PreTrainedModel, training: GRPOConfig) -> None:
+    """Give `model` the sampling of a run in place of what its checkpoint came with, from which TRL fills the gaps.
+
+    Fields like `min_new_tokens` or `no_repeat_ngram_size` are then only those of --generation_kwargs.
+    """
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=training.temperature,
+        top_k=training.top_k,
+        top_p=training.top_p,
+        min_p=training.min_p,
+        repetition_penalty=training.repetition_penalty,
+        **{name: vars(own)[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+    )
 
 
 def record_base_model(model: PreTrainedModel, path: str, revision: str) -> None:

@@ -82,6 +82,15 @@ def resume_option() -> Any:
     )
 
 
+def template_option() -> Any:
+    """The field of --chat_template_kwargs; GRPO's is TRL's own."""
+    return option(
+        None,
+        "Variables of the policy's chat template, as JSON; a trained policy's template has them set already.",
+        changes="run",
+    )
+
+
 OURS = {"output_dir": "outdir", "model_name_or_path": "gpt_path", "resume_from_checkpoint": "resume"}
 
 

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from errors import ScoringError
 from interfaces import Reward, Sample
+from prompting import unreadable_because
 from run.signals import Leave, leaving
 
 logger = logging.getLogger(__name__)
@@ -159,18 +161,29 @@ class Watchdog:
 
     Args:
         max_absent_share: above this share of absent samples a batch counts against PATIENCE, in [0, 1].
+        reasoning: whether an answer has a think block.
     """
 
-    def __init__(self, max_absent_share: float):
-        self.max_absent_share = max_absent_share
-        self._bad_batches = self._equal_batches = 0
+    def __init__(self, max_absent_share: float, reasoning: bool = True):
+        self.max_absent_share, self.reasoning = max_absent_share, reasoning
+        self._bad_batches = self._equal_batches = self._unreadable_batches = 0
 
-    def check(self, metrics: Mapping[str, float]) -> None:
+    def check(self, metrics: Mapping[str, float], completions: Sequence[str]) -> None:
         """Look at one batch.
 
         Raises:
-            ScoringError: `samples/absent` was too high in PATIENCE batches in a row; with what was missing.
+            ScoringError: in PATIENCE batches in a row `samples/absent` was too high, or no answer could be read; with
+                what was missing, or why.
         """
+        self._unreadable_batches = self._unreadable_batches + 1 if metrics.get("rewrites/unreadable") == 1 else 0
+        if self._unreadable_batches >= PATIENCE:
+            reasons = Counter(unreadable_because(text, self.reasoning) for text in completions)
+            (reason, count), example = reasons.most_common(1)[0], " ".join(completions[0].split())
+            raise ScoringError(
+                f"no answer could be read for the {PATIENCE}rd batch in a row, so nothing is learnt; of the last "
+                f"{len(completions)}, {count} are {reason}, one is {example[:120]!r}...{example[-60:]!r}: teach the "
+                "form first (sft.py), or raise --max_completion_length if answers are cut"
+            )
         share = metrics["samples/absent"]
         self._bad_batches = self._bad_batches + 1 if share > self.max_absent_share else 0
         if self._bad_batches >= PATIENCE:

@@ -112,10 +112,8 @@ def _sample(asked: Sequence[Prompt]) -> tuple[list[str], float]:
     torch.manual_seed(0)
     texts, seconds = [], 0.0
     for first in range(0, len(asked), BATCH):
-        batch = reprompter.tokenizer.apply_chat_template(
-            [messages(prompt.text) for prompt in asked[first : first + BATCH]], add_generation_prompt=True,
-            padding=True, return_dict=True, return_tensors="pt",
-        ).to(reprompter.policy.device)  # fmt: skip
+        ids = [reprompter.template.encode(messages(prompt.text)) for prompt in asked[first : first + BATCH]]
+        batch = reprompter.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(reprompter.policy.device)
         out = []
         seconds += measure(lambda batch=batch, out=out: out.append(reprompter.policy.generate(**batch)))["seconds"]
         new_tokens = out[0][:, batch["input_ids"].shape[1] :]

@@ -134,8 +134,12 @@ def read(reply: ChatCompletion) -> dict:
     choice, usage = reply.choices[0], reply.usage
     tokens = (usage.prompt_tokens, usage.completion_tokens) if usage else None
     refusal, text = choice.message.refusal, choice.message.content or ""
-    # A model that always thinks may put a think block of its own before the one that it was asked for.
-    answer = parse_answer(text) or parse_answer(text.partition("</think>")[2])
+    thoughts = choice.message.model_extra or {}
+    thought = thoughts.get("reasoning_content") or thoughts.get("reasoning") or ""
+    # A model that always thinks may think before the block that it was asked for, or in its place: in a block that the
+    # chat template opened, or in a field of its own.
+    tried = (text, text.partition("</think>")[2], f"<think>{text}", f"<think>{thought}</think>{text}")
+    answer = next(filter(None, map(parse_answer, tried)), None)
     if refusal or choice.finish_reason == "content_filter" or _REFUSAL.match(answer.rewrite if answer else text):
         drop = REFUSED
     elif choice.finish_reason == "length":

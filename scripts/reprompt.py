@@ -27,7 +27,7 @@ from models.policy import DTYPES, pick_device
 from prompting import well_formed
 from rendering import RenderOptions, load_renderer
 from run.files import atomic_write, check_settings, complete_lines, save_png
-from run.options import may_differ, option, parse, run_main
+from run.options import may_differ, option, parse, run_main, template_option
 from run.seeds import render_seed
 
 
@@ -41,6 +41,7 @@ class RepromptOptions:
     rewrite_batch_size: int = option(16, "Prompts rewritten at once.", changes="run")
     max_new_tokens: int = option(512, "Of one answer of the policy.", changes="run")
     reasoning: bool = option(True, "false for a policy trained with --reasoning false.", changes="run")
+    chat_template_kwargs: str | None = template_option()
     temperature: float = option(0.0, "0 is greedy.", changes="run")
     seed: int = option(0, "Of sampling, and of the noise that pictures start from.", changes="run")
     dtype: str = option("auto", "Of the policy.", changes="run", choices=list(DTYPES))
@@ -159,7 +160,7 @@ def run(options: RepromptOptions, drawing: Drawing) -> None:
     if there < len(prompts):
         policy = Reprompter(
             options.gpt_path, options.rewrite_batch_size, options.max_new_tokens, options.temperature, options.seed,
-            options.dtype, options.device, options.reasoning,
+            options.dtype, options.device, options.reasoning, options.chat_template_kwargs,
         )  # fmt: skip
         _write_json(out / "settings.json", settings)
         tokens, seconds = rewrite_all(policy, out, prompts, rows)

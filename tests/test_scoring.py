@@ -196,12 +196,12 @@ def test_a_reward_out_of_range_or_of_wrong_length_is_named():
 def test_too_many_absent_samples_stop_the_run_only_when_it_goes_on():
     it = Watchdog(max_absent_share=0.5)
     for _ in range(PATIENCE - 1):
-        it.check({"samples/absent": 0.9})
-    it.check({"samples/absent": 0.1})
+        it.check({"samples/absent": 0.9}, [])
+    it.check({"samples/absent": 0.1}, [])
     for _ in range(PATIENCE - 1):
-        it.check({"samples/absent": 0.9})
+        it.check({"samples/absent": 0.9}, [])
     with pytest.raises(ScoringError, match="90%"):
-        it.check({"samples/absent": 0.9})
+        it.check({"samples/absent": 0.9}, [])
 
 
 def test_own_noise_gives_every_picture_of_a_group_another_seed_that_a_resumed_run_repeats():

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import sft
 from errors import UserError
 from inference import Reprompter
-from models.policy import load_policy, load_tokenizer
+from models.policy import ChatTemplate, load_policy, load_tokenizer
 from prompting import completion, parse
 from tests.conftest import PROMPTS
 from tests.processes import ENVIRONMENT, kill_when, launch
@@ -85,11 +85,11 @@ def test_the_tokens_that_are_learnt_are_those_that_rollout_sees(toy, tmp_path, m
     options = ["--max_steps", "1", "--save_strategy", "no", "--rewards", "format", "--max_completion_length", "60"]
     assert r1_prompter.main(["--config", str(toy.config), "--outdir", str(tmp_path / "rl"), *options]) == 0
 
-    tokenizer, equal = load_tokenizer(str(toy.policy)), 0
+    template, equal = ChatTemplate(load_tokenizer(str(toy.policy))), 0
     for (text, written, rewrite), asked, answered in seen:
         if rewrite is None or completion(parse(written).reasoning, rewrite) != written:
             continue
-        ids = sft.tokens(sft.Example(text, written), tokenizer, reasoning=True)["input_ids"]
+        ids = sft.tokens(sft.Example(text, written), template)["input_ids"]
         assert ids[: len(asked)] == asked.tolist()
         equal += ids[len(asked) :] == answered.tolist()  # a policy may also spell a word in other tokens
     assert equal >= 3
@@ -99,7 +99,7 @@ def test_the_tokens_that_are_learnt_are_those_that_rollout_sees(toy, tmp_path, m
 def test_only_the_answer_and_its_end_token_are_learnt(toy, reasoning):
     tokenizer = load_tokenizer(str(toy.policy))
     example = sft.Example(PROMPTS[0], completion("a cat" if reasoning else None, "a red cat"))
-    row = sft.tokens(example, tokenizer, reasoning)
+    row = sft.tokens(example, ChatTemplate(tokenizer, reasoning))
     learnt = [label for label in row["labels"] if label != -100]
     assert tokenizer.decode(learnt) == example.answer + tokenizer.eos_token
     assert row["input_ids"][-len(learnt) :] == learnt
@@ -115,7 +115,7 @@ def test_the_logged_loss_is_that_of_the_answers_tokens(cold, toy, tmp_path):
     nll, count = 0.0, 0
     for row in ROWS:
         example = sft.Example(row["prompt"], completion(row["reasoning"], row["rewrite"]))
-        ids, labels = (torch.tensor([v]) for v in sft.tokens(example, tokenizer, True).values())
+        ids, labels = (torch.tensor([v]) for v in sft.tokens(example, ChatTemplate(tokenizer)).values())
         learnt = int((labels != -100).sum())
         with torch.inference_mode():
             nll, count = nll + policy(input_ids=ids, labels=labels).loss.item() * learnt, count + learnt
