@@ -55,6 +55,7 @@ LOSSLESS_PIXELS = 512 * 512  # up to here a picture is sent as PNG, above as JPE
 TRIP, PAUSE = 8, 30.0  # failures in a row that open the circuit, at least; seconds until a probe
 LONGEST_WAIT = 60.0  # seconds of a Retry-After
 NO_VERDICT = ("failed", "unparsable")  # what may come of a question
+UNREADABLE = "no verdict in"  # how the reason of an unparsable one begins
 
 # "[INST]" and the like: bracketed capitals. Angle brackets, of any kind, need no pattern.
 _BRACKETED = re.compile(r"\[(/?[A-Z_]{2,})\]")
@@ -350,7 +351,7 @@ async def _ask(
     answer = first_tokens(reply) if question.template.first_token else reply.choices[0].message.content or ""
     verdict = question.template.parse(answer)
     if verdict is None:
-        return _Outcome("unparsable", reason=f"no verdict in {answer[:200]!r}")
+        return _Outcome("unparsable", reason=f"{UNREADABLE} {answer[:200]!r}")
     return _Outcome("asked", verdict)
 
 

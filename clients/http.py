@@ -90,7 +90,7 @@ async def repeat(request: Callable[[], Awaitable[Result]], circuit: Circuit, att
     except TimeoutError as error:
         circuit.failed(f"no answer within {timeout:g} s")
         raise CallFailed(circuit.reason) from error
-    raise CallFailed(f"not asked: {circuit.failures} failures in a row, {circuit.reason}")
+    raise CallFailed(f"not asked after {circuit.trip} failures in a row, {circuit.reason}")
 
 
 def back_off(attempt: int) -> float:

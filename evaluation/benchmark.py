@@ -40,12 +40,14 @@ class Verdict:
 
     Attributes:
         parts: category -> scores in [0, 1] that this picture adds to it; one for most benchmarks, one per test point
-            for some. None: it could not be judged, which counts as 0 in the table and is listed beside it.
+            for some. None: it could not be judged, so it is in no mean, and the picture is judged again on resume.
         detail: what was seen and why, JSON-able, for the reader of the rows.
+        absent: why parts are None: a reason for each answer that could not be had, in the words of the model's server.
     """
 
     parts: Mapping[str, Sequence[float | None]]
     detail: Mapping[str, Any] = field(default_factory=dict)
+    absent: Sequence[str] = ()
 
 
 class Benchmark(Protocol):

@@ -251,7 +251,8 @@ def verdict(
     if "clip_text" in meta:
         parts["action"] = {"score": cosine} if math.isfinite(cosine) else _none("CLIP's output is not finite")
     scores = [part["score"] for part in parts.values()]
-    return Verdict({ROWS[meta["kind"]]: [None if None in scores else sum(scores) / len(scores)]}, parts)
+    score = None if None in scores else sum(scores) / len(scores)
+    return Verdict({ROWS[meta["kind"]]: [score]}, parts, [p["reason"] for p in parts.values() if p["score"] is None])
 
 
 def _attribute(questions: Sequence[str], answers: Sequence[float] | None) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """DPG-graph: yes-or-no questions about a long prompt, on a graph; what hangs on a "no" counts as "no".
 
-    score of a picture    the mean over its questions, after zeroing each one that has a parent at 0, in order of ids
+    score of a picture    the mean over its answered questions, after zeroing each that has a parent at 0, by their ids
     overall               the mean over pictures
 
 The questions are answered by a VLM, "yes" or "no". Published DPG-Bench numbers come from mPLUG-large, which is not in
@@ -115,13 +115,13 @@ def verdict(questions: Sequence[Mapping[str, Any]], answers: Sequence[tuple[str 
     ids = [row["id"] for row in questions]
     before = {id: None if said is None else float(said == "yes") for id, (said, _) in zip(ids, answers, strict=True)}
     after = zeroed(before, {row["id"]: row["parents"] for row in questions})
-    score = None if None in after.values() else sum(after.values()) / len(after)
+    known = [score for score in after.values() if score is not None]
+    score = sum(known) / len(known) if known else None
     parts: dict[str, list[float | None]] = {SCORE: [score]}
     for row in questions:
         parts.setdefault(row["category"], []).append(after[row["id"]])
     detail = {"ids": ids, "before_zeroing": list(before.values()), "after_zeroing": list(after.values())}
-    missing = [f"question {id}: {why}" for id, (said, why) in zip(ids, answers, strict=True) if said is None]
-    return Verdict(parts, detail | {"reason": "; ".join(missing)} if missing else detail)
+    return Verdict(parts, detail, [why for said, why in answers if said is None])
 
 
 def _add(prompts: dict[str, tuple[int, str, list[dict[str, Any]]]], line: int, row: Mapping[str, str]) -> None:

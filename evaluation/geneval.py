@@ -286,13 +286,13 @@ class GenEval(Benchmark):
 
 def _verdict(item: Item, found: Found | None, colours: Mapping[int, Sequence[str | None]]) -> Verdict:
     if found is None:
-        return Verdict({item.category: [None]}, {"reasons": ["the detector's output is not finite"]})
+        return Verdict({item.category: [None]}, absent=["the detector's output is not finite"])
     detail = {
         "found": {name: [[*one.box, one.score] for one in some] for name, some in found.items()},
         "colours": [{"include": place, "seen": list(seen)} for place, seen in colours.items()],
     }
     if any(None in seen for seen in colours.values()):
         reason = "a colour could not be told: an empty box, or CLIP's output is not finite"
-        return Verdict({item.category: [None]}, {"reasons": [reason], **detail})
+        return Verdict({item.category: [None]}, detail, [reason])
     reasons = shortcomings(item.meta, found, colours)
     return Verdict({item.category: [0.0 if reasons else 1.0]}, {"reasons": reasons, **detail})

@@ -14,7 +14,7 @@ Different from the released code:
   alone, " 2" begins with a mere space.
 - A served VLM gives 20 probabilities; an answer that is not among them has 0, and then the picture's GM is 0. If the
   server gives none, its word counts, 1 or 0; the settings say which.
-- A question without an answer leaves its picture without AM and GM; this counts as 0 and is listed.
+- A question without an answer, or with one that is neither yes nor no nor a number, is left out of all means.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import transformers
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from clients.chat import TOP_TOKENS, Question, Template, VLMClient
+from clients.chat import TOP_TOKENS, UNREADABLE, Question, Template, VLMClient
 from errors import UserError
 from evaluation.benchmark import Benchmark, Item, Verdict
 from evaluation.judged import ask, items_of, json_lines, one_word, required_texts, settings_of
@@ -96,7 +96,7 @@ class ServedVLM:
         read = _probability if self.template is SOFT else _match
         answers = ask(self.client, [_question(self.template, one.image, one.question) for one in asked])
         return [
-            (None if verdict is None else read(verdict, one.answer), reason)
+            (None, reason) if verdict is None else (read(verdict, one.answer), f"{UNREADABLE} {verdict[:200]!r}")
             for (verdict, reason), one in zip(answers, asked, strict=True)
         ]
 
@@ -202,23 +202,23 @@ def spellings(answer: str) -> tuple[str, ...]:
 
 
 def am_gm(scores: Sequence[float | None]) -> tuple[float | None, float | None]:
-    """Arithmetic and geometric mean; None if a score is None."""
-    if None in scores:
+    """Arithmetic and geometric mean of the scores that are there; None if none is."""
+    known = [score for score in scores if score is not None]
+    if not known:
         return None, None
-    gm = 0.0 if 0 in scores else math.exp(sum(map(math.log, scores)) / len(scores))
-    return sum(scores) / len(scores), gm
+    gm = 0.0 if 0 in known else math.exp(sum(map(math.log, known)) / len(known))
+    return sum(known) / len(known), gm
 
 
 def verdict(item: Item, answers: Sequence[Score]) -> Verdict:
-    """The verdict on a picture from the score of each question; if one is missing, AM and GM are None."""
+    """The verdict on a picture from the score of each question."""
     scores = [score for score, _ in answers]
     am, gm = am_gm(scores)
     parts: dict[str, list[float | None]] = {"AM": [am], "GM": [gm], f"GM, {item.meta['atom_count']} atoms": [gm]}
     for skill, score in zip(item.meta["skills"], scores, strict=True):
         parts.setdefault(skill, []).append(score)
     detail = {"scores": scores, "questions": [question for question, _ in item.meta["questions"]]}
-    missing = [f"question {number}: {reason}" for number, (score, reason) in enumerate(answers, 1) if score is None]
-    return Verdict(parts, detail | {"reason": "; ".join(missing)} if missing else detail)
+    return Verdict(parts, detail, [reason for score, reason in answers if score is None])
 
 
 def _item(row: Mapping[str, Any], number: int) -> Item:
@@ -241,22 +241,24 @@ def _question(template: Template, image: Image.Image, question: str) -> Question
     return Question(template, "", (image,), {"question": question})
 
 
-def _probability(chances: str, answer: str) -> float:
-    """p(answer) from JSON of token -> probability."""
+def _probability(chances: str, answer: str) -> float | None:
+    """p(answer) from JSON of token -> probability; None if no token is the answer to any question."""
     known = json.loads(chances)
+    if not any(spelling in known for other in ANSWERS for spelling in spellings(other)):
+        return None
     return min(1.0, sum(known.get(spelling, 0.0) for spelling in spellings(answer)))
 
 
-def _match(word: str, answer: str) -> float:
-    """1 if the judge's word is the answer."""
-    return float(word in {spelling.strip().lower() for spelling in spellings(answer)})
+def _match(word: str, answer: str) -> float | None:
+    """1 if the judge's word is the answer, 0 if it is the answer to another question, None if to none."""
+    return float(word in map(str.lower, spellings(answer))) if word in ANSWERS or word.isdecimal() else None
 
 
 def _probe(client: VLMClient) -> Template:
     """SOFT for a server whose first token says yes or no with probabilities, else HARD."""
     black = Image.new("RGB", (64, 64))
     (chances,) = client.ask([_question(SOFT, black, PROBE)])
-    if chances is not None and _probability(chances, "yes") + _probability(chances, "no") >= CONFIDENT:
+    if chances is not None and sum(_probability(chances, answer) or 0.0 for answer in ("yes", "no")) >= CONFIDENT:
         return SOFT
     why = client.reasons[0] or f"the likeliest first tokens are {chances}"
     if client.ask([_question(HARD, black, PROBE)]) == [None]:

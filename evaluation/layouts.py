@@ -98,7 +98,7 @@ class There:
         ]
 
     def _pictures(self, paths: Sequence[Path]) -> list[Image.Image]:
-        pictures = [_open(path) for path in paths]
+        pictures = [picture(path) for path in paths]
         return quarters(pictures[0]) if self.grids and len(pictures) == 1 else pictures
 
 
@@ -108,10 +108,10 @@ def quarters(grid: Image.Image) -> list[Image.Image]:
     return [grid.crop((x, y, x + width, y + height)) for y in (0, height) for x in (0, width)]
 
 
-def _open(path: Path) -> Image.Image:
+def picture(path: Path) -> Image.Image:
     """A picture from disk as RGB, upright."""
     try:
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
-    except OSError as error:
+    except (OSError, SyntaxError, ValueError) as error:  # the latter two are Pillow's for a PNG that is broken inside
         raise UserError(f"{path} is no picture ({error}): draw it again, or leave it out") from error

@@ -9,9 +9,9 @@
     ... --images old new            pictures that are there already, each folder in the benchmark's own layout
     accelerate launch --num_processes 8 scripts/evaluate.py ...                    the same, shared; the same table
 
-Run it again to continue where it stopped. OUT/results.json has every number with all that it depends on, results.txt
-the table, examples.png a prompt of each category, rows_R.jsonl a row per picture. A user's error is one line on stderr
-and exit code 2.
+Run it again to continue where it stopped, and to judge what could not be judged. OUT/results.json has every number
+with all that it depends on, results.txt the table, examples.png a prompt of each category, rows_R.jsonl a row per
+picture. An error is one line on stderr: a user's has exit code 2, a system of which nothing could be judged 1.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ import torch
 from accelerate import PartialState
 
 from data.prompts import load_prompts
-from errors import UserError, one_line
+from errors import Stopped, UserError, one_line
 from evaluation import leak
 from evaluation.benchmark import Benchmark, Item
 from evaluation.benchmarks import BENCHMARKS, BenchmarkOptions, Constructor
 from evaluation.layouts import There
-from evaluation.pipeline import Evaluation, unjudged
+from evaluation.pipeline import Evaluation, finished
 from evaluation.sheet import draw_examples
-from evaluation.statistics import measure
+from evaluation.statistics import OVERALL, measure
 from evaluation.systems import BestOf, Chooser, Fixed, Revise, System
-from evaluation.table import cost, cost_table, text_table
+from evaluation.table import absences, cost, cost_table, text_table
 from inference import Reprompter, Rewrite
 from interfaces import Renderer
 from models.policy import DTYPES
@@ -251,8 +251,12 @@ def _settings(options: Options, benchmark: Benchmark, items: Sequence[Item], sam
 def _report(run: Evaluation, names: Sequence[str], benchmark: Benchmark, found: leak.Leak | None) -> None:
     table = measure(run.items, {n: run.verdicts(n) for n in names}, benchmark.categories, benchmark.overall)
     rows = {name: run.rows(name) for name in names}
+    absent = [text for name, of in rows.items() if (text := absences(name, of))]
+    if not all(OVERALL in scores for scores in table.scores.values()):
+        raise Stopped(f"no table, because of one system nothing could be judged: {'; '.join(absent)}")
     costs = {name: cost(of) for name, of in rows.items()}
-    text = "\n\n".join([text_table(benchmark.title, table), cost_table(costs)])
+    tables = [text_table(benchmark.title, table), cost_table(costs)]
+    text = "\n\n".join([*tables, *(f"WARNING: {one}" for one in absent)])
     results = {
         "title": benchmark.title,
         "settings": run.settings,
@@ -261,10 +265,7 @@ def _report(run: Evaluation, names: Sequence[str], benchmark: Benchmark, found: 
         "leak": None if found is None else asdict(found),
         **asdict(table),
         "cost": costs,
-        "not_judged": {
-            n: [{"id": r["id"], "sample": r["sample"], "detail": r["detail"]} for r in unjudged(of)]
-            for n, of in rows.items()
-        },
+        "not_judged": {name: [row for row in of if not finished(row)] for name, of in rows.items()},
     }
     atomic_write(run.out / "results.json", json.dumps(results, indent=1).encode())
     atomic_write(run.out / "results.txt", f"{text}\n".encode())

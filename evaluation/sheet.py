@@ -10,7 +10,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from PIL import Image
 
-from evaluation.pipeline import Row
+from evaluation.pipeline import Row, finished
 
 MOST = 8  # categories shown
 FRAMES = {True: "#2e9e48", False: "#d62828", None: "#999999"}
@@ -59,5 +59,5 @@ def draw_examples(rows: Mapping[str, Sequence[Row]], out: Path) -> Path:
 
 def _cell(row: Row, out: Path) -> Cell:
     scores = [score for scores in row["parts"].values() for score in scores]
-    right = None if None in scores else min(scores) >= 0.5
+    right = min(scores) >= 0.5 if finished(row) else None
     return Cell(out / row["image"] if row["image"] else None, row["final_prompt"], right)

@@ -2,7 +2,7 @@
 
 Prompts are resampled with replacement, each within its own category so that no category empties; a prompt brings all
 its pictures and test points along, and every system gets the same draw. Intervals are the 2.5 % and 97.5 % percentiles
-(Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13).
+(Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13). What was not judged is in no mean or draw.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ from evaluation.benchmark import Item, Verdict
 DRAWS = 2000
 OVERALL = "overall"
 Overall = Callable[[Mapping[str, float], Mapping[str, int]], float]
+_Verdicts = Mapping[str, Sequence[Verdict]]  # item id -> a verdict per picture
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its 95 % interval."""
+    """A value with its 95 % interval, and the number of scores (of OVERALL, of prompts) that it is made of."""
 
     value: float
     low: float
     high: float
+    n: int
 
     @property
     def is_zero(self) -> bool:
@@ -35,8 +37,8 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Table:
-    """What was measured: system -> category or OVERALL -> estimate; and of each system but the first its difference
-    from the first. `points` is category -> number of scores of the first system."""
+    """What was measured: system -> category or OVERALL -> estimate, where anything was judged; and of each system but
+    the first its difference from the first. `points` is category -> number of scores of the first system."""
 
     scores: dict[str, dict[str, Estimate]]
     differences: dict[str, dict[str, Estimate]]
@@ -45,7 +47,7 @@ class Table:
 
 def measure(
     items: Sequence[Item],
-    verdicts: Mapping[str, Mapping[str, Sequence[Verdict]]],
+    verdicts: Mapping[str, _Verdicts],
     categories: Sequence[str],
     overall: Overall,
     seed: int = 0,
@@ -54,48 +56,55 @@ def measure(
 
     Args:
         items: prompts.
-        verdicts: system -> item id -> a verdict per picture; every system has every item. A part of None counts 0.
+        verdicts: system -> item id -> a verdict per picture, in the same order; every system has every item.
         categories: of the verdicts' parts, in the order of the table.
         overall: see `Benchmark.overall`.
         seed: of the resampling.
     """
-    sums, counts = zip(*(_totals(items, of, categories) for of in verdicts.values()), strict=True)  # each (I, C)
-    weights_DI = np.vstack([np.ones(len(items)), _resampled(items, np.random.default_rng(seed))])
-    values = [_values(weights_DI, s, c, categories, overall) for s, c in zip(sums, counts, strict=True)]
-    names = [name for i, name in enumerate(categories) if counts[0][:, i].sum()]
-    systems = list(verdicts)
 
-    def estimates(values_DC: np.ndarray) -> dict[str, Estimate]:
-        columns = dict(zip((*categories, OVERALL), values_DC.T, strict=True))
-        return {name: _estimate(columns[name]) for name in (*names, OVERALL)}
+    def estimates(of: _Verdicts, other: _Verdicts, minus: bool = False) -> dict[str, Estimate]:
+        """From what was judged of both systems; with `minus` of the difference between them."""
+        sums_IC, counts_IC = _totals(items, of, other, categories)
+        judged_I = counts_IC.any(axis=1)
+        weights_DI = np.vstack([np.ones(len(items)), _resampled(items, judged_I, np.random.default_rng(seed))])
+        values_DC = _values(weights_DI, sums_IC, counts_IC, categories, overall)
+        if minus:
+            values_DC -= _values(weights_DI, *_totals(items, other, of, categories), categories, overall)
+        columns = zip((*categories, OVERALL), values_DC.T, (*counts_IC.sum(axis=0), judged_I.sum()), strict=True)
+        return {name: _estimate(values_D, int(n)) for name, values_D, n in columns if n}
 
-    return Table(
-        {system: estimates(value) for system, value in zip(systems, values, strict=True)},
-        {system: estimates(value - values[0]) for system, value in list(zip(systems, values, strict=True))[1:]},
-        {name: int(counts[0][:, i].sum()) for i, name in enumerate(categories) if name in names},
-    )
+    (baseline, first), *others = verdicts.items()
+    parts = (verdict.parts for of in verdicts.values() for some in of.values() for verdict in some)
+    asked = {item.category for item in items}.union(*parts)
+    scores = {system: estimates(of, of) for system, of in verdicts.items()}
+    numbers = {name: one.n for name, one in scores[baseline].items()}
+    points = {name: numbers.get(name, 0) for name in categories if name in asked}
+    return Table(scores, {system: estimates(of, first, minus=True) for system, of in others}, points)
 
 
 def _totals(
-    items: Sequence[Item], verdicts: Mapping[str, Sequence[Verdict]], categories: Sequence[str]
+    items: Sequence[Item], verdicts: _Verdicts, other: _Verdicts, categories: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sum and number of scores, (I, C) each."""
+    """Sum and number of the scores that `other` has too, (I, C) each."""
     column = {name: i for i, name in enumerate(categories)}
-    sums, counts = np.zeros((len(items), len(categories))), np.zeros((len(items), len(categories)))
+    sums, counts = np.zeros((2, len(items), len(categories)))
     for i, item in enumerate(items):
-        for verdict in verdicts[item.id]:
+        for verdict, twin in zip(verdicts[item.id], other[item.id], strict=True):
             for name, scores in verdict.parts.items():
-                sums[i, column[name]] += sum(score or 0.0 for score in scores)
-                counts[i, column[name]] += len(scores)
+                pairs = zip(scores, twin.parts.get(name, ()), strict=False)
+                both = [score for score, its in pairs if score is not None and its is not None]
+                if both:
+                    sums[i, column[name]] += sum(both)
+                    counts[i, column[name]] += len(both)
     return sums, counts
 
 
-def _resampled(items: Sequence[Item], rng: np.random.Generator) -> np.ndarray:
-    """(DRAWS, I): how often each item is in each draw."""
+def _resampled(items: Sequence[Item], judged_I: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """(DRAWS, I): how often each judged item is in each draw."""
     weights = np.zeros((DRAWS, len(items)))
     groups: dict[str, list[int]] = {}
-    for i, item in enumerate(items):
-        groups.setdefault(item.category, []).append(i)
+    for i in np.flatnonzero(judged_I):
+        groups.setdefault(items[i].category, []).append(i)
     for members in groups.values():
         weights[:, members] = rng.multinomial(len(members), np.full(len(members), 1 / len(members)), size=DRAWS)
     return weights
@@ -104,7 +113,7 @@ def _resampled(items: Sequence[Item], rng: np.random.Generator) -> np.ndarray:
 def _values(
     weights_DI: np.ndarray, sums_IC: np.ndarray, counts_IC: np.ndarray, categories: Sequence[str], overall: Overall
 ) -> np.ndarray:
-    """(draws, C + 1): each category's mean, NaN where a draw has none of it, and the overall number."""
+    """(draws, C + 1): each category's mean and the overall number, NaN where a draw has nothing of it."""
     totals, points = weights_DI @ sums_IC, weights_DI @ counts_IC
     means = np.divide(totals, points, out=np.full_like(totals, np.nan), where=points > 0)
     headline = [
@@ -112,12 +121,14 @@ def _values(
             {name: m for name, m, n in zip(categories, row, number, strict=True) if n},
             {name: int(n) for name, n in zip(categories, number, strict=True) if n},
         )
+        if number.any()
+        else np.nan
         for row, number in zip(means, points, strict=True)
     ]
     return np.column_stack([means, headline])
 
 
-def _estimate(draws: np.ndarray) -> Estimate:
+def _estimate(draws: np.ndarray, n: int) -> Estimate:
     """The first is the measurement, the others are resampled."""
     low, high = np.nanquantile(draws[1:], (0.025, 0.975))
-    return Estimate(float(draws[0]), float(low), float(high))
+    return Estimate(float(draws[0]), float(low), float(high), n)

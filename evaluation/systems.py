@@ -36,7 +36,7 @@ class Drawn:
     Attributes:
         text: what was drawn: the rewrite, or the user's own words.
         readable: whether the policy's answer could be read; True where none was asked for.
-        image: None if it could not be drawn.
+        image: None if it could not be drawn, or none of those to choose from could be scored.
         pictures: drawn on the way.
         seconds: of rewriting again, drawing and selecting, shared evenly among what was drawn together.
     """
@@ -82,12 +82,11 @@ class Chooser:
 
     reward: Reward
 
-    def __call__(self, rows: Sequence[tuple[Prompt, Image.Image | None]]) -> list[float]:
-        """A score per picture; the reward's lowest for one that could not be drawn or judged: it is not chosen."""
+    def __call__(self, rows: Sequence[tuple[Prompt, Image.Image | None]]) -> list[float | None]:
+        """A score per picture; None for one that could not be drawn or scored: it is not chosen."""
         there = [Sample(prompt, "", "", (image,)) for prompt, image in rows if image is not None]
         scores = iter(self.reward(there) if there else ())
-        found = [None if image is None else next(scores) for _, image in rows]
-        return [self.reward.range[0] if score is None else score for score in found]
+        return [None if image is None else next(scores) for _, image in rows]
 
     def missing(self, rows: Sequence[tuple[Prompt, Image.Image | None]]) -> list[list[str]]:
         """For each row the things of its prompt that the reward does not find in its picture, in words."""
@@ -95,7 +94,7 @@ class Chooser:
         scores = self([(_alone(name, thing), rows[i][1]) for i, name, thing in asked])
         lacking: list[list[str]] = [[] for _ in rows]
         for (i, name, _), score in zip(asked, scores, strict=True):
-            if not self.is_content(score):
+            if score is not None and not self.is_content(score):
                 lacking[i].append(f"{article(name)} {name}")
         return lacking
 
@@ -132,7 +131,9 @@ class BestOf:
         rows = [(item, k, answer) for item in items for k in samples for answer in answers[item.id]]
         images = self.renderer([answer.rewrite for *_, answer in rows], [seed(item, k) for item, k, _ in rows])
         scores = self.choose([(item.prompt, image) for (item, *_), image in zip(rows, images, strict=True)])
-        best = [max(range(i, i + self.n), key=scores.__getitem__) for i in range(0, len(rows), self.n)]
+        images = [None if score is None else image for image, score in zip(images, scores, strict=True)]
+        rank = [(score is not None, score) for score in scores]
+        best = [max(range(i, i + self.n), key=rank.__getitem__) for i in range(0, len(rows), self.n)]
         each = (time.perf_counter() - started) / len(best)
         return [Drawn(rows[i][2].rewrite, rows[i][2].readable, images[i], self.n, each) for i in best]
 
@@ -142,14 +143,14 @@ class BestOf:
 
 @dataclass
 class _Try:
-    """One (prompt, sample): the answer that is drawn next, what its picture lacks, and the best picture so far."""
+    """One (prompt, sample): the best answer so far, the next one, what its picture lacks (None: no score)."""
 
     prompt: Prompt
     seed: int
+    best: Rewrite
     answer: Rewrite
-    missing: Sequence[str] = ()
+    missing: Sequence[str] | None = None
     score: float = float("-inf")
-    best: Rewrite | None = None
     image: Image.Image | None = None
     pictures: int = 0
 
@@ -167,7 +168,7 @@ class Revise:
 
     def __call__(self, items: Sequence[Item], samples: Sequence[int], seed: Callable) -> list[Drawn]:
         started = time.perf_counter()
-        tries = [_Try(item.prompt, seed(item, k), self.first[item.id]) for item in items for k in samples]
+        tries = [_Try(item.prompt, seed(item, k), *[self.first[item.id]] * 2) for item in items for k in samples]
         wrong = self._draw(tries)
         for turn in range(1, 1 + self.rounds):
             for one in wrong:
@@ -182,18 +183,19 @@ class Revise:
         rows = [(one.prompt, image) for one, image in zip(tries, images, strict=True)]
         wrong = []
         for one, image, score, lacks in zip(tries, images, self.choose(rows), self.choose.missing(rows), strict=True):
-            one.pictures, one.missing = one.pictures + 1, lacks
-            if one.best is None or score > one.score:
+            one.pictures, one.missing = one.pictures + 1, None if score is None else lacks
+            if score is not None and score > one.score:
                 one.score, one.best, one.image = score, one.answer, image
-            if image is None or lacks or not self.choose.is_content(score):
+            if score is None or lacks or not self.choose.is_content(score):
                 wrong.append(one)
         return wrong
 
     def _again(self, one: _Try, turn: int) -> Rewrite:
-        """The next answer; where the policy cannot follow a second turn, a fresh one to the request itself."""
+        """The next answer; where the picture has no score or the policy follows no second turn, a fresh one."""
         text, reasoning = one.prompt.text, self.policy.reasoning
-        conversation = revision(text, one.answer.completion, one.missing, reasoning)
-        (again,) = self.policy.sample(text, conversation, 1, self.temperature)
-        if again.readable and again.rewrite != one.answer.rewrite:
-            return again
+        if one.missing is not None:
+            conversation = revision(text, one.answer.completion, one.missing, reasoning)
+            (again,) = self.policy.sample(text, conversation, 1, self.temperature)
+            if again.readable and again.rewrite != one.answer.rewrite:
+                return again
         return self.policy.sample(text, messages(text, reasoning), turn + 1, self.temperature)[-1]

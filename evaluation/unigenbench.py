@@ -10,8 +10,7 @@ Different from the released code:
 
 - The question is in our own words and in English for the Chinese files too; its version stands in the settings. An
   EvalModel was trained on the original words, so it may score lower here (not measured).
-- A picture whose answer could not be had counts as a failure of all its points. The released code asks up to ten times
-  and then leaves the row out, which flatters. At temperature 0 asking again is no help, so each is asked once.
+- Each picture is asked about once, not up to ten times: at temperature 0 asking again is no help.
 - Row 509 of `test_prompts_en_long.csv` lacks a comma between two entries, on which the released code stops. It is
   repaired. A test point without a description (row 383 of `test_prompts_en.csv`) stands in the prompt, as the judge is
   told. The log and the settings name both.
@@ -181,7 +180,7 @@ def verdict(points: Sequence[str], answer: str | None, reason: str) -> Verdict:
         for category in dict.fromkeys((PRIMARY_OF[point], point)):
             parts.setdefault(category, []).append(score)
     detail = {"points": list(points), "scores": scores, "analyses": analyses}
-    return Verdict(parts, detail if answer else detail | {"reason": reason})
+    return Verdict(parts, detail, () if answer else [reason])
 
 
 def _scores(block: str) -> list[int | None]:

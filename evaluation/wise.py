@@ -11,8 +11,7 @@ for WISE_Verified, gpt-4o-2024-05-13 for legacy.
 Different from the released code:
 
 - The questions are in our own words; their versions stand in the settings.
-- A picture that could not be judged counts as 0. The released code asks three times (Verified; ten times legacy) and
-  then leaves it out. At temperature 0 asking again is no help, so each is asked once.
+- Each picture is asked about once, not three times (ten in legacy): at temperature 0 asking again is no help.
 - The six categories go by `prompt_id`: that is how the blocks of WISE_Verified are laid; those of legacy are derived
   from its weights (0.167 of 1,000 prompts are 167 about time).
 """
@@ -178,7 +177,7 @@ class WISE(Benchmark):
 def verdict(category: str, answer: str | float | None, reason: str) -> Verdict:
     """The verdict on a picture of that category, from an answer as `parse` or `parse_grades` returns it."""
     if answer is None:
-        return Verdict({category: [None]}, {"reason": reason})
+        return Verdict({category: [None]}, absent=[reason])
     if isinstance(answer, float):
         return Verdict({category: [answer]})
     grades = dict(zip(GRADES, map(int, answer.split()), strict=True))

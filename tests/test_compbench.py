@@ -771,7 +771,7 @@ def test_a_complex_prompt_scores_the_mean_of_what_it_is_judged_by():
 def test_what_cannot_be_judged_is_none_with_a_reason(kind, meta, seen_):
     found = verdict({"kind": kind, **meta}, **seen_)
     assert found.parts == {ROWS[kind]: [None]}
-    assert [part["reason"] for part in found.detail.values() if part["score"] is None]
+    assert [part["reason"] for part in found.detail.values() if part["score"] is None] == found.absent != []
 
 
 def test_only_the_models_of_the_categories_are_loaded_and_named(weights):

@@ -155,12 +155,23 @@ def mean(means, points):
     return sum(means.values()) / len(means)
 
 
-def test_means_and_overall_are_those_worked_by_hand_and_not_judged_counts_as_failure():
-    of = items("a", "a", "b")
-    table = measure(of, {"raw": verdicts(of, [[1, 0], [1, 1], [None, 1]])}, ["a", "b", "unused"], mean)
-    assert table.points == {"a": 4, "b": 2}
-    assert table.scores["raw"]["a"].value == 0.75 and table.scores["raw"]["b"].value == 0.5
-    assert table.scores["raw"][OVERALL].value == 0.625
+def test_means_and_overall_are_those_worked_by_hand_without_what_was_not_judged():
+    of = items("a", "a", "b", "c")
+    scores = {"raw": [[1, 0], [1, 1], [None, 0], [None, None]], "new": [[1, None], [None, 0], [1, 1], [1, 1]]}
+    table = measure(of, {n: verdicts(of, some) for n, some in scores.items()}, ["a", "b", "unused", "c"], mean)
+    assert table.points == {"a": 4, "b": 1, "c": 0}
+    raw, new, differ = table.scores["raw"], table.scores["new"], table.differences["new"]
+    assert [raw[name].value for name in raw] == [0.75, 0, 0.375] and raw["b"].n == 1
+    assert new["a"].value == 0.5 and new["a"].n == 2
+    assert {n: one.value for n, one in differ.items()} == {"a": -0.5, "b": 1, OVERALL: 0.25}, "of what both have"
+    shown = text_table("T", table)
+    assert "4/2" in shown and "1/2" in shown and "0/2" in shown
+
+
+def test_intervals_are_those_of_a_table_without_the_prompts_that_were_not_judged():
+    of, scores = items(*["a"] * 60), [[float(i % 3 == 0)] for i in range(30)]
+    torn = measure(of, {"raw": verdicts(of, scores + [[None]] * 30)}, ["a"], mean)
+    assert torn == measure(of[:30], {"raw": verdicts(of[:30], scores)}, ["a"], mean)
 
 
 def test_intervals_cover_the_truth_as_often_as_they_say():
@@ -206,12 +217,13 @@ def test_the_leak_check_reads_what_a_run_was_trained_on(tmp_path):
 
 
 class Shade(Reward):
-    """How light the picture is."""
+    """How light the picture is; `unscored` shades have no score."""
 
-    name, range, needs_images = "shade", (0.0, 1.0), True
+    name, range, needs_images, unscored = "shade", (0.0, 1.0), True, ()
 
     def __call__(self, samples):
-        return [s.images[0].getpixel((0, 0))[0] / 255 for s in samples]
+        shades = [s.images[0].getpixel((0, 0))[0] for s in samples]
+        return [None if shade in self.unscored else shade / 255 for shade in shades]
 
 
 class Grey:
@@ -258,6 +270,23 @@ def test_best_of_n_keeps_the_picture_that_the_reward_likes_best():
     assert [one.text for one in drawn] == ["200"] * 4 and all(one.pictures == 4 for one in drawn)
 
 
+@pytest.mark.parametrize(
+    "unscored, best, revised", [((), "200", "30"), ((10, 200), None, "30"), ((30, 200), "10", "10")]
+)
+def test_what_the_choosing_reward_could_not_score_is_not_chosen_and_lacks_nothing(unscored, best, revised):
+    reward, policy = Shade(), Policy(lambda turns: ("10", "30") if len(turns) == 2 else ("30",))
+    reward.unscored = unscored
+    several = Policy(lambda turns: ("10", "none", "200"))
+    (drawn,) = BestOf(Grey(), several, Chooser(reward), 3, 1.0)(items("a"), [0], no_seed)
+    assert (drawn.text if drawn.image else None, drawn.pictures) == (best, 3)
+    of = [Item("0", Prompt("a cup", "", ("cup",)), "a")]
+    (drawn,) = Revise(Grey(), policy, Chooser(reward), 1, {"0": said("10")}, 1.0)(of, [0], no_seed)
+    assert drawn.image and drawn.text == revised
+    assert (len(policy.conversations[0]) == 2) == (10 in unscored), (
+        "of what is not known nothing is said to be missing"
+    )
+
+
 def test_revising_stops_once_the_picture_is_right_and_keeps_the_best_of_the_way_or_the_first():
     policy, renderer = Policy(lambda turns: [{"<10>": "90", "<90>": "220"}[turns[-2]]]), Grey()
     of = [Item("0", Prompt("a cup", "single_object", ("cup",)), "a"), Item("1", Prompt("a hat", "", ("hat",)), "a")]
@@ -272,20 +301,28 @@ def test_revising_stops_once_the_picture_is_right_and_keeps_the_best_of_the_way_
 
 class Constant(GenEval):
     def judge(self, of, images):
-        return [Verdict({item.category: [1.0]}) for item in of]
+        self.asked += len(of)
+        return [Verdict({"single_object": [1.0]}) for _ in of]
 
 
-def test_a_picture_that_could_not_be_drawn_is_a_failure_that_is_listed(tmp_path):
-    of = items("single_object", "single_object")
-    run = Evaluation(tmp_path / "out", {"a": 1}, of, 1, 0, 8)
-    run.open()
-    judge = Constant(None, None, title="t", settings={})
-    run.run("raw", Fixed(Grey(), {"00000": ("7", True), "00001": ("none", True)}, {}), judge)
-    (drawn, lost) = run.rows("raw")
-    assert drawn["parts"] == {"single_object": [1.0]} and lost["parts"] == {"single_object": [None]}
-    assert lost["image"] is None and lost["detail"]["reason"] == "could not be drawn"
-    table = measure(of, {"raw": run.verdicts("raw")}, judge.categories, judge.overall)
-    assert table.scores["raw"][OVERALL].value == 0.5
+@pytest.mark.parametrize("category", ["single_object", "", "no category of the table"])
+def test_a_picture_that_could_not_be_drawn_is_in_no_mean_and_is_drawn_and_judged_on_resume(tmp_path, category):
+    of = items(category, category, category)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "settings.json").write_text('{"a": 1}')
+    old = {"system": "raw", "unit": 0, "id": "00001", "sample": 0, "image": None, "final_prompt": "", "detail": {}}
+    (tmp_path / "out" / "rows_1.jsonl").write_text(json.dumps(old | {"parts": {category: [None]}}) + "\n")
+    texts = {"00000": ("7", True), "00001": ("none", True), "00002": ("8", True)}
+    judge, values = Constant(None, None, title="t", settings={}), []
+    for text, asked in [("none", 2), ("9", 1), ("10", 0)]:
+        judge.asked, texts["00001"] = 0, (text, True)
+        run = Evaluation(tmp_path / "out", {"a": 1}, of, 1, 0, 8)
+        run.open()
+        run.run("raw", Fixed(Grey(), texts, {}), judge)
+        table = measure(of, {"raw": run.verdicts("raw")}, judge.categories, judge.overall)
+        values.append((table.scores["raw"][OVERALL].value, table.scores["raw"]["single_object"].n))
+        assert judge.asked == asked and [row["final_prompt"] for row in run.rows("raw")][::2] == ["7", "8"]
+    assert values == [(1, 2), (1, 3), (1, 3)] and run.rows("raw")[1]["final_prompt"] == "9"
 
 
 DOG = {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": "a photo of a dog"}
@@ -326,6 +363,16 @@ def test_each_benchmarks_own_pictures_are_found_by_its_own_names_in_their_order(
     assert [round(one.image.getpixel((1, 1))[0] / 20) for one in made] == [*range(len(wanted))]
     with pytest.raises(UserError, match=f"{item.id}.*--samples"):
         There(tmp_path, benchmark, [item], 5)
+
+
+@pytest.mark.parametrize("place", [None, 0, 11, 36])
+def test_a_broken_picture_is_named(tmp_path, place):
+    path, item = tmp_path / "00003.png", Item("00003", Prompt("x"), "x")
+    Image.new("RGB", (4, 4), (9, 0, 0)).save(path)
+    whole = path.read_bytes()
+    path.write_bytes(b"" if place is None else whole[:place] + b"\0" + whole[place + 1 :])
+    with pytest.raises(UserError, match="00003.png"):
+        There(tmp_path, "wise", [item], 1)([item], range(1), no_seed)
 
 
 def test_grids_are_cut_listings_are_read_and_pictures_that_lack_are_named_at_once(tmp_path):

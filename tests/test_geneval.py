@@ -355,10 +355,10 @@ def test_pictures_come_to_the_detector_upright_and_in_rgb():
 def test_what_could_not_be_judged_is_none_with_a_reason():
     blind = bare(detect=lambda images: [None for _ in images])
     verdict = blind.judge([item(RED_CAR)], [plain("red")])[0]
-    assert verdict.parts == {"colors": [None]} and "detector" in verdict.detail["reasons"][0]
+    assert verdict.parts == {"colors": [None]} and "detector" in verdict.absent[0]
     colourless = bare(detect=Readers().detect, colours=lambda questions: [None for _ in questions])
     verdict = colourless.judge([item(RED_CAR)], [plain("red")])[0]
-    assert verdict.parts == {"colors": [None]} and "colour" in verdict.detail["reasons"][0]
+    assert verdict.parts == {"colors": [None]} and "colour" in verdict.absent[0]
 
 
 # ----- Mask2Former: what goes in

@@ -31,6 +31,8 @@ from evaluation import dpg, geneval2, unigenbench, wise
 from evaluation.benchmark import Item
 from evaluation.dpg import DPG, zeroed
 from evaluation.geneval2 import Asked, GenEval2, LocalVLM, ServedVLM
+from evaluation.run import main
+from evaluation.statistics import OVERALL, measure
 from evaluation.unigenbench import UniGenBench
 from evaluation.wise import WISE
 from interfaces import Prompt
@@ -80,15 +82,11 @@ def unigen() -> UniGenBench:
 
 
 def table(benchmark, verdicts) -> tuple[dict, dict, float]:
-    """Means, numbers of scores and headline as a table has them: None counts as 0."""
-    scores: dict[str, list] = {}
-    for one in verdicts:
-        for category, values in one.parts.items():
-            scores.setdefault(category, []).extend(values)
-    assert set(scores) <= set(benchmark.categories)
-    means = {category: sum(value or 0 for value in values) / len(values) for category, values in scores.items()}
-    points = {category: len(values) for category, values in scores.items()}
-    return means, points, benchmark.overall(means, points)
+    """Means, numbers of scores and headline as a table has them."""
+    of = {str(number): [one] for number, one in enumerate(verdicts)}
+    found = measure([Item(id, Prompt(id), "") for id in of], {"raw": of}, benchmark.categories, benchmark.overall)
+    means = {name: one.value for name, one in found.scores["raw"].items()}
+    return means, found.points, means.pop(OVERALL)
 
 
 # ----- UniGenBench
@@ -141,10 +139,10 @@ def test_accuracy_is_pooled_over_points_and_the_overall_weighs_dimensions_alike(
     assert seen[0].parts == {"Style": [1], "Attribute": [0, 1], "Attribute - Color": [0], "Attribute - Size": [1]}
     assert seen[0].detail == {"points": POINTS, "scores": [1, 0, 1], "analyses": ["a", "b", "c"]}
     means, points, overall = table(unigen(), seen)
-    assert points == {"Style": 2, "Attribute": 4, "Attribute - Color": 2, "Attribute - Size": 2}
-    assert means == {"Style": 1 / 2, "Attribute": 2 / 4, "Attribute - Color": 1 / 2, "Attribute - Size": 1 / 2}
-    assert overall == (1 / 2 + 2 / 4) / 2
-    assert seen[2].detail["reason"] == "no answer"
+    assert points == {"Style": 1, "Attribute": 3, "Attribute - Color": 2, "Attribute - Size": 1}
+    assert means == {"Style": 1, "Attribute": 2 / 3, "Attribute - Color": 1 / 2, "Attribute - Size": 1}
+    assert overall == (1 + 2 / 3) / 2
+    assert seen[2].absent == ["no answer"]
 
 
 def test_the_published_flux_row_gives_its_published_overall():
@@ -330,7 +328,7 @@ def test_the_spellings_of_an_answer():
 def test_am_and_gm_by_hand():
     assert geneval2.am_gm([1.0, 0.5, 0.25]) == pytest.approx((1.75 / 3, 0.5))
     assert geneval2.am_gm([1.0, 0.0]) == (0.5, 0)
-    assert geneval2.am_gm([1.0, None, 0.0]) == (None, None)
+    assert geneval2.am_gm([1.0, None, 0.25]) == (0.625, 0.5) and geneval2.am_gm([None]) == (None, None)
 
 
 def test_a_picture_counts_once_for_am_and_gm_and_each_question_for_its_skill():
@@ -343,11 +341,9 @@ def test_a_picture_counts_once_for_am_and_gm_and_each_question_for_its_skill():
         "attribute": [0.5],
         "object": [0.25],
     }
-    assert "reason" not in seen.detail
     torn = geneval2.verdict(geneval2_item(), [(1.0, ""), (None, "HTTP 500"), (0.25, "")])
-    assert torn.parts["AM"] == torn.parts["GM"] == torn.parts["attribute"] == [None]
-    assert torn.parts["object"] == [0.25]
-    assert torn.detail["reason"] == "question 2: HTTP 500"
+    assert (torn.parts["AM"], torn.parts["GM"], torn.parts["attribute"]) == ([0.625], [0.5], [None])
+    assert torn.parts["object"] == [0.25] and (seen.absent, torn.absent) == ([], ["HTTP 500"])
 
 
 def test_geneval2_rows_are_prompts_of_so_many_atoms(tmp_path):
@@ -393,8 +389,11 @@ def test_a_picture_scores_the_mean_of_its_zeroed_questions():
     parts = dpg.verdict(QUESTIONS, said).parts
     assert parts == {"DPG-graph": [1 / 4], "entity": [0, 1], "attribute": [0], "relation": [0]}
     torn = dpg.verdict(QUESTIONS, [("yes", ""), (None, "HTTP 500"), ("no", ""), ("yes", "")])
-    assert torn.parts == {"DPG-graph": [None], "entity": [1, 1], "attribute": [None], "relation": [0]}
-    assert torn.detail["reason"] == "question 2: HTTP 500"
+    assert torn.parts == {"DPG-graph": [2 / 3], "entity": [1, 1], "attribute": [None], "relation": [0]}
+    assert torn.absent == ["HTTP 500"]
+    orphaned = dpg.verdict(QUESTIONS, [(None, "HTTP 500"), ("yes", ""), ("no", ""), ("yes", "")])
+    assert orphaned.parts == {"DPG-graph": [1 / 2], "entity": [None, 1], "attribute": [None], "relation": [0]}
+    assert dpg.verdict(QUESTIONS, [(None, "HTTP 500")] * 4).parts["DPG-graph"] == [None]
 
 
 @pytest.mark.parametrize(
@@ -570,24 +569,55 @@ def test_a_judge_that_finds_everything_gives_1_and_settings_say_who_it_was(name)
     assert json.dumps([benchmark.settings, *[[one.parts, one.detail] for one in seen]])
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+class Ailing(Answering):
+    """Its faults fall on all requests with `about` in them, and on no probe."""
+
+    about = b""
+
+    def _reply(self, body, fate):
+        ill = self.about in body and b"completely black" not in body
+        empty = ill and "empty" in self.shares
+        return (200, self._completion("")) if empty else super()._reply(body, 0.0 if ill else 1.0)
+
+
+ASKED = ONE, OTHER = "Is the one there?", "Is the other there?"
+FILES = {  # two prompts each
+    "unigenbench": csv_of([[k, "a panda", dims(["Style"], [asked])] for k, asked in enumerate(ASKED)], EN),
+    "wise": json.dumps([wise_row(1, ONE), wise_row(401, OTHER)]),
+    "geneval2": "\n".join(json.dumps(ROW | {"vqa_list": [[asked, "yes"]] * 3}) for asked in ASKED),
+    "dpg": csv_of([[*dpg_row(asked[7:10], 1, "0", asked)[:-1], asked] for asked in ASKED], DPG_HEADER),
+}
+FAULTS = {
+    **{f"HTTP {code}": ({"fail_share": 1.0, "fail_status": code}, f"{code} - ") for code in (400, 404, 429, 500)},
+    "no answer": ({"drop_share": 1.0}, "disconnected"),
+    "nonsense": ({"garbage_share": 1.0}, "no verdict in 'Both have"),
+    "nothing": ({"empty": 1.0}, "no verdict in ''"),
+}
+
+
 @pytest.mark.parametrize(
-    "fault, reason", [({"fail_share": 1}, "Error code: 500"), ({"garbage_share": 1}, "no verdict in 'Both have")]
+    "name, fault", [(n, f) for n in FILES for f in FAULTS if n == "dpg" or f in ("HTTP 400", "nonsense")]
 )
-def test_what_could_not_be_judged_is_a_listed_failure_and_never_dropped(name, fault, reason):
-    make, item = BENCHMARKS[name]
-    with Answering(say_right, **fault) as url:
-        benchmark = make(VLMClient(url, MODEL))
-        seen = benchmark.judge([item(1), item(2)], [gray(1), gray(2)])
-    with Answering(say_right) as url:
-        whole = make(VLMClient(url, MODEL)).judge([item(1), item(2)], [gray(1), gray(2)])
-    _, points, overall = table(benchmark, seen)
-    assert overall == 0
-    assert points == table(benchmark, whole)[1], "as many points as if all had been judged"
-    for one in seen:
-        assert all(score is None for scores in one.parts.values() for score in scores)
-        assert reason in one.detail["reason"]
-        assert "\n" not in one.detail["reason"]
+def test_an_ill_judge_leaves_no_zeros_and_is_asked_again_once_it_is_well(tmp_path, capfd, name, fault):
+    (shares, reason), metadata = FAULTS[fault], write(tmp_path / "given", FILES[name])
+    pictures, results, bodies = tmp_path / "pictures", tmp_path / "out" / "results.json", set()
+    pictures.mkdir()
+    for level, item in enumerate(BENCHMARKS[name][0](client()).load(metadata)):
+        gray(level).save(pictures / f"{item.id}_0.png")
+    line = ["--benchmark", name, "--metadata", str(metadata), "--out", str(results.parent), "--samples", "1"]
+    line += ["--images", str(pictures), "--judge_model", MODEL, "--judge_url"]
+    server = Ailing(say_right, **shares, watch=lambda headers, body: b"black" in body or bodies.add(body))
+    with server as url:
+        for about, code, asked, judged in [("", 1, 2, 0), (OTHER, 0, 2, 1), ("!", 0, 1, 2), ("!", 0, 0, 2)]:
+            server.about = about.encode()
+            bodies.clear()
+            assert main([*line, url]) == code and len(bodies) == asked
+            assert (reason in "".join(capfd.readouterr())) == (judged < 2) and results.exists() == (judged > 0)
+            if judged:
+                found = json.loads(results.read_text())
+                assert found["scores"]["pictures"]["overall"] == {"value": 1, "low": 1, "high": 1, "n": judged}
+                lost = [found["cost"]["pictures"][kind] for kind in ("unreadable_verdicts", "not_judged")]
+                assert lost == [2 - judged, 0][:: 1 if "no verdict" in reason else -1]
 
 
 def test_the_judge_is_told_each_point_with_its_meaning_here():
@@ -656,6 +686,14 @@ def test_a_served_vlm_is_scored_by_the_probability_of_all_spellings():
     assert seen.detail["scores"] == pytest.approx([0.5, 0.5, 0.5])
     assert seen.parts["AM"] == [pytest.approx(0.5)]
     assert benchmark.settings["scores"].startswith("soft")
+
+
+@pytest.mark.parametrize("say, logprobs", [("Maybe.", None), ("Yes", {"Sorry": 0.9, "I": 0.1})])
+def test_an_answer_to_no_question_is_no_judged_failure(say, logprobs):
+    answered = logprobs and (lambda text: {"Yes": 0.9} if "completely black" in text else logprobs)
+    with Answering(lambda text: say, answered) as url:
+        (seen,) = GenEval2(ServedVLM(VLMClient(url, MODEL))).judge([geneval2_item()], [gray(1)])
+    assert seen.parts["AM"] == seen.parts["count"] == [None] and "no verdict in" in seen.absent[0]
 
 
 @pytest.mark.parametrize("logprobs", [None, lambda text: {"<think>": 0.99, "Yes": 0.01}])
