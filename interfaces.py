@@ -96,6 +96,7 @@ class Reward(Protocol):
         range: lowest and highest score.
         needs_images: whether it looks at pictures.
         needs_baseline_images: whether samples must come with pictures of the raw prompt.
+        max_tokens: that it reads of a prompt; None if it reads all.
         can_prefetch: whether `prefetch` may be called; true for rewards that wait for another machine.
         metrics: what the last call has to say beside its scores: "<name>/<metric>" -> number.
     """
@@ -104,10 +105,22 @@ class Reward(Protocol):
     range: tuple[float, float]
     needs_images: bool = True
     needs_baseline_images: bool = False
+    max_tokens: int | None = None
     can_prefetch: bool = False
     metrics: Mapping[str, float] = MappingProxyType({})
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | None]: ...
+
+    def count_tokens(self, prompt: Prompt) -> int:
+        """Length of what it reads of a prompt in its own tokens, before truncation."""
+        return 0
+
+    def limits(self, prompts: Sequence[Prompt]) -> list[str]:
+        """What it does not see of these prompts, in words."""
+        if self.max_tokens is None or not prompts:
+            return []
+        cut = sum(self.count_tokens(prompt) > self.max_tokens for prompt in prompts)
+        return [f"reads {self.max_tokens} tokens of a prompt, which cuts {cut} of {len(prompts)} prompts"]
 
     def prefetch(self, samples: Sequence[Sample]) -> None:
         """Start scoring these whole groups in the background; the next `__call__` will contain them."""

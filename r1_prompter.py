@@ -365,7 +365,9 @@ def train(options: Options) -> None:
     resume = folder.plan(numbers["optimizer_steps"])
     template, renderer, rewards, held_out = load_frozen(options, list(prompts.values()))
     numbers["render_batch_size"] = choose_run_batch_size(renderer, options.render.render_batch_size, resume)
-    resume = start_run(folder, numbers, _announce(options, numbers, folder, [*rewards, *held_out]))
+    resume = start_run(
+        folder, numbers, _announce(options, numbers, folder, [*rewards, *held_out], [*prompts.values()])
+    )
     heartbeat = Heartbeat(folder.path, training.process_index, script.phase_budget)
     scorer = make_scorer(options, prompts, renderer, rewards, held_out, heartbeat.enter)
     trainer = RewriteTrainer(
@@ -410,7 +412,9 @@ def all_options(options: Options) -> dict[str, Any]:
     }
 
 
-def _announce(options: Options, numbers: dict[str, int], folder: RunFolder, scorers: Sequence[Reward]) -> list[str]:
+def _announce(
+    options: Options, numbers: dict[str, int], folder: RunFolder, scorers: Sequence[Reward], prompts: Sequence[Prompt]
+) -> list[str]:
     script, training = options.script, options.training
     return [
         f"{numbers['prompts_per_generation']} prompts x {training.num_generations} completions = "
@@ -421,7 +425,7 @@ def _announce(options: Options, numbers: dict[str, int], folder: RunFolder, scor
         f"{numbers['images']} pictures in all",
         f"rewards {', '.join(script.rewards)}; held out {', '.join(script.held_out) or 'none'}; seed {training.seed}; "
         f"all options: {folder.path}/run.json",
-        *[f"  {describe(scorer)}" for scorer in scorers],
+        *[f"  {describe(scorer, prompts)}" for scorer in scorers],
         *warn_if_bf16_loses_updates(training, options.model),
     ]
 

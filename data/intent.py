@@ -1,24 +1,27 @@
 """Is all that a prompt asks for still said in a rewrite? `lost(prompt, rewrite)` names what is not.
 
+    quoted text ("Open"; or: that says Open)    of its text: letter for letter, between marks of any kind
     objects, attributes, numbers, relations     of the prompt's fields
     negated things ("without a lamp")           of its text: the rewrite must not bring them in
     other numbers and colours                   of its text: they must come up somewhere
+    content words                               of its text: more than half of them
 
 Words are compared, no model is asked. An attribute must stand before its noun or after "is"; numbers may be said or
-listed ("a red dog, a black dog"); a relation may be turned round or said by places ("at the top left"). Synonyms of
-nouns are not known. A rewrite that is called lost by mistake costs one more answer of the teacher; one that is kept by
-mistake teaches the policy to forget, so in doubt it is lost.
+listed ("a red dog, a black dog"); a relation may be turned round or said by places ("at the top left"). Few synonyms
+are known. A rewrite that is called lost by mistake costs one more answer of the teacher; one that is kept by mistake
+teaches the policy to forget, so in doubt it is lost. A prompt in which no word can be looked for is not `can_check`.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate, islice, pairwise, product
 from typing import Any, NamedTuple
 
-from data.grammar import COLORS, plural, singular
+from data.grammar import COLORS, MEDIA, plural, singular
 from interfaces import Prompt
 
 _TOKEN = re.compile(r"[^\W_]+(?:['’][^\W_]+)*|[.,;:!?()\n]")
@@ -26,14 +29,11 @@ _MOST_WORDS = 1000  # of a text that are read: more than any image model reads
 _HARD = frozenset(".;!?\n")  # ends a sentence; a list of things may go on beyond ", : ( )"
 _SOFT = frozenset(",:()")
 
-_NUMBERS = {
-    word: number
-    for number, word in enumerate(
-        "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-        "eighteen nineteen twenty".split(),
-        1,
-    )
-}
+_NUMBER_WORDS = (
+    "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen twenty"
+)
+_NUMBERS = {word: number for number, word in enumerate(_NUMBER_WORDS.split(), 1)}
 _PAIRS = {"pair": 2, "couple": 2, "trio": 3, "dozen": 12}
 _NEW = frozenset("a an another".split())  # introduce one more thing
 _KNOWN = frozenset("the this that these those both each every all his her its their my your our".split())
@@ -54,6 +54,10 @@ _UNNAMED = _STOPS | _DETERMINERS | {"any"}  # no part of a name
 _SAME = [  # attributes that say one thing
     {"wooden", "wood"}, {"golden", "gold"}, {"woolen", "woollen"}, {"metallic", "metal"}, {"round", "circular"},
     {"big", "large", "huge", "giant", "enormous", "oversized", "massive"}, {"small", "little", "tiny", "miniature"},
+    {"red", "crimson", "scarlet"}, {"purple", "violet"}, {"blue", "azure", "navy"}, {"green", "emerald"},
+    {"child", "kid", "boy", "girl", "toddler"}, {"man", "gentleman", "guy"}, {"woman", "lady"}, {"old", "elderly"},
+    {"sea", "ocean"}, {"street", "road"}, {"sofa", "couch"}, {"airplane", "plane"}, {"bike", "bicycle"},
+    {"forest", "woods"}, {"rock", "stone"},
 ]  # fmt: skip
 _MEANING = {word: frozenset(words) for words in _SAME for word in words}
 
@@ -79,6 +83,31 @@ _ENDS = {  # word of a place -> axis and end; "center" is the middle of both
 _PLACES = {words: dict(_ENDS[word] for word in words) for n in (1, 2) for words in product(_ENDS, repeat=n)}
 _PLACE_OPENERS = frozenset("the at in on to far".split())
 
+# A double mark after a digit means inches; a single one within a word, or before "90s" or "n'", is an apostrophe.
+_QUOTED = re.compile(
+    r"(?<!\d)[\"＂“”„‟〝][^\"＂“”„‟〝〞]{1,500}[\"＂“”〞]|[«»‹›][^«»‹›]{1,500}[«»‹›]"
+    r"|[「『][^「」『』]{1,500}[」』]|`[^`]{1,500}(?:`|'')"
+    r"|(?<!\w)['‘‚](?!\s|(?i:\d0s|n|em|til|tis|twas)\b).{1,500}?(?<!\s)['’‘](?!\w)"
+)
+_MARKS = dict.fromkeys(map(ord, '"“”„‟〝〞«»‹›「」『』`‘’‚'), "'") | dict.fromkeys(map(ord, "‐‑‒–—−"), "-")
+_TOLD = re.compile(  # words with capitals that are not between marks
+    r"\b(?:says?|saying|reads?|reading|words?|text|letters|labell?ed|titled|inscribed)(?: with| as)?[:,]? "
+    r"([A-Z][\w'’&-]*(?: [A-Z0-9][\w'’&-]*)*)"
+)
+# What a rewrite may leave out: words of style and of asking, and verbs and persons that say next to nothing.
+_FILLERS = """
+realistic photography photographic photorealistic style detail quality high resolution hd uhd cinematic art artwork
+render masterpiece beautiful scene please create generate make show depict close up there some being been very so too
+also then than such other we you me us about before during for off out down away when because whose what together
+person people someone somebody do does did get go side lot several many few much more most thing empty just still look
+play hold take use wear start be has have had sit sat stand stood lie lying put place rest appear feature word text
+letter say read written
+"""
+_FOREIGN = frozenset(
+    "un une le la les de des du et sur dans avec der die das dem den ein eine einen einer und mit auf im am el los "
+    "las del una con en y il sul della di een het op van um uma na em på och ett".split()
+)
+
 
 class _Mention(NamedTuple):
     """One time that a noun is said, as words[start:end]."""
@@ -97,10 +126,57 @@ def lost(prompt: Prompt, rewrite: str) -> tuple[str, ...]:
 
     Fields that the prompt's own text does not say (metadata of other hands has such) are not asked of a rewrite.
     """
-    asked = _Text(prompt.text)
-    gone = _missing(prompt, asked, _Text(rewrite))
-    unsaid = _missing(prompt, asked, asked) if gone else []
-    return tuple(thing for thing in gone if thing not in unsaid)
+    text, quoted = _take_quotations(prompt.text)
+    rest, found = _take_quotations(rewrite)
+    gone = [f"text {one}" for one in quoted if one not in found and not _stands_in(one, rest)]
+    gone += [f"text {one}" for one in map(_letters, _TOLD.findall(text)) if not _stands_in(one, rewrite)]
+    asked, said = _Text(text), _Text(_take_quotations(rewrite, quoted)[0])
+    missing = _missing(prompt, asked, said)
+    unsaid = _missing(prompt, asked, asked) if missing else []
+    gone += [thing for thing in missing if thing not in unsaid]
+    return tuple(gone or _missing_words(asked, said))
+
+
+def can_check(prompt: Prompt) -> bool:
+    """Has the text anything that `lost` would miss in any other rewrite: a noun of the fields, or a content word?"""
+    asked = _Text(_take_quotations(prompt.text)[0])
+    asked.read(prompt.nouns)
+    return any(asked.mentions.values()) or bool(asked.content())
+
+
+def _take_quotations(text: str, which: Sequence[str] | None = None) -> tuple[str, list[str]]:
+    """`text` with a mark for each quotation (of `which`, if given), and those; marks around all of it mean nothing."""
+    text, found = text.strip(), []
+    if (whole := _QUOTED.match(text)) and whole.end() == len(text):
+        text = text[1:-1]
+
+    def take(match: re.Match) -> str:
+        quotation = _letters(match[0]).strip("' ,\\")
+        ways = dict.fromkeys((quotation, quotation.removesuffix(".")))  # a full stop may be the sentence's
+        if which is not None and ways.keys().isdisjoint(which):
+            return match[0]
+        found.extend(ways)
+        return ' " '
+
+    return _QUOTED.sub(take, text), found
+
+
+def _letters(text: str) -> str:
+    """`text` as it is compared letter for letter: marks, widths and blanks of all kinds are alike, case is not."""
+    return " ".join(unicodedata.normalize("NFKC", text).translate(_MARKS).split())
+
+
+def _stands_in(quotation: str, text: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(quotation)}(?!\w)", _letters(text)) is not None
+
+
+def _missing_words(asked: _Text, said: _Text) -> list[str]:
+    """The missing content words, if they are half or more; numbers and colours have been looked for by now."""
+    words = asked.content()
+    there = {_stem(word) for word, denied in zip(said.words, said.negated, strict=True) if not denied}
+    looked_for = [word for word in words if word not in COLORS and not _number(word)]
+    missing = [word for word in looked_for if _stem(word) not in there]
+    return [f"words {' '.join(missing)}"] if words and 2 * len(missing) >= len(words) else []
 
 
 def _missing(prompt: Prompt, asked: _Text, said: _Text) -> list[str]:
@@ -139,7 +215,7 @@ def _loose_ends(asked: _Text, said: _Text) -> Iterator[str]:
     """Numbers above one and colours of the text that come up nowhere in the rewrite."""
     there = {_number(word) or _PAIRS.get(word) for word in said.words}
     for word, denied in dict.fromkeys(zip(asked.words, asked.negated, strict=True)):
-        if word in COLORS and word not in said.words and not denied:
+        if word in COLORS and _MEANING.get(word, {word}).isdisjoint(said.words) and not denied:
             yield f"colour {word}"
         if _number(word) > 1 and _number(word) not in there and not denied:
             yield f"number {_number(word)}"
@@ -154,6 +230,19 @@ def _words(text: str) -> list[str]:
     """Lower-case words and punctuation marks; "grey" is "gray", "dog's" is "dog", "bright-red" is two words."""
     tokens = islice(_TOKEN.finditer(text.lower().replace("grey", "gray")), _MOST_WORDS)
     return [re.sub(r"['’]s$", "", token[0]) for token in tokens]
+
+
+@lru_cache(maxsize=4096)
+def _stem(word: str) -> str:
+    """What "chase", "chases" and "chasing", or "boys" and "child", have in common; a rule with exceptions."""
+    word = min(_MEANING.get(singular(word), (singular(word),)))
+    ends = ("ing", "ed", "es", "ly", "er", "y", "e")
+    stem = next((word[: -len(end)] for end in ends if word.endswith(end) and len(word) > len(end) + 2), word)
+    return (stem[:-1] if len(stem) > 3 and stem[-1] == stem[-2] and stem[-1] not in "sl" else stem)[:6]
+
+
+_SKIPPED = _UNNAMED.difference(_VERBS).union(_COPULAS, _ENDS, _PAIRS, MEDIA, ("photos", "draw"))
+_FILLER_STEMS = frozenset(map(_stem, _FILLERS.split()))
 
 
 @lru_cache(maxsize=4096)
@@ -195,6 +284,14 @@ class _Text:
                 if word not in (",", "or", "and", "nor"):
                     break
         return things
+
+    def content(self) -> list[str]:
+        """The distinct words that say what is to be seen; none where the text does not seem to be English."""
+        if 4 * sum(word in _FOREIGN or not word.isascii() for word in self.words) >= len(self.words):
+            return []
+        pairs = zip(self.words, self.negated, strict=True)
+        told = dict.fromkeys(word for word, denied in pairs if not denied and (word.isalpha() or _number(word)))
+        return [w for w in told if w not in _SKIPPED and _stem(w) not in _FILLER_STEMS and _number(w) != 1]
 
     # ----- mentions
 

@@ -30,19 +30,19 @@ CANNOT = (UserError, ValueError, torch.OutOfMemoryError)
 
 def probe_all(options: Options, prompts: Sequence[Prompt], load: bool) -> list[Check]:
     """One check for each model; where `load` is false only for judges and servers."""
-    prompt = next((one for one in prompts if one.nouns), prompts[0])
+    prompts = sorted(prompts, key=lambda prompt: not prompt.nouns)  # the first is tried
     renderer, checks = None, []
     pictures = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]  # if none is drawn
     with without_zero3_init():
         if load:
-            checks.append(probe_policy(options, prompt))
+            checks.append(probe_policy(options, prompts[0]))
         if load or options.render.remote:
-            check, renderer, drawn = probe_renderer(options, prompt)
+            check, renderer, drawn = probe_renderer(options, prompts[0])
             checks.append(check)
             pictures = drawn or pictures
         for name in dict.fromkeys([*options.script.rewards, *options.script.held_out]):
             if (load or name in JUDGES) and (name != "length" or renderer is not None):
-                checks.append(probe_reward(name, options, renderer, prompt, pictures))
+                checks.append(probe_reward(name, options, renderer, prompts, pictures))
     return checks
 
 
@@ -94,11 +94,12 @@ def probe_renderer(options: Options, prompt: Prompt) -> tuple[Check, Renderer | 
 
 
 def probe_reward(
-    name: str, options: Options, renderer: Renderer | None, prompt: Prompt, pictures: Sequence[Image.Image]
+    name: str, options: Options, renderer: Renderer | None, prompts: Sequence[Prompt], pictures: Sequence[Image.Image]
 ) -> Check:
     """The reward built as the trainer builds it, and asked about one picture (about two if it compares them)."""
+    prompt = prompts[0]
     device = options.reward.reward_device or options.render.render_device or str(options.training.device)
-    context = RewardContext(device, renderer, (prompt,), options.training.seed)
+    context = RewardContext(device, renderer, prompts, options.training.seed)
     try:
         (reward,) = build([name], replace(options.reward, judge_cache=None), context)
         anchors = tuple(pictures[-1:]) if reward.needs_baseline_images else ()
@@ -112,7 +113,7 @@ def probe_reward(
     if None in scores:
         text = f"no score{where} in {seconds:.1f} s ({reward.metrics or 'not finite'})"
         return Check(f"score {name}", PROBLEM, text, "read the judge's log" if where else "try float32")
-    return Check(f"score {name}", OK, f"{scores[0]:.4g}{where}, {seconds:.2f} s")
+    return Check(f"score {name}", OK, "; ".join([f"{scores[0]:.4g}{where}, {seconds:.2f} s", *reward.limits(prompts)]))
 
 
 def _timed(call: Callable[[], Any]) -> tuple[Any, float]:

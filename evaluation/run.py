@@ -47,6 +47,7 @@ from models.policy import DTYPES
 from prompting import well_formed
 from rendering import RenderOptions, load_renderer
 from rewards import REWARDS, RewardContext, RewardOptions, build
+from rewards.offload import describe
 from run.files import atomic_write, complete_lines, git_commit, installed_versions
 from run.options import may_differ, option, parse, run_main, template_option
 
@@ -192,6 +193,8 @@ def _chooser(options: Options, device: str, renderer: Renderer, items: Sequence[
     (reward,) = build([name], options.reward, context)
     if not reward.needs_images:
         raise UserError(f"--select {name} does not look at pictures: choose one that does")
+    if PartialState().is_main_process:
+        print(describe(reward, prompts), flush=True)
     return Chooser(reward)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import deepspeed
@@ -108,10 +109,11 @@ def mean_cosines(
     samples: Sequence[Sample],
     encode_texts: Callable[[Sequence[str]], torch.Tensor],
     encode_images: Callable[[Sequence[Image.Image]], torch.Tensor],
+    batch_size: int,
 ) -> list[float]:
     """For each sample the cosine of its prompt and its pictures, the mean over the pictures.
 
-    Each distinct prompt and each distinct picture (the same PIL object) is encoded once, into unit rows (n, D).
+    Each distinct prompt and each distinct picture (the same PIL object) is encoded once, in batches, into rows (n, D).
     """
     if not samples:
         return []
@@ -119,7 +121,10 @@ def mean_cosines(
     images = distinct_pictures(samples)
     text_row = {text: row for row, text in enumerate(texts)}
     image_row = {id(image): row for row, image in enumerate(images)}
-    text_TD, image_ID = encode_texts(texts), encode_images(images)
+    text_TD, image_ID = (
+        torch.cat([F.normalize(encode(some).float(), dim=-1).cpu() for some in batches(rows, batch_size)])
+        for encode, rows in ((encode_texts, texts), (encode_images, images))
+    )
     return [
         (image_ID[[image_row[id(image)] for image in sample.images]] @ text_TD[text_row[sample.prompt.text]])
         .mean()

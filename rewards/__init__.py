@@ -83,7 +83,7 @@ class RewardContext:
     Attributes:
         device: where models compute ("cuda:3", "cpu").
         renderer: whose tokens `length` counts; None if no reward that counts them is named.
-        prompts: the data, so that a reward can say at load what it cannot judge.
+        prompts: the data, so that a reward can refuse at load what it does not know.
         seed: of what a judge draws at random (which picture it is shown first).
         judge_cache: where verdicts are kept if the options name no file; None keeps none.
     """
@@ -100,11 +100,6 @@ def _computing(options: RewardOptions, context: RewardContext) -> dict[str, obje
     return {"device": context.device, "dtype": options.reward_dtype, "batch_size": options.reward_batch_size}
 
 
-def _formula(options: RewardOptions, context: RewardContext) -> dict[str, object]:
-    """The keyword arguments of T2I-R1's two rewards."""
-    return {"released": options.reward_formula == "released", "prompts": context.prompts}
-
-
 def _hps(options: RewardOptions, context: RewardContext) -> Reward:
     from rewards.hps import DEFAULT, HPS
 
@@ -114,14 +109,15 @@ def _hps(options: RewardOptions, context: RewardContext) -> Reward:
 def _git(options: RewardOptions, context: RewardContext) -> Reward:
     from rewards.git import GIT, PUBLISHED
 
-    return GIT(options.git_path or PUBLISHED.repo, **_formula(options, context), **_computing(options, context))
+    released = options.reward_formula == "released"
+    return GIT(options.git_path or PUBLISHED.repo, released=released, **_computing(options, context))
 
 
 def _gdino(options: RewardOptions, context: RewardContext) -> Reward:
     from rewards.gdino import PUBLISHED, GroundingDino
 
-    path = options.gdino_path or PUBLISHED.repo
-    return GroundingDino(path, **_formula(options, context), **_computing(options, context))
+    path, released = options.gdino_path or PUBLISHED.repo, options.reward_formula == "released"
+    return GroundingDino(path, released=released, prompts=context.prompts, **_computing(options, context))
 
 
 def _orm(options: RewardOptions, context: RewardContext) -> Reward:

@@ -23,7 +23,6 @@ With `released` scores are those of T2I-R1's released code, whose formula differ
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby, permutations
@@ -49,8 +48,6 @@ from models.frozen import arithmetic, autocast, batches, check_pictures, load
 from models.hub import read, resolve
 from models.weights import locked
 from prompting import well_formed
-
-log = logging.getLogger(__name__)
 
 PUBLISHED = locked("IDEA-Research/grounding-dino-tiny")
 WEIGHTS = "model.safetensors"
@@ -232,7 +229,7 @@ class GroundingDino(Reward):
         dtype: "float32", or "float16"/"bfloat16": autocast over float32 weights.
         batch_size: pictures per forward pass; 900 queries on 800 pixels need about 1 GB each in float32.
         released: score as the released code does, see the module.
-        prompts: the data. One warning says how many of them name no object: they can't be judged and score 1.0.
+        prompts: the data, of which the localities are checked.
         box_threshold: a query serves a noun if its score is above this.
 
     Raises:
@@ -280,6 +277,16 @@ class GroundingDino(Reward):
         found = dict(zip(rows, self.detect(list(rows.values())), strict=True))
         return [self._score(sample, found) for sample in samples]
 
+    def count_tokens(self, prompt: Prompt) -> int:
+        """One more than it reads where a noun does not fit, and so counts as not found; else as many as it reads."""
+        return self.max_tokens + ([] in self.tokenize(prompt.nouns).tokens)
+
+    def limits(self, prompts: Sequence[Prompt]) -> list[str]:
+        """How many prompts name no object, and how many are cut."""
+        mute = sum(not prompt.nouns for prompt in prompts)
+        said = f"cannot judge {mute} of {len(prompts)} prompts: they name no object and score {NO_NOUNS:g}"
+        return [*[said] * (mute > 0), *super().limits(prompts)]
+
     def _score(self, sample: Sample, found: dict) -> float | None:
         prompt, images = sample.prompt, sample.images
         seen = [found[id(image), prompt.nouns] if prompt.nouns else [] for image in images]
@@ -320,8 +327,6 @@ class GroundingDino(Reward):
             return Caption(ids, tokens)
         last = self.max_tokens - 1  # where the closing token now stands
         fitting = [of_noun if max(of_noun, default=0) < last else [] for of_noun in tokens]
-        if fitting != tokens:
-            log.warning("gdino: nouns beyond %d tokens of %.60r count as not found", last, caption_of(nouns))
         return Caption([*ids[:last], self.tokenizer.sep_token_id], fitting)
 
     def _forward(self, images: Sequence[Image.Image], captions: Sequence[Caption]) -> list[list[Detection] | None]:
@@ -360,8 +365,6 @@ def _check_prompts(prompts: Sequence[Prompt]) -> None:
         if prompt.task == "position" and prompt.spatial and prompt.spatial[1] not in RELATIONS:
             known = ", ".join(_DIRECTIONS)
             raise UserError(f"gdino knows no locality {prompt.spatial[1]!r} (prompt {prompt.text!r}), only {known}")
-    if mute := sum(not prompt.nouns for prompt in prompts):
-        log.warning("gdino cannot judge %d of %d prompts: they name no object and score 1.0", mute, len(prompts))
 
 
 def _check(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

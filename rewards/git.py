@@ -16,7 +16,6 @@ Left out of the released code: encoding the picture anew for each question, and 
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,8 +31,6 @@ from models.frozen import arithmetic, autocast, batches, check_pictures, distinc
 from models.hub import read, resolve
 from models.weights import locked
 from prompting import well_formed
-
-log = logging.getLogger(__name__)
 
 PUBLISHED = locked("microsoft/git-large-vqav2")
 NEEDS = ("config.json", "preprocessor_config.json", "tokenizer_config.json")
@@ -51,7 +48,6 @@ class GIT(Reward):
         dtype: "float32", as in the released code, or "float16"/"bfloat16": autocast over float32 weights.
         batch_size: pictures, or questions, per forward pass.
         released: score as the released code does, see the module.
-        prompts: the data; what cannot be judged in it is counted in one log line.
 
     Raises:
         UserError: no checkpoint at `path`, or one that cannot be used.
@@ -69,7 +65,6 @@ class GIT(Reward):
         dtype: str = "float32",
         batch_size: int = 32,
         released: bool = False,
-        prompts: Sequence[Prompt] = (),
     ):
         self.device, self.dtype, self.batch_size = torch.device(device), arithmetic(dtype, batch_size), batch_size
         self.released = released
@@ -79,8 +74,7 @@ class GIT(Reward):
         if self.tokenizer.cls_token_id is None:
             raise UserError(f"the tokenizer in {folder} has no [CLS], with which GIT's questions begin: set cls_token")
         self.yes, self.no = (known_token(self.tokenizer, word, folder, "GIT") for word in ("yes", "no"))
-        self.longest = self.model.config.max_position_embeddings
-        self._log_unjudged(prompts)
+        self.max_tokens = self.model.config.max_position_embeddings
 
     @torch.inference_mode()
     def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
@@ -101,8 +95,23 @@ class GIT(Reward):
 
     def question_ids(self, question: str) -> list[int]:
         """`[CLS]` and the question's tokens, without `[SEP]`; what is beyond the model's positions is cut."""
-        ids = self.tokenizer(well_formed(question), add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        return [self.tokenizer.cls_token_id, *ids][: self.longest]
+        return self._ids(question)[: self.max_tokens]
+
+    def count_tokens(self, prompt: Prompt) -> int:
+        """Of its longest question."""
+        return max((len(self._ids(question)) for question in self._questions(prompt)), default=0)
+
+    def limits(self, prompts: Sequence[Prompt]) -> list[str]:
+        """How many prompts always score the same, and how many are cut."""
+        same = sum(self._constant(prompt) is not None for prompt in prompts)
+        why = f" or are about {' or '.join(ZERO_TASKS)}" if self.released else ""
+        said = f"always scores {same} of {len(prompts)} prompts the same, because they name no object{why}"
+        return [*[said] * (same > 0), *super().limits(prompts)]
+
+    def _ids(self, question: str) -> list[int]:
+        text = well_formed(question)
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        return [self.tokenizer.cls_token_id, *ids]
 
     def _constant(self, prompt: Prompt) -> float | None:
         """The score that every picture of this prompt gets, or None if the model is asked."""
@@ -161,12 +170,3 @@ class GIT(Reward):
         last = torch.tensor([len(row) - 1 for row in ids], device=self.device)
         logits_QV = logits_QTV[torch.arange(len(ids), device=self.device), last].float()
         return torch.sigmoid(logits_QV[:, self.yes] - logits_QV[:, self.no]).tolist()
-
-    def _log_unjudged(self, prompts: Sequence[Prompt]) -> None:
-        constants = [self._constant(prompt) for prompt in prompts]
-        if constant := len(prompts) - constants.count(None):
-            log.warning(
-                "git: %d of %d prompts always score the same, %d of them 0 because they are about %s, the others %g "
-                "because they name no object: no advantage comes from them",
-                constant, len(prompts), constants.count(0.0), " or ".join(ZERO_TASKS), UNJUDGED,
-            )  # fmt: skip

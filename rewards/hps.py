@@ -21,8 +21,8 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 
 from errors import UserError, one_line
-from interfaces import Reward, Sample
-from models.frozen import arithmetic, autocast, batches, check_pictures, freeze, mean_cosines
+from interfaces import Prompt, Reward, Sample
+from models.frozen import arithmetic, autocast, check_pictures, freeze, mean_cosines
 from models.hub import resolve
 from models.weights import locked, read_weights
 
@@ -67,6 +67,7 @@ class HPS(Reward):
         path = _locate(path)
         loaded = _load_folder(path) if path.is_dir() else _load_file(path, model_name)
         model, self.tokenize, mean, std = loaded
+        self.max_tokens = self.tokenize.context_length
         self.model = freeze(model, self.device, path)
         self.size = _square_size(model, path)
         self.mean = torch.tensor(mean, device=self.device).view(3, 1, 1)
@@ -79,28 +80,25 @@ class HPS(Reward):
         Each distinct prompt and each distinct picture (the same PIL object) is encoded once, in batches.
         """
         check_pictures(samples, self.name)
-        scores = mean_cosines(samples, self.encode_texts, self.encode_images)
+        scores = mean_cosines(samples, self.encode_texts, self.encode_images, self.batch_size)
         return [score if math.isfinite(score) else None for score in scores]
+
+    def count_tokens(self, prompt: Prompt) -> int:
+        """One more than it reads where the tokens differ if there is room for one more; else as many as it reads."""
+        room = self.tokenize(prompt.text, self.max_tokens + 1)[:, : self.max_tokens]
+        return self.max_tokens + bool((room != self.tokenize(prompt.text)).any())
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """(T, D) float32 unit features on the CPU; what is beyond the model's context (77 tokens) is cut."""
-        encoded = []
-        for some in batches(texts, self.batch_size):
-            with autocast(self.device, self.dtype):
-                features = self.model.encode_text(self.tokenize(list(some)).to(self.device))
-            encoded.append(F.normalize(features.float(), dim=-1).cpu())
-        return torch.cat(encoded)
+        """(T, D) features of a batch; what is beyond the model's context (77 tokens) is cut."""
+        with autocast(self.device, self.dtype):
+            return self.model.encode_text(self.tokenize(list(texts)).to(self.device))
 
     @torch.inference_mode()
     def encode_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """(I, D) float32 unit features on the CPU; pictures of any size and mode."""
-        encoded = []
-        for some in batches(images, self.batch_size):
-            with autocast(self.device, self.dtype):
-                features = self.model.encode_image(torch.stack([self.preprocess(image) for image in some]))
-            encoded.append(F.normalize(features.float(), dim=-1).cpu())
-        return torch.cat(encoded)
+        """(I, D) features of a batch; pictures of any size and mode."""
+        with autocast(self.device, self.dtype):
+            return self.model.encode_image(torch.stack([self.preprocess(image) for image in images]))
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
         """(3, size, size) float32: longest side resized on floats, centred on black, then CLIP mean and std."""

@@ -34,7 +34,7 @@ from torchvision.transforms.v2 import functional as tv
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
 from errors import UserError, one_line
-from interfaces import Reward, Sample
+from interfaces import Prompt, Reward, Sample
 from models.frozen import arithmetic, autocast, batches, check_pictures, distinct_pictures, freeze
 from models.hub import read, resolve
 from models.weights import locked, read_weights
@@ -43,7 +43,6 @@ from prompting import well_formed
 PUBLISHED, WORDS = locked("THUDM/ImageReward"), locked("google-bert/bert-base-uncased")
 WEIGHTS = ("ImageReward.safetensors", "ImageReward.pt")
 MEAN, SPREAD = 0.16717362830052426, 1.0333394966054072  # of the head's output over the pictures it was tuned on
-TEXT_TOKENS = 35
 HEAD = (1024, 128, 64, 16, 1)
 # `vision_config.json`; all keys, or no such file. Mean and std are CLIP's.
 VISION = {
@@ -134,6 +133,7 @@ class ImageReward(Reward):
 
     name = "imagereward"
     range = (-10.0, 10.0)
+    max_tokens = 35
 
     def __init__(
         self,
@@ -170,6 +170,10 @@ class ImageReward(Reward):
                 scores |= {(id(some[row]), text): score for (row, text), score in zip(few, liked, strict=True)}
         return [_mean([scores[id(image), sample.prompt.text] for image in sample.images]) for sample in samples]
 
+    def count_tokens(self, prompt: Prompt) -> int:
+        """Of the prompt's text."""
+        return len(self.tokenizer(well_formed(prompt.text), verbose=False).input_ids)
+
     @torch.inference_mode()
     def encode_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """(I, patches + 1, D) features of one batch of pictures, on the device."""
@@ -189,7 +193,7 @@ class ImageReward(Reward):
         """
         texts = [well_formed(text) for text in texts]
         read = self.tokenizer(
-            texts, padding=True, truncation=True, max_length=TEXT_TOKENS, return_tensors="pt"
+            texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
         ).to(self.device)  # fmt: skip
         with autocast(self.device, self.dtype):
             first_BD = self.model.read(read.input_ids, read.attention_mask, seen_BPD)

@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from interfaces import Reward, Sample
+from interfaces import Prompt, Reward, Sample
 
 
 @runtime_checkable
@@ -28,6 +28,9 @@ class _Offloaded(Reward):
         self.needs_images, self.needs_baseline_images = inner.needs_images, inner.needs_baseline_images
         self.model.to("cpu")
 
+    def limits(self, prompts: Sequence[Prompt]) -> list[str]:
+        return self.inner.limits(prompts)
+
     def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
         self.model.to(self.device)
         try:
@@ -47,12 +50,13 @@ def offloaded(reward: Reward) -> Reward:
     return _Offloaded(reward) if isinstance(reward, ModelReward) else reward
 
 
-def describe(reward: Reward) -> str:
-    """One line: parameters and memory of the reward's model, "no weights" if it has none."""
+def describe(reward: Reward, prompts: Sequence[Prompt]) -> str:
+    """One line: parameters and memory of the reward's model, if it has one, and what it does not see of `prompts`."""
     if not isinstance(reward, ModelReward):
-        return f"{reward.name}: no weights"
+        return "; ".join([f"{reward.name}: no weights", *reward.limits(prompts)])
     tensors = [*reward.model.parameters(), *reward.model.buffers()]
     mib = sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**20
     dtype = str(next(reward.model.parameters()).dtype).removeprefix("torch.")
     millions = sum(parameter.numel() for parameter in reward.model.parameters()) / 1e6
-    return f"{reward.name}: {millions:,.1f} M parameters, {mib:,.0f} MiB in {dtype} on {reward.device}"
+    weights = f"{millions:,.1f} M parameters, {mib:,.0f} MiB in {dtype} on {reward.device}"
+    return "; ".join([f"{reward.name}: {weights}", *reward.limits(prompts)])

@@ -15,14 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from errors import UserError
-from interfaces import Reward, Sample
-from models.frozen import arithmetic, autocast, batches, check_pictures, load, mean_cosines
+from interfaces import Prompt, Reward, Sample
+from models.frozen import arithmetic, autocast, check_pictures, load, mean_cosines
 from models.hub import read, resolve
 from models.weights import locked
 from prompting import well_formed
@@ -64,7 +63,7 @@ class PickScore(Reward):
         folder = resolve(path, ("config.json",))
         self.model = load(CLIPModel, folder, self.device)
         self.tokenizer, self.processor = _readers(self.model, folder)
-        self.longest = self.model.config.text_config.max_position_embeddings
+        self.max_tokens = self.model.config.text_config.max_position_embeddings
         self.scale = self.model.logit_scale.exp().item()
         self.range = (-self.scale, self.scale)
 
@@ -75,35 +74,34 @@ class PickScore(Reward):
         Each distinct prompt and each distinct picture (the same PIL object) is encoded once, in batches.
         """
         check_pictures(samples, self.name)
-        scores = [self.scale * cosine for cosine in mean_cosines(samples, self.encode_texts, self.encode_images)]
+        scores = [
+            self.scale * cosine
+            for cosine in mean_cosines(samples, self.encode_texts, self.encode_images, self.batch_size)
+        ]
         return [score if math.isfinite(score) else None for score in scores]
+
+    def count_tokens(self, prompt: Prompt) -> int:
+        """Of the prompt's text."""
+        return len(self.tokenizer(well_formed(prompt.text), verbose=False).input_ids)
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """(T, D) float32 unit features on the CPU; what is beyond the model's context (77 tokens) is cut.
+        """(T, D) features of a batch; what is beyond the model's context (77 tokens) is cut.
 
         Text is causal and read at its end token, so padding on the right changes nothing.
         """
-        encoded = []
-        for some in batches([well_formed(text) for text in texts], self.batch_size):
-            read = self.tokenizer(
-                some, padding=True, truncation=True, max_length=self.longest, padding_side="right", return_tensors="pt"
-            ).to(self.device)
-            with autocast(self.device, self.dtype):
-                out = self.model.get_text_features(input_ids=read.input_ids, attention_mask=read.attention_mask)
-            encoded.append(F.normalize(out.pooler_output.float(), dim=-1).cpu())
-        return torch.cat(encoded)
+        how = {"padding": True, "truncation": True, "max_length": self.max_tokens, "padding_side": "right"}
+        read = self.tokenizer([well_formed(text) for text in texts], return_tensors="pt", **how).to(self.device)
+        with autocast(self.device, self.dtype):
+            out = self.model.get_text_features(input_ids=read.input_ids, attention_mask=read.attention_mask)
+        return out.pooler_output
 
     @torch.inference_mode()
     def encode_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """(I, D) float32 unit features on the CPU; pictures of any size and mode, centre-cropped by the processor."""
-        encoded = []
-        for some in batches(images, self.batch_size):
-            pixels = self.processor([image.convert("RGB") for image in some], return_tensors="pt")["pixel_values"]
-            with autocast(self.device, self.dtype):
-                out = self.model.get_image_features(pixel_values=pixels.to(self.device))
-            encoded.append(F.normalize(out.pooler_output.float(), dim=-1).cpu())
-        return torch.cat(encoded)
+        """(I, D) features of a batch; pictures of any size and mode, centre-cropped by the processor."""
+        pixels = self.processor([image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
+        with autocast(self.device, self.dtype):
+            return self.model.get_image_features(pixel_values=pixels.to(self.device)).pooler_output
 
 
 def _readers(model: CLIPModel, folder: Path) -> tuple[PreTrainedTokenizerBase, CLIPImageProcessorPil]:

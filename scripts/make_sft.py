@@ -6,8 +6,8 @@
     ... --best_of 8 --sdmodel_name PATH --rewards hps git     draw and score 8 answers a prompt, keep the best
 
 An answer that is refused, cut off, malformed, or that lost something of the prompt (`data.intent`) is dropped and
-asked for again, `--attempts` times. Of several answers the one with the highest sum of weight x reward is kept; the
-first wins a tie.
+asked for again, `--attempts` times; where a prompt has no word to look for, its row says "unchecked". Of several
+answers the one with the highest sum of weight x reward is kept; the first wins a tie.
 
     FILE             one example a line, added when its prompt is done; in the end in the order of the prompts
     FILE.dropped     prompts without an example, and why
@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from clients.chat import ChatClient
 from clients.http import CallFailed
-from data.intent import lost
+from data.intent import can_check, lost
 from data.prompts import load_prompts
 from errors import Stopped, UserError, one_line
 from interfaces import Prompt
@@ -48,6 +48,7 @@ from prompting import SYSTEM_PROMPT, completion, messages
 from prompting import parse as parse_answer
 from rendering import RenderOptions, load_renderer
 from rewards import REWARDS, RewardContext, RewardOptions, build, check
+from rewards.offload import describe
 from run.files import append_line, atomic_write, complete_lines, differences
 from run.options import may_differ, option, parse, run_main
 from scoring.drawing import Drawer
@@ -57,7 +58,8 @@ from scoring.rollouts import Scorer, weighted_total
 FOR_A_TEACHER = (
     " Your answer is an example from which a small model will learn. Think in two to six short lines. In the final "
     "prompt name every thing of the request with its own words, its number, its attributes beside it and its place in "
-    "the picture; where the request says how things stand to each other, say so again. "
+    "the picture; where the request says how things stand to each other, say so again. Repeat text that is to be "
+    "written in the picture letter for letter, between quotation marks. "
     "Begin with <think> and end with </answer>."
 )
 REFUSED, TRUNCATED, MALFORMED = "refused", "truncated", "malformed"
@@ -193,12 +195,13 @@ async def ask(options: Options, teacher: Teacher, prompt: Prompt) -> list[dict]:
 
     async def fill(slot: int) -> list[dict]:
         answers: list[dict] = []
+        unchecked = {} if can_check(prompt) else {"unchecked": True}
         while len(answers) < options.attempts and (not answers or answers[-1]["drop"]):
             attempt = len(answers)
             answer = await teacher(prompt, sampling_seed(options.seed, prompt, slot, attempt))
             if not answer["drop"] and (gone := lost(prompt, answer["rewrite"])):
                 answer |= {"drop": INTENT if options.intent else "", "lost": gone}
-            answers.append({"slot": slot, "attempt": attempt, **answer})
+            answers.append({"slot": slot, "attempt": attempt, **unchecked, **answer})
         return answers
 
     slots = await asyncio.gather(*map(fill, range(options.best_of)))
@@ -212,7 +215,9 @@ def load_scorer(options: Options, render: RenderOptions, reward: RewardOptions, 
     context = RewardContext(reward.reward_device or device, renderer, prompts, options.seed)
     # groups of 1: the noise of a picture depends on seed, prompt and image index alone
     drawer = Drawer(renderer, group=1, images_per_rewrite=options.images_per_rewrite, run_seed=options.seed)
-    return Scorer(drawer, build(options.rewards, reward, context), {prompt.id: prompt for prompt in prompts})
+    rewards = build(options.rewards, reward, context)
+    print(*(describe(one, prompts) for one in rewards), sep="\n", flush=True)
+    return Scorer(drawer, rewards, {prompt.id: prompt for prompt in prompts})
 
 
 def score(scorer: Scorer, prompt: Prompt, answers: Sequence[dict]) -> list[dict[str, float | None]]:
@@ -241,7 +246,7 @@ def row_of(options: Options, prompt: Prompt, answers: list[dict], parts: Sequenc
             return None
         best = max(there, key=totals.__getitem__)
         scores = {"score": totals[best], "rewards": parts[best], "scores": totals}
-    names = ("reasoning", "rewrite", "slot", "attempt", "lost")
+    names = ("reasoning", "rewrite", "slot", "attempt", "lost", "unchecked")
     example = {name: kept[best][name] for name in names if name in kept[best]}
     return {**row, **example, "teacher": options.teacher_model or options.teacher, **scores}
 
@@ -310,6 +315,8 @@ def report(options: Options, count: int, rows: Sequence[dict]) -> str:
     for what, counts in (("without", dropped + Counter({"not done": count - len(rows)})), ("answers dropped", drops)):
         if counts:
             lines.append(f"  {what}: " + ", ".join(f"{name} {n:,}" for name, n in counts.most_common()))
+    if unchecked := sum("unchecked" in row for row in kept):
+        lines.append(f"  not checked for intent: {unchecked:,}, no word of their prompts can be looked for")
     if tokens := [row["tokens"] for row in rows if row["tokens"]]:
         read, written = map(sum, zip(*tokens, strict=True))
         cost = (read * options.price_in + written * options.price_out) / 1e6

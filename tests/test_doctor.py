@@ -62,6 +62,8 @@ def test_the_miniature_is_green_and_every_model_of_it_was_used(examine, tmp_path
     assert {check["state"] for check in found["checks"]} == {OK}
     used = {check["name"] for check in found["checks"]}
     assert {"answers", "pictures", *(f"score {name}" for name in ("hps", "gdino", "git", "orm", "format"))} <= used
+    (hps,) = [check["text"] for check in found["checks"] if check["name"] == "score hps"]
+    assert "reads 32 tokens of a prompt, which cuts 0 of " in hps
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,6 +1,5 @@
 """Claims about GroundingDINO: formulas on hand-made boxes, and the model part on a random toy of the real class."""
 
-import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -418,16 +417,13 @@ def test_outputs_that_are_not_finite_leave_the_sample_without_a_score(gdino, mon
         assert gdino([sample(prompt, picture(0), picture(1))]) == [None]
 
 
-def test_prompts_without_nouns_score_one_without_a_look_and_are_reported(folder, gdino, monkeypatch, caplog):
+def test_prompts_without_nouns_score_one_without_a_look_and_are_reported(gdino, monkeypatch):
     shapes = forwarded(monkeypatch, gdino)
     assert gdino([sample(Prompt("sunset vibes"), picture(0))]) == [1.0]
     assert gdino([]) == []
     assert shapes == []
-    with caplog.at_level(logging.WARNING, logger="rewards.gdino"):
-        GroundingDino(folder, device="cpu", prompts=[related("near")])
-        assert caplog.messages == []
-        GroundingDino(folder, device="cpu", prompts=[related("near"), Prompt("sunset vibes"), Prompt("mood")])
-    assert len(caplog.messages) == 1 and "2 of 3 prompts" in caplog.messages[0]
+    assert len(gdino.limits([related("near")])) == 1
+    assert "2 of 3 prompts" in gdino.limits([related("near"), Prompt("sunset vibes"), Prompt("mood")])[0]
 
 
 def test_an_unknown_locality_in_the_data_stops_the_load(folder):
@@ -435,15 +431,15 @@ def test_an_unknown_locality_in_the_data_stops_the_load(folder):
         GroundingDino(folder, device="cpu", prompts=[related("near"), related("behind")])
 
 
-def test_a_noun_of_which_a_token_is_cut_counts_as_not_found_and_is_reported(gdino, every_query, caplog):
+def test_a_noun_of_which_a_token_is_cut_counts_as_not_found_and_is_reported(gdino, every_query):
     nouns = ("dog " * 10 + "dog", "cat " * 8 + "cat")  # 11 + 9 words, two dots, [CLS] and [SEP]: these just fit
     assert gdino.tokenize(nouns).tokens == [list(range(1, 12)), list(range(13, 22))]
     assert gdino.tokenize(("dog " * 21 + "dog",)).tokens == [list(range(1, 23))], "only the dot behind it is cut"
-    assert caplog.messages == []
+    assert "cuts 0 of 1 prompts" in gdino.limits([Prompt("x", nouns=nouns)])[-1]
     nouns = ("dog", "dog " * 22 + "dog", "cat")
     caption = gdino.tokenize(nouns)
     assert len(caption.ids) == MAX_TEXT and caption.ids[-1] == 102 and caption.tokens == [[1], [], []]
-    assert len(caplog.messages) == 1
+    assert "cuts 1 of 1 prompts" in gdino.limits([Prompt("x", nouns=nouns)])[-1]
     assert every_query([sample(Prompt("x", "", nouns), picture(0))]) == [pytest.approx(1 / 3)]
 
 

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from data.grammar import TASKS, read
-from data.intent import lost
+from data.intent import can_check, lost
 from interfaces import Prompt
 from miniature import world
 
@@ -81,7 +81,7 @@ KEPT = [
     (Prompt("a couple on a beach"), "a man and a woman walk along a beach"),
     (NO_LAMP, "a desk, no cups, plates, or lamps on it"),
     (PAIR, "no people, a cat, a dog"),
-    (PLAIN, "a weathered tower by the sea, towering waves"),
+    (PLAIN, "dramatic light on a weathered lighthouse by the sea, a storm, towering waves"),
 ]  # fmt: skip
 
 LOST = [
@@ -121,6 +121,7 @@ LOST = [
     (NO_PEOPLE, "a street at night with people under umbrellas, no cars", "absence of person"),
     (FREE, "Yellow balloons float above an orange desert", "number 3"),
     (FREE, "Three balloons above an orange desert", "colour yellow"),
+    (PLAIN, "a weathered tower by the sea, towering waves", "words old lighthouse storm dramatic light"),
 ]  # fmt: skip
 
 
@@ -210,6 +211,75 @@ AS_A_TEACHER_WRITES = [
 def test_the_long_prose_of_a_teacher_loses_nothing(text, rewrite):
     prompt = read(text)
     assert prompt.nouns and lost(prompt, rewrite) == ()
+
+
+@pytest.mark.parametrize(
+    "asked, same, others",
+    [
+        ('the words "Happy 40th Birthday"', "“Happy 40th Birthday.”", "“Congratulations”, “Happy 40th birthday”"),
+        ("the words ‘Mom’s Diner’", "'Mom's Diner'", "“Moms Diner”, “Mom's Dinner”"),
+        ("a text that says 'Mom's Diner'", "**Mom’s Diner**", "'Mom'"),
+        ("“OPEN” and “9–5”", "«9-5» under ‹OPEN›", "“OPEN”, “OPEN 9-5”"),
+        ("„Geöffnet“", '"Geöffnet,"', '"Geoffnet"'),
+        ("「営業中」", "『営業中』", "「営業」"),
+        ("`Stop, thief!`", "« Stop, thief! »", "'Stop thief!', 'Stop, thief'"),
+        ("a label that reads Route 66", "'Route 66'", "'Route 67', 'route 66'"),
+        ('\\"No dogs\\"', '"No dogs"', "no dogs"),
+    ],
+)
+def test_quoted_text_comes_back_letter_for_letter_between_any_marks(asked, same, others):
+    prompt, cake = Prompt(f"a birthday cake with {asked} on it"), "A birthday cake with cream, on top of it"
+    assert lost(prompt, f"{cake} {same}, candles") == ()
+    for other in others.split(", "):
+        assert any(thing.startswith("text ") for thing in lost(prompt, f"{cake} {other}, candles")), other
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "the dogs' bowls beside the cats' toys",
+        "'80s singers of rock 'n' roll in the boys' room",
+        'a 12" record beside a 7" record on a 6\'2" singer\'s table',
+        '"a singer on a table beside a record"',
+        "'Twas the singers' table",
+        "A Singer Reading A Record On The Table",
+    ],
+)
+def test_what_only_looks_like_a_quotation_is_not_asked_letter_for_letter(text):
+    rewrite = (
+        "dog bowls, cat toys, singers of rock and roll in the room of the boys at a table with records of 12, 7 and 6"
+    )
+    assert can_check(Prompt(text)) and lost(Prompt(text), rewrite + " and 2 inches, reading") == ()
+
+
+CAKE = "A two-tier birthday cake with cream and candles on a wooden table, warm light"
+FREE_TEXTS = {  # what a person asks in free words -> how a teacher may write it
+    "a dog chases a ball along the beach": "A golden retriever, a wet dog, chasing a red ball on the beach.",
+    "an astronaut riding a horse on Mars": "An astronaut in white rides a brown horse over the dunes of Mars",
+    "The chef stirred the soup in the pot, carefully adding spices to taste.": "A chef stirs soup in a copper pot and "
+    "sprinkles spices into it",
+    "majestic lion, savannah, sunset, 8k, highly detailed": "A lion with a full mane on the golden savannah at sunset",
+    "please draw a picture of kids playing football in the rain": "Two boys kick a football in heavy rain",
+    "portrait of an old fisherman with a beard": "Close-up of an elderly fisherman, his beard gray",
+    "two pandas leisurely taste bamboo in a spaceship": "2 pandas sit in a spaceship, tasting bamboo stalks",
+    "a scarlet curtain and a round mirror": "a red curtain beside a circular mirror",
+    "lighthouse": "A tall lighthouse at dusk",
+}
+
+
+@pytest.mark.parametrize("text, rewrite", FREE_TEXTS.items())
+def test_free_text_is_kept_in_other_words_and_lost_in_those_of_another_prompt(text, rewrite):
+    assert can_check(Prompt(text)) and lost(Prompt(text), rewrite) == ()
+    for other in {CAKE, *FREE_TEXTS.values()} - {rewrite}:
+        assert lost(Prompt(text), other), other
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["沙滩上的一只狗", "собака на пляже", "🐕🏖️", "?!", "ein Hund jagt einen Ball am Strand", "masterpiece, 8k, art"],
+)
+def test_a_text_without_a_word_that_can_be_looked_for_is_not_called_checked(text):
+    assert not can_check(Prompt(text))
 
 
 def test_what_the_metadata_says_beyond_the_text_is_not_asked_of_a_rewrite():

@@ -120,6 +120,26 @@ def test_without_the_intent_check_what_was_lost_is_kept_and_said(data, tmp_path)
     assert sum("lost" in row for row in rows) == sum(kind == "lost" for _, _, kind in server.answered) > 0
 
 
+SEEN = "a birthday cake with “Happy 40th Birthday” on top"
+
+
+@pytest.mark.parametrize(
+    "text, unchecked", [(SEEN, False), ("a dog chases a ball along the beach", False), ("一只狗", True)]
+)
+def test_an_answer_to_another_prompt_is_dropped_or_its_row_says_that_it_was_not_checked(
+    text, unchecked, tmp_path, capsys
+):
+    data, out = tmp_path / "prompts.txt", tmp_path / "examples.jsonl"
+    data.write_text(f"{text}\na photo of a red cat\n", encoding="utf-8")
+    with TeacherServer({"lost": 1.0}) as url:
+        assert main(job(data, out, url)) == (0 if unchecked else 1)
+    assert [(row["prompt"], row["unchecked"]) for row in rows_of(out)] == [(text, True)] * unchecked
+    assert ("not checked for intent: 1" in capsys.readouterr().out) == unchecked
+    with TeacherServer() as url:
+        assert main(job(data, tmp_path / "good.jsonl", url)) == 0
+    assert ["unchecked" in row for row in rows_of(tmp_path / "good.jsonl")] == [unchecked, False]
+
+
 def test_tokens_and_cost_are_those_of_all_answers_useless_ones_too(data, tmp_path, capsys):
     server = TeacherServer({"malformed": 0.3})
     with server as url:

@@ -139,10 +139,10 @@ def test_git_encodes_each_picture_once_and_asks_each_question_once(git, monkeypa
     assert max(encoded + passes) <= git.batch_size
 
 
-def test_git_released_scores_places_and_numbers_zero_and_looks_at_nothing(git, git_folder, monkeypatch, caplog):
+def test_git_released_scores_places_and_numbers_zero_and_looks_at_nothing(git, git_folder, monkeypatch):
     prompts = [COLORS, NOTHING, PLACE, COUNT, replace(NOTHING, text="another")]
-    released = GIT(git_folder, device="cpu", released=True, prompts=prompts)
-    assert "4 of 5 prompts always score the same, 2 of them 0" in caplog.text
+    released = GIT(git_folder, device="cpu", released=True)
+    assert "4 of 5 prompts" in released.limits(prompts)[0]
     others = [sample(prompt, picture(1)) for prompt in (COLORS, OBJECT)]
     np.testing.assert_allclose(released(others), git(others), atol=1e-5)
     passes = count_rows(monkeypatch, released.model)
@@ -150,12 +150,10 @@ def test_git_released_scores_places_and_numbers_zero_and_looks_at_nothing(git, g
     assert passes == []
 
 
-def test_a_prompt_without_objects_has_one_score_for_its_whole_group_which_is_said_at_load(git, git_folder, caplog):
+def test_a_prompt_without_objects_has_one_score_for_its_whole_group_which_is_said(git):
     assert git([sample(NOTHING, picture(i)) for i in range(3)]) == [UNJUDGED] * 3 == [1.0] * 3
-    GIT(git_folder, device="cpu", prompts=[COLORS, PLACE, COUNT])
-    assert caplog.messages == []
-    GIT(git_folder, device="cpu", prompts=[COLORS, NOTHING, PLACE])
-    assert len(caplog.messages) == 1 and "1 of 3 prompts" in caplog.text
+    assert len(git.limits([COLORS, PLACE, COUNT])) == 1 and "1 of 3 prompts" in git.limits([COLORS, NOTHING, PLACE])[0]
+    assert "cuts 1 of 2 prompts" in git.limits([COLORS, replace(COLORS, attr_nouns=("dog " * 2000 + "dog",))])[-1]
 
 
 def test_brackets_in_a_noun_are_plain_text(git):

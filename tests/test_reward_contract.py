@@ -124,6 +124,19 @@ def test_odd_texts_are_scored(reward, noun):
     assert reward.range[0] <= score <= reward.range[1]
 
 
+@pytest.mark.parametrize("reward", ["hps", "imagereward", "pickscore"], indirect=True)
+def test_a_prompt_is_said_to_be_cut_from_the_first_word_on_that_is_not_read(reward):
+    def asked(words: int, tail: str = "") -> Prompt:
+        return Prompt("a photo of a" + " circle" * words + tail)
+
+    def score(prompt: Prompt) -> float | None:
+        return reward([replace(samples()[0], prompt=prompt)])[0]
+
+    first = next(words for words in range(100) if "cuts 1 of 2 " in reward.limits([asked(1), asked(words)])[-1])
+    assert score(asked(first - 1)) == score(asked(first - 1, " red")) != score(asked(first - 2, " red"))
+    assert f"reads {reward.max_tokens} tokens" in reward.limits([asked(1)])[-1] and reward.limits([]) == []
+
+
 # not gdino, whose backbone mixes what is spoilt into all rows; test_gdino.py has it
 @pytest.mark.parametrize("reward", [name for name in MODELS if name != "gdino"], indirect=True)
 def test_a_score_that_is_not_finite_is_absent_and_the_others_stay(reward, monkeypatch):
