@@ -59,15 +59,19 @@ UNREADABLE = "no verdict in"  # how the reason of an unparsable one begins
 
 # "[INST]" and the like: bracketed capitals. Angle brackets, of any kind, need no pattern.
 _BRACKETED = re.compile(r"\[(/?[A-Z_]{2,})\]")
+_LABEL = re.compile(r"\b(score|grade|rating|consistency|realism|quality)(s?\W{0,3})[:：]", re.IGNORECASE)
 _ANGLES = str.maketrans("<>", "＜＞")
 _SLOTS = re.compile(r"\{([a-z]+)\}")
+_NO = r"(?:unsupported|(?:not|n't) (?:support|permit|allow)|only \S+ is|may only|unrecogni|unknown|unexpect|deprecat)"
+_REFUSED = rf"\b{{0}}\b[^\n]{{{{0,80}}}}{_NO}|{_NO}[^\n]{{{{0,80}}}}\b{{0}}\b"  # of an option's name
 
 
 class ChatClient:
     """A model behind an OpenAI-compatible API. Nothing is contacted before the first call.
 
     The key is read from the environment, WHOSE_API_KEY, for each connection and is never kept; proxies of the
-    environment are used for other machines only.
+    environment are used for other machines only. An option that the API refuses by name (HTTP 400 or 422) is left out,
+    or sent under its newer name, from then on; one warning says so.
 
     Args:
         whose: "judge" or "teacher".
@@ -91,6 +95,7 @@ class ChatClient:
         self.whose, self.model = whose, model
         self.concurrency, self.call_timeout, self.attempts = concurrency, call_timeout, attempts
         self.circuit = Circuit(max(TRIP, attempts // 2 * concurrency), PAUSE)
+        self._names: dict[str, str] = {}  # option that was refused -> its newer name, "" for none
 
     @asynccontextmanager
     async def connect(self) -> AsyncIterator[Callable[..., Awaitable[ChatCompletion]]]:
@@ -103,7 +108,15 @@ class ChatClient:
 
             async def complete(messages: Sequence[Mapping[str, Any]], **options: Any) -> ChatCompletion:
                 async def request() -> ChatCompletion:
-                    reply = await _answer(api.chat.completions.create(model=self.model, messages=messages, **options))
+                    sent = {option: self._names.get(option, option) for option in options}
+                    given = {"model": self.model, "messages": messages}
+                    given |= {name: options[option] for option, name in sent.items() if name}
+                    try:
+                        reply = await _answer(api.chat.completions.create(**given))
+                    except CallFailed as error:
+                        if self._can_do_without(error, sent):
+                            return await request()
+                        raise
                     try:  # the SDK does not check what it was sent
                         if isinstance(reply.choices[0].message, ChatCompletionMessage):
                             return reply
@@ -115,6 +128,20 @@ class ChatClient:
                     return await repeat(request, self.circuit, self.attempts, self.call_timeout)
 
             yield complete
+
+    def _can_do_without(self, error: CallFailed, sent: Mapping[str, str]) -> bool:
+        """Whether the API refused options by the names under which they were `sent`; they are not sent so again."""
+        refusal, named = error.__cause__, []
+        for option, name in sent.items():
+            if error.status in (400, 422) and name and name.endswith(refusal.param or ""):
+                pattern = _REFUSED.format(name.replace("top_logprobs", "(?:top_)?logprobs"))  # needs the other
+                named += [option] * bool(re.search(pattern, f"{refusal} {refusal.body}", re.IGNORECASE))
+        for option in named:
+            if self._names.get(option, option) == sent[option]:  # else another call was as quick
+                self._names[option] = "max_completion_tokens" if sent[option] == "max_tokens" else ""
+                how = f"as {self._names[option]}" if self._names[option] else "no more"
+                logger.warning("%s %r refuses %s, which is sent %s: %s", self.whose, self.model, option, how, error)
+        return bool(named)
 
     def check(self) -> None:
         """Ask the server once which models it has (GET /models).
@@ -136,8 +163,8 @@ class ChatClient:
             raise self.unusable(error) from error
         if self.model not in known:
             raise UserError(
-                f"{self.url} serves {known}, not {self.model!r}: correct --{self.whose}_model, or --{self.whose}_url, "
-                "which must end in its /v1"
+                f"{self.url} serves {str(known)[:200]}, not {self.model!r}: correct --{self.whose}_model, or "
+                f"--{self.whose}_url, which must end in its /v1"
             )
 
     def unusable(self, error: CallFailed) -> UserError:
@@ -171,7 +198,8 @@ async def _answer(request: Awaitable[Any]) -> Any:
     except APIStatusError as error:
         wait = error.response.headers.get("Retry-After", "")  # may also be a date
         wait = min(float(wait), LONGEST_WAIT) if wait.isdecimal() else 0.0
-        raise CallFailed(one_line(error), status=error.status_code, code=error.code or "", retry_after=wait) from error
+        said = error if " - " in str(error) else CallFailed(f"{error} - {error.body}")  # some have words of their own
+        raise CallFailed(one_line(said), status=error.status_code, code=error.code or "", retry_after=wait) from error
     except ValueError as error:
         raise CallFailed(f"an answer that is no JSON ({one_line(error)})") from error
 
@@ -359,18 +387,12 @@ async def _ask(
 
 
 def neutralise(text: str) -> str:
-    """`text` in which nothing can pass for a tag or a chat marker, readable to a model as before.
+    """`text` in which nothing can pass for a tag, a chat marker or a labelled score, readable to a model as before.
 
     All angle brackets become their full-width twins (`<score>`, `</prompt>`, `<|im_start|>` in any spelling), and so
-    do the brackets around capitals (`[INST]`, `[/IMG]`).
+    do the brackets around capitals (`[INST]`, `[/IMG]`). The colon of "Score: 1" becomes a ratio sign.
     """
-    return _BRACKETED.sub(r"［\1］", text).translate(_ANGLES)
-
-
-def after_thinking(answer: str) -> str:
-    """What an answer says once its think blocks are closed; "" if one is left open: then nothing was decided."""
-    final = answer.rpartition("</think>")[2]
-    return "" if "<think>" in final else final
+    return _LABEL.sub(r"\1\2∶", _BRACKETED.sub(r"［\1］", text).translate(_ANGLES))
 
 
 def picture_hash(image: Image.Image) -> str:

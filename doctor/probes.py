@@ -111,8 +111,9 @@ def probe_reward(
         return Check(f"score {name}", PROBLEM, one_line(error, 400))
     where = f" from {options.reward.judge_model} at {options.reward.judge_url}" if name in JUDGES else ""
     if None in scores:
-        text = f"no score{where} in {seconds:.1f} s ({reward.metrics or 'not finite'})"
-        return Check(f"score {name}", PROBLEM, text, "read the judge's log" if where else "try float32")
+        why = next(filter(None, reward.client.reasons)) if where else reward.metrics or "not finite"
+        action = "mend what the judge names, or read its log" if where else "try float32"
+        return Check(f"score {name}", PROBLEM, f"no score{where} in {seconds:.1f} s: {why}", action)
     return Check(f"score {name}", OK, "; ".join([f"{scores[0]:.4g}{where}, {seconds:.2f} s", *reward.limits(prompts)]))
 
 

@@ -19,6 +19,7 @@ Different from the released code:
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -33,9 +34,10 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from clients.chat import TOP_TOKENS, UNREADABLE, Question, Template, VLMClient
+from clients.verdict import YES_NO, choice
 from errors import UserError
 from evaluation.benchmark import Benchmark, Item, Verdict
-from evaluation.judged import ask, items_of, json_lines, one_word, required_texts, settings_of
+from evaluation.judged import ask, items_of, json_lines, required_texts, settings_of
 from interfaces import Prompt
 from models import frozen
 from models.frozen import arithmetic, batches
@@ -55,7 +57,8 @@ ANSWERS = ("yes", "no", *NUMBERS)
 
 WORDS = "{question} Answer in one word."
 SOFT = Template(WORDS, lambda answer: answer or None, first_token=True)
-HARD = Template(WORDS, one_word)
+COUNTED = {rf"(?:there (?:is|are) )?(?:{word}|{digits})": word for word, digits in NUMBERS.items()}
+HARD = Template(WORDS, functools.partial(choice, verdicts=YES_NO | COUNTED | {"none": "zero", "[0-9]+": r"\g<0>"}))
 PROBE = "Is this picture completely black?"  # it is
 CONFIDENT = 0.5  # a judge whose first token says yes or no with less probability does not answer at once
 
@@ -249,9 +252,9 @@ def _probability(chances: str, answer: str) -> float | None:
     return min(1.0, sum(known.get(spelling, 0.0) for spelling in spellings(answer)))
 
 
-def _match(word: str, answer: str) -> float | None:
-    """1 if the judge's word is the answer, 0 if it is the answer to another question, None if to none."""
-    return float(word in map(str.lower, spellings(answer))) if word in ANSWERS or word.isdecimal() else None
+def _match(word: str, answer: str) -> float:
+    """1 if the judge's word is the answer."""
+    return float(word in map(str.lower, spellings(answer)))
 
 
 def _probe(client: VLMClient) -> Template:

@@ -14,14 +14,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from clients.chat import MAX_TOKENS, Question, Template, VLMClient, after_thinking
+from clients.chat import MAX_TOKENS, Question, Template, VLMClient
 from clients.chat import Verdict as Answer
 from errors import UserError, listed, one_line
 from evaluation.benchmark import Item
 
 log = logging.getLogger(__name__)
-
-_AROUND = ".,;:!?*_`\"'()"
 
 
 def check_rows(errors: Sequence[str]) -> None:
@@ -151,9 +149,3 @@ def settings_of(client: VLMClient, revision: str, **templates: Template) -> dict
         "template_words": "our own",
         "template_versions": {use: template.version for use, template in templates.items()},
     }
-
-
-def one_word(answer: str) -> str | None:
-    """An answer of one word in lower case, without what stands around it ("Yes." -> "yes"); None if there are more."""
-    words = after_thinking(answer).split()
-    return words[0].strip(_AROUND).lower() or None if len(words) == 1 else None

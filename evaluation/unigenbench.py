@@ -29,7 +29,8 @@ from typing import Any
 
 from PIL import Image
 
-from clients.chat import Question, Template, VLMClient, after_thinking
+from clients.chat import Question, Template, VLMClient
+from clients.verdict import final, marks
 from errors import listed
 from evaluation.benchmark import Benchmark, Item, Verdict
 from evaluation.judged import ask, csv_rows, items_of, required_texts, settings_of
@@ -110,10 +111,7 @@ Answer in exactly this form, with {count} entries in either list:
 <score>[score of point 1, ...]</score>
 </description>"""
 
-# Possessive repeats: the scan is linear in the length of the answer.
-_SCORE = re.compile(r"<score>\s*+\[([^<>\[\]]*+)\]\s*+</score>")
 _ANALYSIS = re.compile(r"<analysis>([^<]*+)</analysis>")
-_ENTRY = re.compile(r"\s*([01])(?:\.0)?\s*")
 
 
 def parse(count: int, answer: str) -> str | None:
@@ -122,12 +120,8 @@ def parse(count: int, answer: str) -> str | None:
     None without a list of exactly `count` scores that are 0 or 1, with two that differ, or with a list of analyses of
     another length.
     """
-    final = after_thinking(answer)
-    found = {tuple(_scores(block)) for block in _SCORE.findall(final)}
-    if len(found) != 1:
-        return None
-    scores, analyses = found.pop(), _analyses(final)
-    if len(scores) != count or None in scores or len(analyses) not in (0, count):
+    scores, analyses = marks(answer, count), _analyses(final(answer))
+    if scores is None or len(analyses) not in (0, count):
         return None
     return json.dumps([scores, analyses], ensure_ascii=False)
 
@@ -181,12 +175,6 @@ def verdict(points: Sequence[str], answer: str | None, reason: str) -> Verdict:
             parts.setdefault(category, []).append(score)
     detail = {"points": list(points), "scores": scores, "analyses": analyses}
     return Verdict(parts, detail, () if answer else [reason])
-
-
-def _scores(block: str) -> list[int | None]:
-    entries = block.rstrip().removesuffix(",").split(",")
-    matches = [_ENTRY.fullmatch(entry) for entry in entries]
-    return [int(match[1]) if match else None for match in matches]
 
 
 def _analyses(answer: str) -> list[str]:

@@ -18,14 +18,14 @@ Different from the released code:
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from clients.chat import Question, Template, VLMClient, after_thinking
+from clients.chat import Question, Template, VLMClient
+from clients.verdict import number
 from errors import UserError
 from evaluation.benchmark import Benchmark, Item, Verdict
 from evaluation.judged import ask, items_of, json_list, required_texts, settings_of
@@ -45,37 +45,18 @@ GRADE_WEIGHTS = (0.7, 0.2, 0.1)
 BEST = 2  # of each grade
 NO_PROMPTS = ("_rewrite", "_results")  # ends of names of the files that are no listings
 
-_SCORE = re.compile(r"\bscore\s*+:\s*+([01])(?![\w|/]|[.,]\d)", re.IGNORECASE)
-_BARE = re.compile(r"^[ \t]*+([01])[ \t]*+\.?[ \t]*+$", re.MULTILINE)
-_GRADE = re.compile(r"\b(consistency|realism|aesthetic quality)\s*+:\s*+([0-9]++)(?![\w|-]|[.,]\d)", re.IGNORECASE)
-_LABEL = re.compile(r"\b(score|consistency|realism|aesthetic quality)\s*:", re.IGNORECASE)
-_MARKUP = str.maketrans("", "", "*_`")
-
 
 def parse(answer: str) -> float | None:
     """1 or 0 from "Score: 1", or else from a line that is 1 or 0 alone; None if there is none, or two differ."""
-    final = after_thinking(answer).translate(_MARKUP)
-    found = set(_SCORE.findall(final)) or set(_BARE.findall(final))
-    return float(found.pop()) if len(found) == 1 else None
+    score = number(answer, 1)
+    return score if score in (0, 1) else None
 
 
 def parse_grades(answer: str) -> str | None:
     """ "2 0 1": consistency, realism, aesthetic quality; None if one is missing, not 0, 1 or 2, or said twice and
     differently."""
-    found: dict[str, set[int]] = {name.lower(): set() for name in GRADES}
-    for name, grade in _GRADE.findall(after_thinking(answer).translate(_MARKUP)):
-        found[name.lower()].add(int(grade))
-    if any(len(grades) != 1 or max(grades) > BEST for grades in found.values()):
-        return None
-    return " ".join(str(grades.pop()) for grades in found.values())
-
-
-def harmless(text: str) -> str:
-    """`text` on one line in which nothing reads like a score: "Score: 1" gets a full-width colon.
-
-    The client makes tags harmless, but these answers have no tags.
-    """
-    return _LABEL.sub("\\1：", " ".join(text.split()))
+    grades = [number(answer, BEST, name, bare=False) for name in GRADES]
+    return " ".join(f"{grade:g}" for grade in grades) if {*grades} <= {*range(BEST + 1)} else None
 
 
 def wiscore(grades: str) -> float:
@@ -159,9 +140,9 @@ class WISE(Benchmark):
         questions = [
             Question(
                 TEMPLATES[self.version],
-                harmless(item.prompt.text),
+                " ".join(item.prompt.text.split()),  # a line of its own could read like a score
                 (image,),
-                {"explanation": harmless(item.meta["explanation"])},
+                {"explanation": " ".join(item.meta["explanation"].split())},
             )
             for item, image in zip(items, images, strict=True)
         ]

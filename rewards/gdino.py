@@ -1,7 +1,7 @@
 """GroundingDINO: are the objects of the ORIGINAL prompt in the picture, as many as asked for and where asked for?
 
-The nouns become one caption, "car . zebra."; a query's score for a noun is the mean sigmoid over the noun's tokens,
-and its box counts for that noun above 0.3. One query may serve several nouns. Then, by the prompt's task:
+The nouns, without marks of their own, become one caption, "car . zebra."; a query's score for a noun is the mean
+sigmoid over the noun's tokens, and its box counts for that noun above 0.3. One query may serve several nouns. Then:
 
     position    0.6 position + 0.4 (objects found) / 2: best box of each object, direction of their centres, overlap
     counting    mean over the objects of [boxes left after non-maximum suppression == number asked for]
@@ -23,6 +23,7 @@ With `released` scores are those of T2I-R1's released code, whose formula differ
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby, permutations
@@ -66,6 +67,7 @@ _DIRECTIONS = {
     **dict.fromkeys(("next to", "near", "on side of")),
 }
 _UNHANDLED = ("above", "on top of")  # by the released code
+_MARKS = re.compile("[.,;:!?…‥。．｡，、､；：！？؟،؛।]+")
 
 Box = tuple[float, float, float, float]
 Size = tuple[int, int]  # width, height in pixels
@@ -117,7 +119,7 @@ def picture_score(prompt: Prompt, detections: Sequence[Detection], size: Size, r
     Raises:
         ValueError: an object that is not among the nouns, or a locality that is not in `data.grammar.RELATIONS`.
     """
-    if not prompt.nouns:
+    if not any(map(phrase, prompt.nouns)):
         return NO_NOUNS
     if prompt.task == "position" and prompt.spatial:
         return spatial_score(prompt, detections, size, released)
@@ -128,7 +130,8 @@ def picture_score(prompt: Prompt, detections: Sequence[Detection], size: Size, r
 
 def object_score(prompt: Prompt, detections: Sequence[Detection], released: bool = False) -> float:
     """Share of the nouns with at least one box."""
-    return sum(bool(_boxes_of(noun, prompt, detections, released)) for noun in prompt.nouns) / len(prompt.nouns)
+    named = [noun for noun in prompt.nouns if phrase(noun)]
+    return sum(bool(_boxes_of(noun, prompt, detections, released)) for noun in named) / len(named)
 
 
 def spatial_score(prompt: Prompt, detections: Sequence[Detection], size: Size, released: bool = False) -> float:
@@ -197,18 +200,23 @@ def _first_and_last(noun: str) -> str:
     return f"{words[0]} {words[-1]}" if len(words) > 1 else noun
 
 
+def phrase(noun: str) -> str:
+    """A noun without marks: the model ends a phrase at "." and "?", and each mark would count in the noun's mean."""
+    return " ".join(_MARKS.sub(" ", well_formed(noun)).split())
+
+
 def caption_of(nouns: Sequence[str]) -> str:
-    return " . ".join(nouns) + "."
+    return " . ".join(filter(None, map(phrase, nouns))) + "."
 
 
 def spans(nouns: Sequence[str], released: bool = False) -> list[list[tuple[int, int]]]:
     """The (start, end) characters of each noun in `caption_of(nouns)`: all of it, or its first and last word."""
     found, start = [], 0
-    for noun in nouns:
+    for noun in map(phrase, nouns):
         end, words = start + len(noun), noun.split()
         two = released and len(words) > 1
         found.append([(start, start + len(words[0])), (end - len(words[-1]), end)] if two else [(start, end)])
-        start = end + len(" . ")
+        start = end + len(" . ") * bool(noun)
     return found
 
 
@@ -279,11 +287,11 @@ class GroundingDino(Reward):
 
     def count_tokens(self, prompt: Prompt) -> int:
         """One more than it reads where a noun does not fit, and so counts as not found; else as many as it reads."""
-        return self.max_tokens + ([] in self.tokenize(prompt.nouns).tokens)
+        return self.max_tokens + ([] in self.tokenize([*filter(phrase, prompt.nouns)]).tokens)
 
     def limits(self, prompts: Sequence[Prompt]) -> list[str]:
         """How many prompts name no object, and how many are cut."""
-        mute = sum(not prompt.nouns for prompt in prompts)
+        mute = sum(not any(map(phrase, prompt.nouns)) for prompt in prompts)
         said = f"cannot judge {mute} of {len(prompts)} prompts: they name no object and score {NO_NOUNS:g}"
         return [*[said] * (mute > 0), *super().limits(prompts)]
 
@@ -314,7 +322,6 @@ class GroundingDino(Reward):
 
     def tokenize(self, nouns: Sequence[str]) -> Caption:
         """The caption of `nouns` in tokens; a noun that does not fit into the model's text length has none."""
-        nouns = [well_formed(noun) for noun in nouns]
         encoded = self.tokenizer(
             caption_of(nouns), return_offsets_mapping=True, split_special_tokens=True, truncation=False, verbose=False
         )

@@ -7,24 +7,16 @@ scoring a failed call 0, the middle of the range: here it is None.
 
 from __future__ import annotations
 
-import re
+import functools
 from collections.abc import Sequence
 
-from clients.chat import Question, Template, Verdict, VLMClient, after_thinking
+from clients.chat import Question, Template, Verdict, VLMClient
+from clients.verdict import number
 from interfaces import Reward, Sample
 from models.frozen import check_pictures
 
-BEST = 10.0
-
-# Possessive repeats: the scan is linear in the length of the answer.
-_SCORE = re.compile(r"<score>\s*+([+-]?[0-9]++(?:\.[0-9]++)?+)\s*+(?:/\s*+10)?+\s*+</score>")
-
-
-def parse(answer: str) -> float | None:
-    """The grade of an answer, clamped to [0, 10]; None without a readable score tag, or with two that differ."""
-    grades = {float(grade) for grade in _SCORE.findall(after_thinking(answer))}
-    return min(BEST, max(0.0, grades.pop())) if len(grades) == 1 else None
-
+BEST = 10
+parse = functools.partial(number, best=BEST)
 
 TEMPLATE = Template(
     """You grade a picture that an image model made for somebody's request. Be strict and even-handed.

@@ -13,30 +13,31 @@ raw prompt's pictures it can: pairs="anchor".
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, permutations
 
 from PIL import Image
 
-from clients.chat import Question, Template, VLMClient, after_thinking, picture_hash
+from clients.chat import Question, Template, VLMClient, picture_hash
+from clients.verdict import choice
 from errors import UserError
 from interfaces import Prompt, Reward, Sample
 from models.frozen import check_pictures
 
 FIRST, SECOND, TIE = "first", "second", "tie"
-VERDICTS = {"image 1 is better": FIRST, "image 2 is better": SECOND, "tie": TIE}
-
-
-def parse(answer: str) -> str | None:
-    """FIRST, SECOND or TIE from the last answer block after the thinking; None if it says anything else."""
-    _, opened, rest = after_thinking(answer).rpartition("<answer>")
-    block, closed, _ = rest.partition("</answer>")
-    if not opened or not closed:
-        return None
-    return VERDICTS.get(" ".join(block.split()).rstrip(".").lower())
-
+_EITHER = {  # pattern of a picture's name -> the verdict if it is better
+    rf"(?:(?:the )?(?:image|picture|option) )?(?:{names})|(?:the )?{place}(?: image| picture| one)?": verdict
+    for names, place, verdict in (("1|a", "first", FIRST), ("2|b", "second", SECOND))
+}
+_BETTER = r"(?: is (?:clearly |slightly |much |the )*(?:better|best|winner)(?: one| image)?(?: than {})?| wins)?"
+VERDICTS = {f"(?:{one})" + _BETTER.format(f"(?:{other})"): _EITHER[one] for one, other in permutations(_EITHER)} | {
+    r"tie|tied|draw|equal|(?:they|both|(?:both|the two) (?:images|pictures)) are (?:equal|tied|equally good)"
+    r"|neither(?: one| image| picture)?(?: is better)?|no (?:winner|preference)": TIE
+}
+parse = functools.partial(choice, verdicts=VERDICTS)
 
 TEMPLATE = Template(
     """Two pictures, made by image models for one request, are shown above: Image 1, then Image 2. Decide without \

@@ -157,6 +157,10 @@ def test_a_dead_judge_is_a_problem_and_a_live_one_is_asked_a_real_question(exami
     with JudgeServer(lambda samples: [0.9] * len(samples), garbage_share=1.0) as url:
         code, found = examine(*judged, "--judge_url", url)
     assert code == 1 and url in problem(found, "score judge")
+    for status in (400, 401, 404, 413):  # the faulty server's words are "asked for"
+        with JudgeServer(lambda samples: [], fail_share=1.0, fail_status=status) as url:
+            _, found = examine(*judged, "--judge_url", url)
+        assert "asked for" in problem(found, "score judge") and "asked for" in problem(found, "score preference")
 
 
 def test_a_version_other_than_the_locked_one_is_a_warning(tmp_path):

@@ -450,6 +450,31 @@ def test_characters_beyond_the_alphabet_and_typed_brackets_do_not_shift_the_noun
     assert FIRST_WORD + WORDS.index("dog") in [caption.ids[token] for token in caption.tokens[1]]
 
 
+@pytest.mark.parametrize(
+    "given, plain",
+    [
+        (("toy.",), ("toy",)),
+        (("red. toy",), ("red toy",)),
+        (("toy?", "red dog!"), ("toy", "red dog")),
+        (("red, toy;", "teddy: bear…", "dog"), ("red toy", "teddy bear", "dog")),
+        (("toy。", "dog．", "cat，", "red、 car"), ("toy", "dog", "cat", "red car")),
+        (("St. dog", "U.S. toy", "red.toy"), ("St dog", "U S toy", "red toy")),
+        (("dog", "?!", "cat"), ("dog", "cat")),
+    ],
+)
+def test_a_nouns_own_marks_enter_neither_the_caption_nor_a_mean(given, plain, gdino, every_query):
+    caption, image = gdino.tokenize(given), picture(0)
+    assert caption.ids == gdino.tokenize(plain).ids and caption.ids.count(1012) == len(plain)
+    assert [tokens for tokens in caption.tokens if tokens] == gdino.tokenize(plain).tokens
+    found, same = every_query.detect([(image, given), (image, plain)])
+    np.testing.assert_allclose(numbers(found)[:, 1:], numbers(same)[:, 1:], atol=1e-6)
+    assert every_query([sample(Prompt("x", "", given), image)]) == every_query([sample(Prompt("x", "", plain), image)])
+
+
+def test_a_noun_of_marks_alone_is_no_noun(gdino):
+    assert gdino([sample(Prompt("x", "", (".", "?!", "。")), picture(0))]) == [1.0]
+
+
 def test_a_box_head_under_its_tied_name_is_refused_for_it_would_stay_random(tmp_path):
     write_folder(tmp_path)
     head, tied = "bbox_embed.0.", "model.decoder.bbox_embed.0."

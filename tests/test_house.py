@@ -25,16 +25,17 @@ FLOORS = [
 FLOOR = {name: number for number, names in enumerate(FLOORS, 1) for name in names}
 # Lines of Python, blank lines and docstrings included. Larger than first planned: run (a loop for trainers without
 # TRL, options that say what they change), scoring (drawing and judging are two parts), clients (the judges' cache, the
-# teacher), rendering (quantisation, LoRA, other engines' servers), data (places, relations and words of an intent),
-# evaluation (what could not be judged is counted by reason, asked again, and left out of paired means).
+# teacher, the one reader of verdicts), rendering (quantisation, LoRA, other engines' servers), data (places, relations
+# and words of an intent), evaluation (what could not be judged is counted by reason, asked again, and left out of
+# paired means).
 BUDGETS = {
-    "r1_prompter": 500, "sft": 260, "run": 1580, "report": 460, "scoring": 915, "models": 900, "clients": 620,
+    "r1_prompter": 500, "sft": 260, "run": 1580, "report": 460, "scoring": 915, "models": 900, "clients": 770,
     "rendering": 1755, "rewards": 2350, "data": 1500, "evaluation": 3910, "doctor": 700, "miniature": 2400,
     "scripts": 2800,
 }  # fmt: skip
 WHOLE, TESTS, REWARD, BENCHMARK = 19_000, 12_500, 200, 450
 LARGER = {  # imagereward builds its network here; preference holds its prompt; __init__ holds the options of all
-    "rewards/gdino.py": 380, "rewards/imagereward.py": 250, "rewards/preference.py": 245, "rewards/__init__.py": 285,
+    "rewards/gdino.py": 385, "rewards/imagereward.py": 250, "rewards/preference.py": 245, "rewards/__init__.py": 285,
     "evaluation/compbench.py": 500,
 }  # fmt: skip
 

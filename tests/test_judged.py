@@ -103,33 +103,6 @@ def reply_of(scores: list, analysis: str = "[]") -> str:
     return f"<description>\n<analysis>{analysis}</analysis>\n<score>{scores}</score>\n</description>"
 
 
-@pytest.mark.parametrize(
-    "answer, scores",
-    [
-        (reply_of([1, 0, 1], '["a", "b", "c"]'), [1, 0, 1]),
-        (reply_of([1, 0, 1], "['it's', 'unreadable']"), [1, 0, 1]),  # careless quotes: the scores are there
-        ("```xml\n<score>\n[ 1, 0.0, 1, ]\n</score>\n```", [1, 0, 1]),
-        ("<think><score>[0,0,0]</score></think><score>[1,1,1]</score>", [1, 1, 1]),
-        ("<score>[1,1,1]</score> again <score>[1, 1, 1]</score>", [1, 1, 1]),
-        ("it reads <score>[1,1,1]</score> on the wall <score>[0,0,0]</score>", None),
-        (reply_of([1, 0, 1], '["a", "b"]'), None),
-        (reply_of([1, 0]), None),
-        (reply_of([1, 2, 0]), None),
-        (reply_of([1, 0.5, 0]), None),
-        (reply_of([1, "1", 0]), None),
-        (reply_of([[1, 1, 1]]), None),
-        ("<score>[1, 0, 1]", None),
-        ("＜score＞[1,0,1]＜/score＞", None),
-        ("<think><score>[1,1,1]</score>", None),
-        ("", None),
-        ("<score>[" + "1," * 50_000, None),
-        ("<analysis>" + "[" * 50_000 + "</analysis><score>[1,0,1]</score>", [1, 0, 1]),
-    ],
-)
-def test_unigenbench_reads_exactly_as_many_scores_as_points(answer, scores):
-    assert scores_of(3, answer) == scores
-
-
 def test_accuracy_is_pooled_over_points_and_the_overall_weighs_dimensions_alike():
     seen = [
         unigenbench.verdict(POINTS, json.dumps([[1, 0, 1], ["a", "b", "c"]]), ""),
@@ -206,53 +179,6 @@ def test_the_odd_rows_of_the_published_files_are_read_and_named_and_no_others(tm
 
 
 # ----- WISE
-
-
-@pytest.mark.parametrize(
-    "answer, score",
-    [
-        ("Score: 1", 1.0),
-        ("score:0.", 0.0),
-        ("The picture shows it.\n**Score:** 1\n", 1.0),
-        ("1", 1.0),
-        ("It is there.\n 0 \n", 0.0),
-        ("<think>Score: 0</think>Score: 1", 1.0),
-        ("Score: 1\nScore: 1", 1.0),
-        ("It says 'Score: 1', but no. Score: 0", None),
-        ("Score: 10", None),
-        ("Score: 0.5", None),
-        ("Score: -1", None),
-        ("Score: 1/2", None),
-        ("Underscore: 1", None),
-        ("Score：1", None),
-        ("1\n0", None),
-        ("1 apple", None),
-        ("<think>Score: 1", None),
-        ("", None),
-    ],
-)
-def test_the_verified_score_is_0_or_1_or_none(answer, score):
-    assert wise.parse(answer) == score
-
-
-@pytest.mark.parametrize(
-    "answer, grades",
-    [
-        ("Consistency: 2\nRealism: 0\nAesthetic Quality: 1", "2 0 1"),
-        ("**aesthetic quality**: 1\n**Consistency:** 2\n- Realism: 0", "2 0 1"),
-        ("Consistency: 2\nRealism: 0\nAesthetic Quality: 1\nConsistency: 2", "2 0 1"),
-        ("Consistency: 2\nRealism: 0\nAesthetic Quality: 1\nConsistency: 0", None),
-        ("Consistency: 2\nRealism: 0", None),
-        ("Consistency: 3\nRealism: 0\nAesthetic Quality: 1", None),
-        ("Consistency: 1.5\nRealism: 0\nAesthetic Quality: 1", None),
-        ("Consistency: 1-2\nRealism: 0\nAesthetic Quality: 1", None),
-        ("Consistency: C\nRealism: R\nAesthetic Quality: A", None),
-        ("2 0 1", None),
-        ("", None),
-    ],
-)
-def test_legacy_wants_three_grades_from_0_to_2(answer, grades):
-    assert wise.parse_grades(answer) == grades
 
 
 def test_the_wiscore_is_the_weighted_mean_of_the_grades():
@@ -394,17 +320,6 @@ def test_a_picture_scores_the_mean_of_its_zeroed_questions():
     orphaned = dpg.verdict(QUESTIONS, [(None, "HTTP 500"), ("yes", ""), ("no", ""), ("yes", "")])
     assert orphaned.parts == {"DPG-graph": [1 / 2], "entity": [None, 1], "attribute": [None], "relation": [0]}
     assert dpg.verdict(QUESTIONS, [(None, "HTTP 500")] * 4).parts["DPG-graph"] == [None]
-
-
-@pytest.mark.parametrize(
-    "answer, said",
-    [
-        *[("yes", "yes"), ("No.", "no"), ("**Yes**\n", "yes"), ("<think>no</think> yes", "yes")],
-        *[(answer, None) for answer in ("yes no", "no idea", "maybe", "<think>yes", ".", "")],
-    ],
-)
-def test_dpg_answers_are_yes_or_no(answer, said):
-    assert dpg.parse(answer) == said
 
 
 DPG_HEADER = (
@@ -691,7 +606,7 @@ def test_a_served_vlm_is_scored_by_the_probability_of_all_spellings():
 @pytest.mark.parametrize("say, logprobs", [("Maybe.", None), ("Yes", {"Sorry": 0.9, "I": 0.1})])
 def test_an_answer_to_no_question_is_no_judged_failure(say, logprobs):
     answered = logprobs and (lambda text: {"Yes": 0.9} if "completely black" in text else logprobs)
-    with Answering(lambda text: say, answered) as url:
+    with Answering(lambda text: "Yes" if "completely black" in text else say, answered) as url:
         (seen,) = GenEval2(ServedVLM(VLMClient(url, MODEL))).judge([geneval2_item()], [gray(1)])
     assert seen.parts["AM"] == seen.parts["count"] == [None] and "no verdict in" in seen.absent[0]
 

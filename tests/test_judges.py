@@ -250,6 +250,98 @@ def test_refused_questions_do_not_open_the_circuit(monkeypatch):
     assert server.requests == 10
 
 
+class Refusing(JudgeServer):
+    """Answers a request that has an option of `refused` with the status and the body that stand there."""
+
+    def __init__(self, refused: dict):
+        super().__init__(score)
+        self.refused, self.seen = refused, []
+
+    def _reply(self, body, fate):
+        request = json.loads(body)
+        self.seen.append({*request} - {"model", "messages"})
+        return next(
+            (answer for option, answer in self.refused.items() if option in request), super()._reply(body, fate)
+        )
+
+
+def error(text: str, **fields) -> tuple[int, dict]:
+    return 400, {"error": {"message": text, **fields}}
+
+
+def extra(option: str) -> tuple[int, dict]:
+    return 422, {
+        "detail": [{"type": "extra_forbidden", "loc": ["body", option], "msg": "Extra inputs are not permitted"}]
+    }
+
+
+NEWER = error(
+    "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.",
+    param="max_tokens", code="unsupported_parameter",
+)  # fmt: skip
+DEFAULT = error(
+    "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) value is supported.",
+    param="temperature", code="unsupported_value",
+)  # fmt: skip
+UNKNOWN = (
+    400,
+    [{"error": {"message": 'Invalid JSON payload received. Unknown name "temperature": Cannot find field.'}}],
+)
+
+
+@pytest.mark.parametrize(
+    "refused, left",
+    [
+        ({"max_tokens": NEWER}, {"max_completion_tokens", "temperature"}),
+        ({"temperature": DEFAULT}, {"max_tokens"}),
+        ({"max_tokens": NEWER, "temperature": DEFAULT}, {"max_completion_tokens"}),
+        (
+            {"max_tokens": extra("max_tokens"), "max_completion_tokens": extra("max_completion_tokens")},
+            {"temperature"},
+        ),
+        ({"temperature": UNKNOWN}, {"max_tokens"}),
+        ({"temperature": error("invalid temperature: only 1 is allowed for this model")}, {"max_tokens"}),
+        ({"temperature": error("`temperature` is deprecated for this model.")}, {"max_tokens"}),
+        ({"temperature": error("This model does not support parameters: ['temperature']")}, {"max_tokens"}),
+    ],
+)
+def test_an_option_that_is_refused_by_name_is_sent_no_more_which_is_said_once(refused, left, caplog):
+    server = Refusing(refused)
+    with server as url:
+        client = VLMClient(url, MODEL, concurrency=4)
+        assert client.ask(questions(0, 51, 102, 153)) == grades(0, 51, 102, 153)
+        before = len(server.seen)
+        assert client.ask(questions(204)) == grades(204) and server.seen[before:] == [left]
+    assert len(caplog.messages) == len(refused) and before <= 4 * (1 + len(refused))
+
+
+@pytest.mark.parametrize("option", ["logprobs", "top_logprobs"])
+def test_probabilities_that_are_refused_are_asked_for_once(option):
+    server = Refusing({option: error(f"'{option}' is not supported with this model", param=option)})
+    with server as url:
+        client = VLMClient(url, MODEL)
+        soft = [replace(one, template=replace(judge.TEMPLATE, first_token=True)) for one in questions(0, 51)]
+        assert client.ask(soft) == [None, None] and client.metrics["failed"] == 0
+    assert option not in server.seen[-1] and "top_logprobs" not in server.seen[-1]
+
+
+@pytest.mark.parametrize(
+    "text, fields",
+    [
+        ("Unsupported parameter: 'stream_options'", {"param": "stream_options"}),
+        ("'max_tokens' is too large: 4096. The maximum context length is 4096 tokens", {"param": "max_tokens"}),
+        ("Unsupported image: 4096 x 4096 pixels", {"param": "messages"}),
+        ("This model does not support image input", {}),
+    ],
+)
+def test_another_refusal_is_a_failure_in_the_servers_own_words(text, fields):
+    server = Refusing({"temperature": error(text, **fields)})
+    with server as url:
+        client = VLMClient(url, MODEL)
+        assert client.ask(questions(51)) == [None] and text in client.reasons[0]
+    assert len(server.seen) == 1
+
+
 # ----- cache and equal questions
 
 
@@ -340,7 +432,11 @@ def test_tags_in_the_prompt_cannot_forge_a_verdict(template):
 
 def test_neutralise_takes_every_marker_and_nothing_else():
     assert neutralise("<|im_start|> [INST] </score>") == "＜|im_start|＞ ［INST］ ＜/score＞"
-    assert neutralise("a [red] cat, {prompt}, 5 (five) dogs 🐕") == "a [red] cat, {prompt}, 5 (five) dogs 🐕"
+    assert neutralise("**Score:** 1, quality：2") == "**Score∶** 1, quality∶2"
+    assert (
+        neutralise("a [red] cat, {prompt}, at 5:30, 5 (five) dogs 🐕")
+        == "a [red] cat, {prompt}, at 5:30, 5 (five) dogs 🐕"
+    )
 
 
 @pytest.mark.parametrize("text", ["broken \ud83d surrogate", "", "\x00 <"])
@@ -457,27 +553,6 @@ def test_first_tokens_are_probabilities_or_nothing(logprobs, chances):
 # ----- grades
 
 
-@pytest.mark.parametrize(
-    "answer, grade",
-    [
-        ("<score>8.3</score> All is there.", 8.3),
-        ("Sure!\n<score> 7/10 </score>", 7.0),
-        ("<score>12</score>", 10.0),
-        ("<score>-3</score>", 0.0),
-        ("<think>First <score>2</score>, no.</think><score>9</score>", 9.0),
-        ("<score>9</score> Again: <score>9.0</score>", 9.0),
-        ("<score>9</score> or <score>2</score>", None),
-        ("<think>It may be <score>2</score>", None),
-        ("<score>nan</score>", None),
-        ("8", None),
-        ("<score>8", None),
-        ("<score>1" + " " * 100_000, None),
-    ],
-)
-def test_a_grade_is_read_from_the_score_tag_alone(answer, grade):
-    assert judge.parse(answer) == grade
-
-
 class Opinions:
     """A client that knows its verdicts: `judge(question)` for each, in this process."""
 
@@ -516,25 +591,6 @@ def brighter(question: Question) -> str:
 
 def always_first(question: Question) -> str:
     return FIRST
-
-
-@pytest.mark.parametrize(
-    "answer, verdict",
-    [
-        ("<think>sums 21 and 24</think><answer>Image 2 is better</answer>", SECOND),
-        ("<think>x</think>\n<answer>\n image 1 is better. </answer>", FIRST),
-        ("<answer>tie</answer>", TIE),
-        ("<answer>Image 1 is better</answer> no: <answer>Image 2 is better</answer>", SECOND),
-        ("<think><answer>Image 1 is better</answer></think><answer>tie</answer>", TIE),
-        ("<answer>Image 1 is better</answer> <answer>Image 2", None),
-        ("<think><answer>Image 1 is better</answer>", None),
-        ("<answer>Image 1 is not better</answer>", None),
-        ("Image 1 is better", None),
-        ("<answer></answer>", None),
-    ],
-)
-def test_a_preference_is_read_from_the_last_answer_block_alone(answer, verdict):
-    assert preference.parse(answer) == verdict
 
 
 @pytest.mark.parametrize("size", [2, 6, 8, 9])

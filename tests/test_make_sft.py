@@ -230,6 +230,23 @@ def test_calls_that_fail_for_good_leave_their_prompts_to_the_next_run(data, tmp_
     assert [row["prompt"] for row in rows_of(out)] == TEXTS
 
 
+def test_a_teacher_that_refuses_options_by_name_is_asked_without_them(data, tmp_path):
+    asked, names = [], {"max_tokens": "Use 'max_completion_tokens' instead", "temperature": "only 1 is supported"}
+
+    class Newer(TeacherServer):
+        """Knows neither max_tokens nor a temperature."""
+
+        def _reply(self, body, fate):
+            asked.append(json.loads(body))
+            for name in names.keys() & asked[-1].keys():
+                return 400, {"error": {"message": f"Unsupported: '{name}'. {names[name]}.", "param": name}}
+            return super()._reply(body, fate)
+
+    with Newer() as url:
+        assert main(job(data, tmp_path / "examples.jsonl", url, "--max_new_tokens", 99, "--limit", 9)) == 0
+    assert asked[-1]["max_completion_tokens"] == 99 and not names.keys() & asked[-1].keys()
+
+
 # --- what is refused -----------------------------------------------------------------------------------------------
 
 
