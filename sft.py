@@ -18,7 +18,6 @@ with the input. The run folder is that of r1_prompter.py, which then takes it as
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -29,6 +28,7 @@ from typing import Any
 from datasets import Dataset
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
+from data.text import json_rows, normalize
 from errors import UserError
 from models.policy import ChatTemplate, load_tokenizer, prepare_policy, record_base_model
 from prompting import completion, messages
@@ -103,35 +103,21 @@ def load_examples(path: str | Path, reasoning: bool) -> list[Example]:
     Raises:
         UserError: no such file, no example in it, or a row that is none; with the line and what is wrong.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); name a .jsonl of scripts/make_sft.py") from error
-    found = [_example(line, f"{path}, line {i}", reasoning) for i, line in enumerate(lines, 1) if line.strip()]
-    if not found:
-        raise UserError(f"{path}: no examples in it; make some with scripts/make_sft.py")
-    return found
-
-
-def _example(line: str, where: str, reasoning: bool) -> Example:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: not JSON ({error}); write one JSON object a line") from error
     wanted = ("prompt", "rewrite", "reasoning") if reasoning else ("prompt", "rewrite")
-    if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in wanted):
-        raise UserError(f"{where}: not an object with the texts {', '.join(wanted)}: {line[:80]!r}")
-    try:
-        return Example(row["prompt"], completion(row["reasoning"] if reasoning else None, row["rewrite"]))
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from error
+    found = []
+    for place, row in json_rows(Path(path), *wanted):
+        try:
+            found.append(Example(row["prompt"], completion(row["reasoning"] if reasoning else None, row["rewrite"])))
+        except ValueError as error:
+            raise UserError(f"{place}: {error}") from error
+    return found
 
 
 def split(examples: Sequence[Example], validation_share: float) -> tuple[list[Example], list[Example]]:
     """(training, validation); a prompt's examples are all on one side, which depends on nothing but the prompts."""
     order = sorted({example.prompt for example in examples}, key=lambda text: hashlib.sha256(text.encode()).digest())
-    held_out = set(order[: math.ceil(validation_share * len(order))])
-    sides = ([e for e in examples if e.prompt not in held_out], [e for e in examples if e.prompt in held_out])
+    held_out = {normalize(text) for text in order[: math.ceil(validation_share * len(order))]}
+    sides = tuple([e for e in examples if (normalize(e.prompt) in held_out) == side] for side in (False, True))
     if not sides[0]:
         raise UserError(f"{len(order)} prompts, all held out by validation_share {validation_share}: give more")
     return sides

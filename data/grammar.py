@@ -15,6 +15,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from data.text import normalize
 from interfaces import Prompt
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -174,7 +175,7 @@ def read(text: str) -> Prompt:
     """
     if len(text) > _MAX_CHARACTERS:
         return Prompt(text)
-    words = text.lower().strip().rstrip(".").split()
+    words = normalize(text).split()
     words = words[_lead_length(words) :]
     for start in range(1, len(words)):
         length = _relation_length(words, start)
@@ -283,11 +284,6 @@ def write(nouns: Sequence[str], *, colors: Sequence[str] = (), relation: str = "
 
 
 # ----- equality
-
-
-def normalize(text: str) -> str:
-    """`text` without differences of case and blanks: two prompts with one normal form are one prompt."""
-    return " ".join(text.casefold().split())
 
 
 def canonical(prompt: Prompt) -> tuple:

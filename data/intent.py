@@ -15,16 +15,16 @@ teaches the policy to forget, so in doubt it is lost. A prompt in which no word 
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate, islice, pairwise, product
 from typing import Any, NamedTuple
 
 from data.grammar import COLORS, MEDIA, plural, singular
+from data.text import fold, plain
 from interfaces import Prompt
 
-_TOKEN = re.compile(r"[^\W_]+(?:['’][^\W_]+)*|[.,;:!?()\n]")
+_TOKEN = re.compile(r"[^\W_]+(?:'[^\W_]+)*|[.,;:!?()\n]")
 _MOST_WORDS = 1000  # of a text that are read: more than any image model reads
 _HARD = frozenset(".;!?\n")  # ends a sentence; a list of things may go on beyond ", : ( )"
 _SOFT = frozenset(",:()")
@@ -89,7 +89,6 @@ _QUOTED = re.compile(
     r"|[「『][^「」『』]{1,500}[」』]|`[^`]{1,500}(?:`|'')"
     r"|(?<!\w)['‘‚](?!\s|(?i:\d0s|n|em|til|tis|twas)\b).{1,500}?(?<!\s)['’‘](?!\w)"
 )
-_MARKS = dict.fromkeys(map(ord, '"“”„‟〝〞«»‹›「」『』`‘’‚'), "'") | dict.fromkeys(map(ord, "‐‑‒–—−"), "-")
 _TOLD = re.compile(  # words with capitals that are not between marks
     r"\b(?:says?|saying|reads?|reading|words?|text|letters|labell?ed|titled|inscribed)(?: with| as)?[:,]? "
     r"([A-Z][\w'’&-]*(?: [A-Z0-9][\w'’&-]*)*)"
@@ -163,7 +162,7 @@ def _take_quotations(text: str, which: Sequence[str] | None = None) -> tuple[str
 
 def _letters(text: str) -> str:
     """`text` as it is compared letter for letter: marks, widths and blanks of all kinds are alike, case is not."""
-    return " ".join(unicodedata.normalize("NFKC", text).translate(_MARKS).split())
+    return " ".join(plain(text).replace('"', "'").split())
 
 
 def _stands_in(quotation: str, text: str) -> bool:
@@ -228,7 +227,7 @@ def _number(word: str) -> int:
 
 def _words(text: str) -> list[str]:
     """Lower-case words and punctuation marks; "grey" is "gray", "dog's" is "dog", "bright-red" is two words."""
-    tokens = islice(_TOKEN.finditer(text.lower().replace("grey", "gray")), _MOST_WORDS)
+    tokens = islice(_TOKEN.finditer(fold(text).replace("grey", "gray")), _MOST_WORDS)
     return [re.sub(r"['’]s$", "", token[0]) for token in tokens]
 
 

@@ -5,7 +5,7 @@
 Writes generation_prompts_1k_filterd.txt (the published file name, with its spelling), its .jsonl twin with the fields,
 and cold_start_prompts_8k.jsonl. GRPO's are of GenEval's six tasks, which every reward can judge; the cold start's are
 of these and seven more. The same seed gives the same bytes. "Disjoint", from benchmarks and of the two files from each
-other, means: no text in common, case and blanks aside, and no common `data.grammar.canonical` tuple. None of our
+other, means: no normal form of a text in common, and no common `data.grammar.canonical` tuple. None of our
 objects is a COCO class, so GenEval's prompts cannot come up at all.
 """
 
@@ -21,8 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data import vocabulary as words
-from data.grammar import COLORS, LEAD, TASKS, article, canonical, normalize, plural, read, write
+from data.grammar import COLORS, LEAD, TASKS, article, canonical, plural, read, write
 from data.prompts import dump_prompt, load_prompts
+from data.text import normalize
 from errors import UserError
 from interfaces import Prompt
 from run.options import option, parse, run_main

@@ -10,19 +10,21 @@ is read by the grammar, like a line of text.
 
 from __future__ import annotations
 
-import json
+import difflib
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from data.grammar import DEPTH_RELATIONS, RELATIONS, TASKS, read
+from data.text import json_rows, normalize, text_lines
 from errors import UserError
 from interfaces import Prompt
 
 log = logging.getLogger(__name__)
 
 _METADATA = ("task_type", "nouns", "attr_nouns", "spatial_info", "numeracy_info")
+_FIELDS = (*_METADATA, "include", "exclude", "tag", "prompt")
 _OTHER_TASKS = ("shape", "texture", "complex", "non", "size", "spatial_3d", "negation")  # the first four are T2I-R1's
 _TASK_TYPES = {  # task -> T2I-R1's task_type; back again by the number of nouns
     "single_object": "object",
@@ -35,21 +37,21 @@ _TASK_TYPES = {  # task -> T2I-R1's task_type; back again by the number of nouns
 
 
 def load_prompts(path: str | Path) -> list[Prompt]:
-    """All prompts of a file in its order; a text that comes twice is kept once and the number of those is logged.
+    """All prompts of a file in its order; of those with one normal form the first is kept, how many went is logged.
 
     Args:
-        path: a `.txt`, `.jsonl` or `.json` file in UTF-8, with or without BOM, with any line ends.
+        path: a `.txt`, `.jsonl` or `.json` file, in an encoding that `data.text.read_text` reads.
 
     Raises:
         UserError: missing, empty or unreadable file, unknown extension, or a bad row (with its line number).
     """
     path = Path(path)
-    if path.suffix not in (".txt", ".jsonl", ".json"):
+    if path.suffix.lower() not in (".txt", ".jsonl", ".json"):
         raise UserError(f"{path}: unknown extension {path.suffix!r}; give a .txt, .jsonl or .json file of prompts")
-    prompts = [_parse(line, path, number) for number, line in _lines(path)]
+    prompts = list(_prompts(path))
     unique: dict[str, Prompt] = {}
     for prompt in prompts:
-        unique.setdefault(prompt.text, prompt)
+        unique.setdefault(normalize(prompt.text), prompt)
     if len(unique) < len(prompts):
         log.warning("%s: %d duplicated prompts left out, %d kept", path, len(prompts) - len(unique), len(unique))
     return list(unique.values())
@@ -71,42 +73,22 @@ def dump_prompt(prompt: Prompt) -> dict:
     return row
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(line number from 1, line without outer blanks) of each line that is not blank."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: not UTF-8 (byte {error.start}); convert it, e.g. iconv -f latin1 -t utf-8 {path}"
-        ) from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path given as --data") from error
-    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not lines:
-        raise UserError(f"{path}: no prompts in it; write one prompt a line")
-    yield from lines
-
-
-def _parse(line: str, path: Path, number: int) -> Prompt:
-    if path.suffix == ".txt":
-        return read(line)
-    where = f"{path}, line {number}"
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({error}); write one JSON object a line") from error
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: a {type(row).__name__}, not an object; write one JSON object a line (JSON Lines)")
-    text = row.get("prompt")
-    if not isinstance(text, str) or not text.strip():
-        raise UserError(f"{where}: prompt is {text!r}; give each row a non-empty string 'prompt'")
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise UserError(f"{where}: prompt holds half a surrogate pair ({ascii(text)[:60]}); write it as UTF-8")
-    try:
-        return _from_row(text.strip(), row)
-    except (UserError, KeyError, IndexError, TypeError, ValueError) as error:
-        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__} {error}"
-        raise UserError(f"{where}: {reason}; the row's format is in data/README.md") from error
+def _prompts(path: Path) -> Iterator[Prompt]:
+    if path.suffix.lower() == ".txt":
+        yield from (read(line) for _, line in text_lines(path))
+        return
+    unread: dict[str, str] = {}
+    for place, row in json_rows(path, "prompt"):
+        unread = {name: place for name in row if name not in _FIELDS} | unread
+        try:
+            yield _from_row(row["prompt"].strip(), row)
+        except (UserError, KeyError, IndexError, TypeError, ValueError) as error:
+            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__} {error}"
+            raise UserError(f"{place}: {reason}; the row's format is in data/README.md") from error
+    for name, place in unread.items():
+        if near := difflib.get_close_matches(name.lower(), _FIELDS[:-2], cutoff=0.85):
+            raise UserError(f"{place}: unknown field {name!r}, did you mean {near[0]!r}?")
+        log.warning("%s: the field %r is not read, there and further on", place, name)
 
 
 def _from_row(text: str, row: dict) -> Prompt:
@@ -160,7 +142,7 @@ def _names(row: dict, field: str) -> tuple[str, ...]:
     names = row.get(field) or []
     if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
         raise UserError(f"{field} is {names!r}, not a list of non-empty strings")
-    return tuple(" ".join(name.lower().split()) for name in names)
+    return tuple(map(normalize, names))
 
 
 def _spatial(row: dict, nouns: tuple[str, ...]) -> tuple[str, str, str] | None:
@@ -182,7 +164,7 @@ def _counts(row: dict, nouns: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
 
 
 def _known(name: object, nouns: tuple[str, ...]) -> str:
-    noun = " ".join(str(name).lower().split())
+    noun = normalize(str(name))
     if noun not in nouns:
         raise UserError(f"{name!r} is not among its nouns {list(nouns)}")
     return noun

@@ -20,12 +20,12 @@ from pathlib import Path
 
 import diffusers
 import transformers
-import yaml
 
 import r1_prompter
+from data.text import read_yaml
 from doctor.checks import examine, this_machine
 from doctor.report import GB
-from errors import UserError, one_line
+from errors import UserError
 from run.options import option, parse_known, run_main
 
 DEEPSPEED = Path(__file__).resolve().parent.parent / "deepspeed_2.yaml"
@@ -55,13 +55,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_main("doctor", lambda: _examine(sys.argv[1:] if argv is None else argv))
 
 
-def _accelerate(path: Path) -> dict:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"--config_file {path} cannot be read ({one_line(error)}): name accelerate's YAML") from error
-
-
 def _examine(argv: Sequence[str]) -> int:
     own, flags = parse_known((DoctorOptions,), argv, prog="python -m doctor", epilog=OTHERS)
     trainer, plan = TRAINERS[own.trainer], this_machine()
@@ -74,10 +67,10 @@ def _examine(argv: Sequence[str]) -> int:
         plugin = options.training.deepspeed_plugin
         plan = replace(plan, processes=options.training.world_size, zero=plugin.zero_stage if plugin else 0)
     else:
-        said = _accelerate(Path(own.config_file)) if own.config_file else {}
+        said = read_yaml(own.config_file, "--config_file") if own.config_file else {}
         processes = own.processes or plan.gpus or said.get("num_processes", 1)
         if processes > 1 and not said:
-            said = _accelerate(DEEPSPEED)
+            said = read_yaml(DEEPSPEED)
         plan = replace(plan, processes=processes, zero=said.get("deepspeed_config", {}).get("zero_stage", 0))
         # TRL derives its batch numbers from the number of processes, which is only planned here
         config = type("GRPOConfig", (r1_prompter.GRPOConfig,), {"world_size": property(lambda self: processes)})

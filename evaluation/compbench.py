@@ -28,11 +28,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from data.text import text_lines
 from errors import UserError, listed
 from evaluation.benchmark import Benchmark, Item, Verdict
 from evaluation.boxes import NMS_IOU, QUERY, LabelledBox, Owlv2
 from evaluation.depth import Depth
-from evaluation.judged import read_text
 from evaluation.parses import HOW_TO_FREEZE, Parse, Source
 from interfaces import Prompt
 from rewards.gdino import iou
@@ -310,7 +310,7 @@ def load_items(path: Path, parses: Source | None, categories: Sequence[str] = tu
     source, parse = parses or ("--parses, which is not given,", lambda prompt: None)
     items = []
     for category, file in _files(Path(path), categories).items():
-        meta, lines, missing = _meta_of(category, file), _lines(file), []
+        meta, lines, missing = _meta_of(category, file), text_lines(file), []
         for number, prompt in lines:
             parsed = None if category in UNPARSED else parse(prompt)
             if _suffices(parsed, category):
@@ -345,12 +345,6 @@ def _files(path: Path, categories: Sequence[str]) -> dict[str, Path]:
     return {named[0]: path}
 
 
-def _lines(file: Path) -> list[tuple[int, str]]:
-    """(line number from 1, text) of the lines that are not blank."""
-    lines = enumerate(map(str.strip, read_text(file).split("\n")), 1)
-    return [(number, text) for number, text in lines if text]
-
-
 def _suffices(parse: Parse | None, category: str) -> bool:
     """Whether a prompt's parse says all that judging a category needs."""
     if category == "complex":
@@ -373,7 +367,7 @@ def _meta_of(category: str, file: Path) -> Callable[[str, Parse | None], dict[st
     half = re.match("complex_(val|train)", file.stem)
     name = half[0] if half else f"{file.stem}*"
     spatial, action = (
-        {_list_key(text) for one in _beside(category, file, f"{name}_{kind}.txt") for _, text in _lines(one)}
+        {_list_key(text) for one in _beside(category, file, f"{name}_{kind}.txt") for _, text in text_lines(one)}
         for kind in ("spatial", "action")
     )
 
@@ -404,7 +398,7 @@ def _relation(prompt: str, relations: Sequence[str], objects: Sequence[str]) -> 
 
 def _singulars(file: Path) -> dict[str, str]:
     """plural -> singular; the first of equal plurals counts."""
-    pairs = [[name.strip().lower() for name in text.split(" - ")] for _, text in _lines(file)]
+    pairs = [[name.strip().lower() for name in text.split(" - ")] for _, text in text_lines(file)]
     if bad := [pair for pair in pairs if len(pair) < 2]:
         raise UserError(f"{file}: {bad[0][0]!r} is not 'singular - plural': fetch the file again")
     return {pair[1]: pair[0] for pair in reversed(pairs)}

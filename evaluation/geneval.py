@@ -34,9 +34,10 @@ from PIL import Image, ImageOps
 
 from data.grammar import TASKS
 from data.prompts import read_geneval
+from data.text import json_rows
 from errors import UserError
 from evaluation.benchmark import Benchmark, Item, Verdict
-from evaluation.judged import items_of, json_lines, required_texts
+from evaluation.judged import items_of, required_texts
 
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 CLIP = "openai/clip-vit-large-patch14"
@@ -254,7 +255,7 @@ class GenEval(Benchmark):
 
     def load(self, path: Path) -> list[Item]:
         """The prompts of a metadata file; an item's `meta` is its row, its id the row's number from 0: "00017"."""
-        items = items_of(json_lines(path), lambda row, number: _item(row, number, self.class_names))
+        items = items_of(json_rows(path), lambda row, number: _item(row, number, self.class_names))
         text, times = Counter(item.prompt.text for item in items).most_common(1)[0]
         if times > 1:
             raise UserError(f"{path}: the prompt {text!r} comes {times} times: leave one row of each prompt")

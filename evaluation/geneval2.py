@@ -35,9 +35,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from clients.chat import TOP_TOKENS, UNREADABLE, Question, Template, VLMClient
 from clients.verdict import YES_NO, choice
+from data.text import json_rows
 from errors import UserError
 from evaluation.benchmark import Benchmark, Item, Verdict
-from evaluation.judged import ask, items_of, json_lines, required_texts, settings_of
+from evaluation.judged import ask, items_of, required_texts, settings_of
 from interfaces import Prompt
 from models import frozen
 from models.frozen import arithmetic, batches
@@ -181,7 +182,7 @@ class GenEval2(Benchmark):
 
     def load(self, path: Path) -> list[Item]:
         """The rows of `geneval2_data.jsonl`."""
-        return items_of(json_lines(path), _item)
+        return items_of(json_rows(path), _item)
 
     def judge(self, items: Sequence[Item], images: Sequence[Image.Image]) -> list[Verdict]:
         """All questions of all pictures in one call of the VLM."""

@@ -16,6 +16,7 @@ from typing import Any
 
 from clients.chat import MAX_TOKENS, Question, Template, VLMClient
 from clients.chat import Verdict as Answer
+from data.text import json_value, read_text
 from errors import UserError, listed, one_line
 from evaluation.benchmark import Item
 
@@ -28,17 +29,6 @@ def check_rows(errors: Sequence[str]) -> None:
         raise UserError(f"{len(errors)} malformed rows: {listed(errors)}; correct or remove them")
 
 
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, with or without BOM; UserError if it cannot be read or is empty."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text ({one_line(error)}): correct the path") from error
-    if not text.strip():
-        raise UserError(f"{path}: nothing in it: fetch it again")
-    return text
-
-
 def csv_rows(path: Path, errors: list[str], *choices: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
     """(number of its first line, column -> cell) of each row; rows of another width go to `errors`.
 
@@ -47,7 +37,7 @@ def csv_rows(path: Path, errors: list[str], *choices: Sequence[str]) -> Iterator
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     line = 1
     try:
-        header = next(reader)
+        header = next(reader, [])
         if not any(set(columns) <= set(header) for columns in choices):
             wanted = " or ".join(", ".join(columns) for columns in choices)
             there = ", ".join(header)[:200]
@@ -65,22 +55,8 @@ def csv_rows(path: Path, errors: list[str], *choices: Sequence[str]) -> Iterator
 
 def json_list(path: Path) -> list[tuple[str, Any]]:
     """(its place, element) of each element of the JSON list in a file; UserError if it is not JSON."""
-    rows = from_json(read_text(path), str(path))
+    rows = json_value(read_text(path), str(path))
     return [(f"{path}, element {number}", row) for number, row in enumerate(rows, 1)]
-
-
-def json_lines(path: Path) -> list[tuple[str, Any]]:
-    """(its place, the value in it) of each line that is not blank; UserError if one is not JSON."""
-    lines = enumerate(read_text(path).split("\n"), 1)
-    return [(f"{path}, line {line}", from_json(text, f"{path}, line {line}")) for line, text in lines if text.strip()]
-
-
-def from_json(text: str, place: str) -> Any:
-    """The value of a JSON text; UserError, with its place, if it is none."""
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{place}: not JSON ({one_line(error)}): correct it") from error
 
 
 def items_of(

@@ -18,13 +18,12 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from unicodedata import normalize
 
 from PIL import Image, ImageOps
 
+from data.text import json_value, normalize, read_text
 from errors import UserError, listed
 from evaluation.benchmark import Item
-from evaluation.judged import from_json, read_text
 from evaluation.systems import Drawn
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -34,7 +33,7 @@ def pictures_in(place: Path, benchmark: str) -> dict[str, list[tuple[int, Path]]
     """(number, file) of the pictures in a folder, or in a .json file, by each name that a prompt may have there."""
     found: dict[str, list[tuple[int, Path]]] = defaultdict(list)
     if place.is_file():
-        listing = from_json(read_text(place), str(place))
+        listing = json_value(read_text(place), str(place))
         if not isinstance(listing, dict) or not all(isinstance(path, str) for path in listing.values()):
             raise UserError(f"--images {place}: not a JSON object, prompt -> path of its picture")
         for prompt, path in listing.items():
@@ -43,7 +42,7 @@ def pictures_in(place: Path, benchmark: str) -> dict[str, list[tuple[int, Path]]
         of_prompt = benchmark == "geneval" and folder.parent.parent == place and folder.parent.name.isdecimal()
         metadata, name = folder.with_name("metadata.jsonl"), _name(folder.parent.name)
         if of_prompt and metadata.is_file():
-            name = _row(from_json(read_text(metadata), str(metadata)))
+            name = _row(json_value(read_text(metadata), str(metadata)))
         files = [path for path in folder.glob("[!.]*") if path.suffix.lower() in SUFFIXES]
         files.sort(key=lambda path: SUFFIXES.index(path.suffix.lower()), reverse=True)
         for path in {path.stem: path for path in files}.values():
@@ -69,7 +68,7 @@ def _row(row: Mapping[str, Any]) -> str:
 
 def _name(text: str) -> str:
     """Without zeros before a number; macOS writes "é" as two characters."""
-    return str(int(text)) if text.isdecimal() else normalize("NFC", text)
+    return str(int(text)) if text.isdecimal() else normalize(text)
 
 
 class There:

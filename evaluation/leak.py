@@ -1,7 +1,7 @@
 """Did the policy train on the benchmark? Looked up before a score is printed.
 
-Two prompts are the same if their texts are, case and blanks aside, or if they ask for the same: the canonical tuple of
-task, things, attributes, numbers and relation (`data.grammar.canonical`).
+Two prompts are the same if their texts have one normal form (`data.text.normalize`), or if they ask for the same: the
+canonical tuple of task, things, attributes, numbers and relation (`data.grammar.canonical`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.grammar import canonical, normalize, read
+from data.grammar import canonical, read
+from data.text import normalize
 from evaluation.benchmark import Item
 from interfaces import Prompt
 

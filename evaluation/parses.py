@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.grammar import read
+from data.text import json_value, read_text, text_lines
 from errors import UserError, one_line
 
 SPACY_MODEL = "en_core_web_sm"
@@ -125,8 +126,7 @@ def freeze(prompts: str | Path, out: str | Path) -> None:
     stored, known = _load(out) if out.exists() else (name, {})
     if stored != name:
         raise UserError(f"{out} was written by {stored!r}, this is {name!r}: give another file")
-    lines = [line.strip() for line in Path(prompts).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    known |= {line: parse(line) for line in lines if line not in known}
+    known |= {line: parse(line) for _, line in text_lines(Path(prompts)) if line not in known}
     rows = {prompt: asdict(one) for prompt, one in known.items()}
     out.write_text(json.dumps({"source": name, "prompts": rows}, indent=1, ensure_ascii=False), encoding="utf-8")
 
@@ -146,9 +146,9 @@ def _spacy():
 def _load(path: Path) -> tuple[str, dict[str, Parse]]:
     """(who parsed, parses by prompt) of a frozen file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json_value(read_text(path), str(path))
         return content["source"], {prompt: _parse(row) for prompt, row in content["prompts"].items()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (UserError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no file of parses ({one_line(error)}): {HOW_TO_FREEZE}") from error
 
 

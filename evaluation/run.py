@@ -31,7 +31,8 @@ import torch
 from accelerate import PartialState
 
 from data.prompts import load_prompts
-from errors import Stopped, UserError, one_line
+from data.text import json_rows
+from errors import Stopped, UserError
 from evaluation import leak
 from evaluation.benchmark import Benchmark, Item
 from evaluation.benchmarks import BENCHMARKS, BenchmarkOptions, Constructor
@@ -176,11 +177,7 @@ def _read_rewrites(out: Path, mine: int | None = None) -> dict[str, dict[str, An
 
 def _given(path: Path, items: Sequence[Item]) -> dict[str, tuple[str, bool]]:
     """Rewrites of a file, by prompt; every prompt must have one."""
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        known = {row["prompt"]: row["rewrite"] for row in rows}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--rewrites {path}: not rows of `prompt` and `rewrite` ({one_line(error)})") from error
+    known = {row["prompt"].strip(): row["rewrite"] for _, row in json_rows(path, "prompt", "rewrite")}
     missing = [item.prompt.text for item in items if not known.get(item.prompt.text)]
     if missing:
         raise UserError(f"--rewrites {path} has none of {len(missing)} prompts, the first {missing[0][:80]!r}")

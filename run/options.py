@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import yaml
 from transformers import TrainingArguments
 from trl import ModelConfig, TrlParser
 
+from data.text import read_yaml
 from errors import Stopped, UserError
 
 CHANGES = ("nothing", "pictures", "run")
@@ -126,7 +126,7 @@ def parse(kinds: Sequence[type], recipe: Path | None, argv: Sequence[str]) -> tu
         parser.set_defaults(use_cpu=not torch.cuda.is_available())
     for path in (recipe, config_path(argv)):
         if path is not None:
-            parser.set_defaults_with_config(**_read_yaml(Path(path), parser))
+            parser.set_defaults_with_config(**_defaults(Path(path), parser))
     try:
         *filled, _, unknown = parser.parse_args_into_dataclasses(
             args=list(argv), return_remaining_strings=True, look_for_args_file=False
@@ -194,15 +194,8 @@ def set_renamed(outdir: str, gpt_path: str, training: TrainingArguments, model: 
     }
 
 
-def _read_yaml(path: Path, parser: TrlParser) -> dict[str, Any]:
-    try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise UserError(f"--config {path} cannot be read ({error.strerror}): check the path") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {error}") from error
-    if not isinstance(options, dict):
-        raise UserError(f"{path} holds a {type(options).__name__}, not `option: value` lines")
+def _defaults(path: Path, parser: TrlParser) -> dict[str, Any]:
+    options = read_yaml(path)
     actions = {action.dest: action for action in parser._actions}
     for key, value in options.items():
         if key not in actions:

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from data.text import fold
+
 Row = Mapping[str, Any]
 
 
@@ -49,7 +51,7 @@ def rewrites(readable: Sequence[Row], max_tokens: int) -> dict[str, float]:
     if not readable:
         return {}
     lengths = [row["tokens"] for row in readable]
-    texts = [(_words(row["rewrite"]), _words(row["prompt"])) for row in readable]
+    texts = [(fold(row["rewrite"]).split(), fold(row["prompt"]).split()) for row in readable]
     return {
         "rewrites/tokens": float(np.mean(lengths)),
         "rewrites/overflow": float(np.mean([length > max_tokens for length in lengths])),
@@ -159,7 +161,3 @@ def _spread(name: str, deviations_PG: np.ndarray) -> dict[str, float]:
     if not len(spreads):
         return {}
     return {f"{name}/spread": float(spreads.mean()), f"{name}/zero_spread": float((spreads < 1e-6).mean())}
-
-
-def _words(text: str) -> list[str]:
-    return text.casefold().split()

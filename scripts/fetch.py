@@ -29,6 +29,7 @@ from huggingface_hub.file_download import http_get, repo_folder_name
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import WeakFileLock, build_hf_headers, filter_repo_objects
 
+from data.text import read_yaml
 from errors import Stopped, UserError, one_line
 from models import weights
 from models.hub import READ, base_of, is_adapter
@@ -99,10 +100,7 @@ def parse_options(argv: Sequence[str]) -> dict[str, Any]:
     given |= {name: path for name, path in vars(reward).items() if name.endswith("_path") and path is not None}
     options = dict(DEFAULTS)
     for path in filter(None, (RECIPE, config)):
-        try:
-            options |= yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
-            raise UserError(f"--config {path} cannot be read ({one_line(error)})") from error
+        options |= read_yaml(path)
     return options | given
 
 

@@ -41,6 +41,7 @@ from clients.chat import ChatClient
 from clients.http import CallFailed
 from data.intent import can_check, lost
 from data.prompts import load_prompts
+from data.text import fold
 from errors import Stopped, UserError, one_line
 from interfaces import Prompt
 from models.policy import pick_device
@@ -65,10 +66,9 @@ FOR_A_TEACHER = (
 REFUSED, TRUNCATED, MALFORMED = "refused", "truncated", "malformed"
 INTENT, FOREIGN = "intent lost", "not of the miniature world"
 _REFUSAL = re.compile(
-    r"\W*(?:(?:i['’]?m |i am )?(?:(?:very|so|really|truly) )?sorry|i apologi[sz]e|my apologies|unfortunately,? i"
-    r"|as an ai|i (?:cannot|can['’]t|(?:can|could|will|do|am) not|(?:could|do)n['’]t|won['’]t)"
-    r"|(?:i['’]m|i am) (?:not|unable))\b",
-    re.IGNORECASE,
+    r"\W*(?:(?:i'?m |i am )?(?:(?:very|so|really|truly) )?sorry|i apologi[sz]e|my apologies|unfortunately,? i"
+    r"|as an ai|i (?:cannot|can't|(?:can|could|will|do|am) not|(?:could|do)n't|won't)"
+    r"|(?:i'm|i am) (?:not|unable))\b",
 )
 ATTEMPTS = 6  # at one call of the teacher's API
 PATIENCE = 20  # prompts in a row without any score before the run stops
@@ -142,7 +142,7 @@ def read(reply: ChatCompletion) -> dict:
     # chat template opened, or in a field of its own.
     tried = (text, text.partition("</think>")[2], f"<think>{text}", f"<think>{thought}</think>{text}")
     answer = next(filter(None, map(parse_answer, tried)), None)
-    if refusal or choice.finish_reason == "content_filter" or _REFUSAL.match(answer.rewrite if answer else text):
+    if refusal or choice.finish_reason == "content_filter" or _REFUSAL.match(fold(answer.rewrite if answer else text)):
         drop = REFUSED
     elif choice.finish_reason == "length":
         drop = TRUNCATED

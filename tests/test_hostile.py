@@ -12,6 +12,8 @@ import pytest
 from PIL import Image
 
 from clients.chat import VLMClient
+from data.prompts import load_prompts
+from data.text import visible
 from interfaces import Prompt, Reward, Sample
 from miniature.judge_server import JudgeServer
 from models.policy import load_tokenizer
@@ -44,12 +46,13 @@ def run(where: Path, *command: object) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("hostile") / "prompts.jsonl"
-    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in TEXTS if text.strip()), encoding="utf-8")
+    seen = [text for text in TEXTS if visible(text).strip() and "\0" not in text]
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in seen), encoding="utf-8")
     return path
 
 
 def read_back(path: Path) -> set[str]:
-    return {row["prompt"] for row in rows(path)}
+    return {prompt.text for prompt in load_prompts(path)}
 
 
 def test_200_hostile_prompts_are_trained_on_and_none_escapes_or_is_scored_unseen(toy, prompts, tmp_path):
@@ -74,7 +77,7 @@ def test_200_hostile_prompts_are_trained_on_and_none_escapes_or_is_scored_unseen
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
     trained = [row for path in sorted((tmp_path / "run" / "rollouts").iterdir()) for row in rows(path)]
     wanted = read_back(prompts)
-    assert {row["prompt"] for row in trained} <= {text.strip() for text in wanted} and len(trained) >= 4 * 180
+    assert {row["prompt"] for row in trained} <= wanted and len(trained) >= 4 * 180
     for row in trained:  # no number without a picture that was seen
         assert row["total"] is not None and (row["rewrite"] is None) == (row["seeds"] == [])
     assert all(re.fullmatch(r"[0-9a-f]{20}\.png", path.name) for path in (tmp_path / "run" / "images").iterdir())
@@ -90,7 +93,7 @@ def test_200_hostile_prompts_are_rewritten_and_drawn_under_names_that_are_not_th
     run(tmp_path, ROOT / "scripts" / "reprompt.py", *options)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     written = rows(tmp_path / "out" / "rewrites.jsonl")
-    assert {row["prompt"] for row in written} == {text.strip() for text in read_back(prompts)}
+    assert {row["prompt"] for row in written} == read_back(prompts)
     names = [path.name for path in (tmp_path / "out").iterdir()]
     assert all(re.fullmatch(r"[\w.-]+\.(png|jsonl?|html)", name) for name in names)
     assert not any("passwd" in name or "cat" in name for name in names)

@@ -212,12 +212,10 @@ def test_bad_options_are_one_line_with_the_value_and_code_2(case, cold, tmp_path
 @pytest.mark.parametrize(
     ("content", "named"),
     [
-        ("", "no examples"),
-        ('{"prompt": "x"}', "line 1: not an object with the texts prompt, rewrite, reasoning"),
-        ('{"prompt": "x", "reasoning": "y", "rewrite": "z"}\n[1]', "line 2: not an object"),
-        ("nonsense", "line 1: not JSON"),
-        ('{"prompt": "x", "reasoning": "", "rewrite": "z"}', "line 1: cannot be read back"),
-        ('{"prompt": "x", "reasoning": "<think>", "rewrite": "z"}', "line 1: cannot be read back"),
+        ("", "bad.jsonl"),
+        ('{"prompt": "x", "reasoning": "y", "rewrite": "z"}\n{"prompt": "x"}', "line 2: .*rewrite"),
+        ('{"prompt": "x", "reasoning": "", "rewrite": "z"}', "line 1: .*reasoning"),
+        ('{"prompt": "x", "reasoning": "<think>", "rewrite": "z"}', "line 1: .*<think>"),
     ],
 )
 def test_a_bad_file_names_the_line_and_what_is_wrong(tmp_path, content, named):
