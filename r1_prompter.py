@@ -21,6 +21,7 @@ What happens to a run that is killed, starved or lied to: docs/reliability.md.
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 import time
@@ -298,11 +299,19 @@ class RewardColumns:
         return column
 
 
+def _without_conversation(record: logging.LogRecord) -> bool:
+    """Shorten TRL's warning of a rollout that has no score, which holds the rollout's whole conversation."""
+    if "All reward functions returned None" in str(record.msg):
+        record.msg = "rollouts without a score are left out of this step: absent/ in metrics.jsonl has the causes"
+    return True
+
+
 class RewriteTrainer(RunTrainer, GRPOTrainer):
     """TRL's GRPO, which also times its phases and writes down every rollout with the advantage it was given."""
 
     def __init__(self, *args: Any, columns: RewardColumns, script: ScriptArguments, **kwargs: Any):
         super().__init__(*args, reward_funcs=columns.functions(), **kwargs)
+        logging.getLogger("trl.trainer.grpo_trainer").addFilter(_without_conversation)
         self.columns, self.script, self.watchdog = columns, script, Watchdog(script.max_absent_share, script.reasoning)
         sample_as_asked(self.model, self.args)
 

@@ -18,9 +18,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import diffusers
-import transformers
-
 import r1_prompter
 from data.text import read_yaml
 from doctor.checks import examine, this_machine
@@ -77,8 +74,6 @@ def _examine(argv: Sequence[str]) -> int:
         options = trainer.parse_options(flags, config)
     if options.training.process_index:
         return 0  # the main process looks and prints
-    transformers.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.disable_progress_bar()
     found = examine(trainer, options, plan, own.probe)
     data = {"exit_code": found.exit_code, **asdict(found)}
     print(json.dumps(data, indent=2) if own.json else found.as_text(), flush=True)

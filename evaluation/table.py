@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from clients.chat import UNREADABLE
 from evaluation.pipeline import Row, finished
 from evaluation.statistics import OVERALL, Estimate, Table
+from report.terminal import aligned
 
 NOTHING = "no difference seen"
 MOST_ABSENT = 0.01  # share of a system's pictures that may lack a verdict without a warning
@@ -19,7 +20,7 @@ def text_table(title: str, table: Table) -> str:
     systems, categories = list(table.scores), [*table.points, OVERALL]
     header = [title, "n", *systems]
     rows = [[name, *_cells(table, name)] for name in categories]
-    lines = _aligned([header, *rows], ruled=(0, len(rows) - 1))
+    lines = aligned([header, *rows], ruled=(0, len(rows) - 1))
     for system, differences in table.differences.items():
         lines += ["", f"{system} minus {systems[0]}, on the same prompts and noise, judged of both"]
         width = max(map(len, categories))
@@ -56,7 +57,7 @@ def cost_table(costs: Mapping[str, Mapping[str, float]]) -> str:
     for system, of in costs.items():
         spent = [f"{of['pictures']:.2f}", f"{of['seconds']:.3f}", f"{of['unreadable']} of {of['rows']}"]
         lines.append([system, *spent, *(str(of[name]) for name in lost)])
-    return "\n".join(_aligned(lines, ruled=(0,)))
+    return "\n".join(aligned(lines, ruled=(0,)))
 
 
 def absences(system: str, rows: Sequence[Row]) -> str:
@@ -74,14 +75,3 @@ def _cells(table: Table, name: str) -> list[str]:
     counts = ["" if name == OVERALL else str(one.n if one else 0) for one in found]
     values = [f"{one.value:.3f} ± {(one.high - one.low) / 2:.3f}" if one else "not judged" for one in found]
     return ["/".join(counts if len(set(counts)) > 1 else counts[:1]), *values]
-
-
-def _aligned(rows: Sequence[Sequence[str]], ruled: Sequence[int] = ()) -> list[str]:
-    """Columns padded to their widest cell, the first to the left; a rule under each row in `ruled`."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for i, row in enumerate(rows):
-        lines.append("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip())
-        if i in ruled:
-            lines.append("-" * (sum(widths) + 2 * (len(widths) - 1)))
-    return lines

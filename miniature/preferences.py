@@ -61,7 +61,7 @@ def build_hps(caption_steps: int = 500, preference_steps: int = 2500, groups: in
     save_file({key: value.half().contiguous() for key, value in clip.state_dict().items()}, folder / WEIGHTS_FILE)
     preprocess_cfg = {"mean": MEAN, "std": STD, "resize_mode": "longest", "interpolation": "bicubic"}
     config = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
-    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def build_pickscore(caption_steps: int = 400, preference_steps: int = 1600, groups: int = 32) -> None:
@@ -162,7 +162,7 @@ def build_imagereward(sight_steps: int = 300, preference_steps: int = 1000, grou
     weights = {original_name(name): value.half().contiguous() for name, value in blip.state_dict().items()}
     save_file(weights, folder / "ImageReward.safetensors")
     for name, config in (("vision_config.json", vision_config), ("med_config.json", med_config)):
-        (folder / name).write_text(json.dumps(config, indent=2) + "\n")
+        (folder / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def bert_tokenizer():

@@ -16,6 +16,7 @@ import httpx
 from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from peft import PeftConfig
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from errors import UserError, one_line
 from models.weights import absent_shards, check_folder, locked
@@ -96,9 +97,18 @@ def on_disk(path: str) -> Path | None:
 def read(kind: Any, folder: Path, **options: Any) -> Any:
     """`kind.from_pretrained(folder)` without network; UserError if that fails: no such files, or a damaged one."""
     try:
-        return kind.from_pretrained(folder, local_files_only=True, **options)
+        found = kind.from_pretrained(folder, local_files_only=True, **options)
     except Exception as error:  # transformers lets through whatever its readers raise on damaged files
         raise UserError(f"cannot read {folder} as {kind.__name__} ({one_line(error)}): fetch it again") from error
+    return let_count(found)
+
+
+def let_count(part: Any) -> Any:
+    """`part`; a tokenizer no longer foretells "indexing errors" for a long text, because its users cut the text."""
+    tokenizer = part.tokenizer if isinstance(part, ProcessorMixin) else part
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+    return part
 
 
 def is_adapter(path: str) -> bool:

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
+import sys
 import time
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,13 +30,14 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from errors import UserError, one_line
 from interfaces import OnImage
 from models.frozen import DTYPES, without_zero3_init
-from models.hub import resolve
+from models.hub import let_count, resolve
 from models.weights import check_folder, locked
 from rendering.levers import TRIAL_MEMORY_SHARE, apply, on_device, smallest_good_batch, text_encoders
 from rendering.options import RenderOptions
 from rendering.rows import OnRow, Outcome, Row, draw_distinct
 from run.signals import leaving
 
+logger = logging.getLogger(__name__)
 # Pipelines print every text that they cut, padding included; `LocalRenderer.truncated` counts them and warns once.
 logging.getLogger("diffusers.pipelines").setLevel(logging.ERROR)
 
@@ -150,7 +152,7 @@ class LocalRenderer:
 
         The chat template that language-model encoders (Qwen-Image, Z-Image, FLUX.2) put around a text is not counted.
         """
-        return len(self._tokenizer(text, verbose=False).input_ids)
+        return len(self._tokenizer(text).input_ids)
 
     @property
     def max_tokens(self) -> int:
@@ -178,10 +180,11 @@ class LocalRenderer:
         lengths = [self.count_tokens(text) for text in self._texts]
         cut = sum(length > self.max_tokens for length in lengths)
         if cut and not self.truncated:
-            warnings.warn(
-                f"a text of {max(lengths)} tokens is longer than the {self.max_tokens} that the renderer reads: its "
-                "end is not drawn. Raise max_sequence_length or ask for shorter rewrites. From now on only counted.",
-                stacklevel=2,
+            logger.warning(
+                "a text of %d tokens is longer than the %d that the renderer reads: its end is not drawn. Raise "
+                "--max_sequence_length or ask for shorter rewrites. From now on only counted.",
+                max(lengths),
+                self.max_tokens,
             )
         self.truncated += cut
 
@@ -207,10 +210,11 @@ class LocalRenderer:
 
     def _halve_chunk(self) -> None:
         half = self.chunk_size // 2
-        warnings.warn(
-            f"out of memory drawing {self.chunk_size} pictures at once: from now on {half}. Start with "
-            f"--render_batch_size {half} to save the failed attempt.",
-            stacklevel=2,
+        logger.warning(
+            "out of memory drawing %d pictures at once: from now on %d, as --render_batch_size would have it from the "
+            "start",
+            self.chunk_size,
+            half,
         )
         self.chunk_size = half
 
@@ -412,7 +416,7 @@ def load_pipeline(
         raise UserError(f"--render_dtype {options.render_dtype}: choose one of {', '.join(DTYPES)}")
     pipe = pipe or _load(options.sdmodel_name, DTYPES[options.render_dtype])
     pipe.set_progress_bar_config(disable=True)
-    for component in pipe.components.values():
+    for component in map(let_count, pipe.components.values()):
         if isinstance(component, torch.nn.Module):
             component.eval().requires_grad_(False)
     apply(options, pipe, torch.device(device))
@@ -424,6 +428,8 @@ def _load(path: str, dtype: torch.dtype) -> DiffusionPipeline:
     for part in folder.iterdir():
         if part.is_dir():
             check_folder(part)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"loading {path}", file=sys.stderr, flush=True)
     try:
         with without_zero3_init():
             return AutoPipelineForText2Image.from_pretrained(

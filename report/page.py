@@ -25,12 +25,12 @@ import re
 from pathlib import Path
 from statistics import fmean
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template, select_autoescape
 from PIL import Image
 
 from errors import UserError
 from report.plots import BOX, CURVE_POINTS, PHASES, column, panels
-from report.terminal import number
+from report.terminal import number, print_anywhere
 
 SIDES = {"raw": "raw prompt", "start": "policy before", "trained": "policy after"}  # of the gallery
 GALLERY_ROWS = 24  # half of them folded away
@@ -229,7 +229,7 @@ def write_report(run_dir: Path) -> Path:
     folder = Folder(run_dir)
     run, summary = folder.record("run.json"), folder.record("summary.json")
     rows = logged_steps(folder)
-    page = _template().render(
+    page = _template("report.html.jinja").render(
         title=folder.root.name,
         run=run,
         tiles=_tiles(rows, summary),
@@ -249,21 +249,32 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
-def _template() -> Template:
+def write_card(run_dir: Path, policy: Path, **logged) -> None:
+    """Write README.md into the folder of trained weights: what a hub shows of them; `logged`: step, metrics, tags."""
+    run, adapter = Folder(run_dir).record("run.json"), (policy / "adapter_config.json").is_file()
+    base = run["config"]["gpt_path"]
+    on_hub = base.count("/") == 1 and not Path(base).exists()  # as a base model a hub takes its own names only
+    more = {"name": run_dir.resolve().name, "adapter": adapter, "on_hub": on_hub, **logged}
+    card = _template("README.md.jinja").render(run=run, config=run["config"], **more)
+    (policy / "README.md").write_bytes(f"{card}\n".encode("utf-8", "replace"))
+
+
+def _template(name: str) -> Template:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        autoescape=select_autoescape(["html.jinja"]), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters["json"] = json.dumps
     environment.filters["clip"] = lambda text, most=700: (
         text if len(text) <= most else f"{text[:most]} … (+{len(text) - most} characters)"
     )
-    return environment.get_template("report.html.jinja")
+    return environment.get_template(name)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m report.page", description="Write report.html of a run.")
     parser.add_argument("run_dir", type=Path, help="the run folder, e.g. runs/demo")
+    print_anywhere()
     try:
         print(write_report(parser.parse_args().run_dir))
     except UserError as error:

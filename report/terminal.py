@@ -1,11 +1,30 @@
-"""Plain-text pictures of a run for a terminal: a sparkline of a metric and a table of scores."""
+"""Plain text for any terminal: a sparkline of a metric, a table of scores, and no text that cannot be printed."""
 
 from __future__ import annotations
 
+import codecs
+import io
 import math
+import sys
 from collections.abc import Sequence
 
-BARS = "▁▂▃▄▅▆▇█"
+BARS, ASCII_BARS = "▁▂▃▄▅▆▇█", "_.-:=+*#"
+NEAREST = str.maketrans(
+    {"±": "+-", "→": "->", "−": "-", "×": "x", "–": "-", "Δ": "change of", "…": "...", "‘": "'", "’": "'"}
+)
+
+
+def print_anywhere() -> None:
+    """Let stdout and stderr print every text: what their encoding lacks becomes like ASCII, or backslash and hex."""
+    codecs.register_error("nearest", _nearest)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a notebook's is none, and takes every text
+            stream.reconfigure(errors="nearest")
+
+
+def _nearest(error: UnicodeError) -> tuple[str, int]:
+    text = error.object[error.start : error.end].translate(NEAREST)
+    return text.encode("ascii", "backslashreplace").decode(), error.end
 
 
 def number(value: object) -> float | None:
@@ -27,9 +46,10 @@ def sparkline(values: Sequence[float | None], width: int = 60) -> str:
     heights = thin([number(value) for value in values], width)
     known = [height for height in heights if height is not None]
     low, span = min(known, default=0.0), max(known, default=0.0) - min(known, default=0.0)
-    top = len(BARS) - 1
+    top, encoding = len(BARS) - 1, sys.stdout.encoding or "utf-8"
+    bars = BARS if BARS.encode(encoding, "ignore").decode(encoding) == BARS else ASCII_BARS
     return "".join(
-        " " if height is None else BARS[round(top * (height - low) / span) if span else top // 2] for height in heights
+        " " if height is None else bars[round(top * (height - low) / span) if span else top // 2] for height in heights
     )
 
 
@@ -39,6 +59,15 @@ def text_table(table: dict) -> str:
     for row in table["rows"]:
         mean = "-" if row["mean"] is None else f"{row['mean']:.3f} ± {(row['ci95'][1] - row['ci95'][0]) / 2:.3f}"
         rows.append([row["label"], mean, *("-" if cell is None else f"{cell:.2f}" for cell in row["cells"])])
+    return "\n".join(aligned(rows, ruled=(0,)))
+
+
+def aligned(rows: Sequence[Sequence[str]], ruled: Sequence[int] = ()) -> list[str]:
+    """Columns padded to their widest cell, the first to the left; a rule under each row in `ruled`."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    lines = []
+    for i, row in enumerate(rows):
+        lines.append("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip())
+        if i in ruled:
+            lines.append("-" * (sum(widths) + 2 * (len(widths) - 1)))
+    return lines

@@ -323,7 +323,7 @@ class GroundingDino(Reward):
     def tokenize(self, nouns: Sequence[str]) -> Caption:
         """The caption of `nouns` in tokens; a noun that does not fit into the model's text length has none."""
         encoded = self.tokenizer(
-            caption_of(nouns), return_offsets_mapping=True, split_special_tokens=True, truncation=False, verbose=False
+            caption_of(nouns), return_offsets_mapping=True, split_special_tokens=True, truncation=False
         )
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
         tokens = [  # a token that the tokenizer adds has no characters

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import logging
 import os
 import re
 import sys
@@ -16,12 +17,16 @@ from dataclasses import MISSING, Field, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+import datasets
+import diffusers
 import torch
 from transformers import TrainingArguments
+from transformers.utils.logging import set_tqdm_hook
 from trl import ModelConfig, TrlParser
 
 from data.text import read_yaml
 from errors import Stopped, UserError
+from report.terminal import print_anywhere
 
 CHANGES = ("nothing", "pictures", "run")
 WHERE = ("client", "drawer")
@@ -160,8 +165,16 @@ def parse_known(kinds: Sequence[type], argv: Sequence[str], **about: str) -> tup
 def run_main(program: str, work: Callable[[], int | None]) -> int:
     """Run a program's work; returns its exit code: 0 (or what `work` returns), 2 for a UserError, 1 for a Stopped.
 
-    The first process of a launch prints an error, in one line on stderr.
+    The first process of a launch prints an error, in one line on stderr. Bars of loading are for slow loading only,
+    because a dozen of them hides what a log says.
     """
+    print_anywhere()
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    set_tqdm_hook(lambda bar, args, options: bar(*args, **{**options, "delay": 10}))  # seconds until one is shown
+    diffusers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed finds out the same, and warns
     try:
         return work() or 0
     except (UserError, Stopped) as error:

@@ -25,7 +25,7 @@ from trl import ModelConfig
 from trl.trainer.utils import RepeatSampler
 
 from errors import ScoringError
-from report.page import write_report
+from report.page import write_card, write_report
 from run import signals
 from run.checkpoints import STAGING
 from run.folder import Resume, RunFolder
@@ -60,7 +60,7 @@ class RunTrainer(Trainer):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        self.folder, self.resume, self.heartbeat, self.cycle = folder, resume, heartbeat, cycle
+        self.folder, self.resume, self.heartbeat, self.cycle, self.shown = folder, resume, heartbeat, cycle, shown
         self.saver = Saver(
             folder, heartbeat, self.args.save_total_limit, lambda: checkpoint_size(self.model.parameters())
         )
@@ -107,6 +107,15 @@ class RunTrainer(Trainer):
         set_random_state(self.guard.random_state)
         self.state.num_input_tokens_seen = self.guard.tokens_seen
         self._save_checkpoint(self.model, trial=None)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's draft knows nothing of the run; `_save` writes a card beside the weights."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        shown = [pair for row in self.state.log_history for pair in self.shown(row).items() if pair[1] is not None]
+        logged = {"step": self.state.global_step, "metrics": dict(shown), "tags": self._tag_names}
+        write_card(self.folder.path, Path(output_dir or self.args.output_dir), **logged)
 
     def _get_output_dir(self, trial: Any) -> str:
         run = super()._get_output_dir(trial)

@@ -27,7 +27,7 @@ import yaml
 from evaluation.sheet import Cell, contact_sheet
 from miniature import build
 from miniature.held_out import HeldOut, measure, table
-from report.page import write_report
+from report.page import Folder, write_report
 from report.plots import PHASES
 from report.terminal import sparkline, text_table
 from run.files import save_png
@@ -126,7 +126,7 @@ def draw_before_after(outdir: Path, gallery: Sequence[dict]) -> None:
 
 def summarise(outdir: Path, found: HeldOut, started: float) -> dict:
     """What `summary.json` holds: the oracle's table, the figures to be read first, and the costs."""
-    rows, record = metrics(outdir), json.loads((outdir / "run.json").read_text(encoding="utf-8"))
+    rows, record = Folder(outdir).rows("metrics.jsonl"), json.loads((outdir / "run.json").read_text(encoding="utf-8"))
     seconds = {phase: sum(row[f"seconds/{phase}"] for row in rows) for phase in PHASES}
     rollouts = len(rows) * record["derived"]["completions_per_generation"]
     return {
@@ -143,15 +143,10 @@ def summarise(outdir: Path, found: HeldOut, started: float) -> dict:
     }
 
 
-def metrics(outdir: Path) -> list[dict]:
-    """The rows of `metrics.jsonl`."""
-    return [json.loads(line) for line in (outdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
 def show(outdir: Path) -> None:
     """Print the reward's course, the table and the costs; write the report."""
     summary = json.loads((outdir / "summary.json").read_text(encoding="utf-8"))
-    rewards = [row["reward"] for row in metrics(outdir)]
+    rewards = [row["reward"] for row in Folder(outdir).rows("metrics.jsonl")]
     tenth = max(1, len(rewards) // 10)
     print(f"\nreward   {sparkline(rewards)}   {fmean(rewards[:tenth]):.3f} -> {fmean(rewards[-tenth:]):.3f}\n")
     print(text_table(summary["table"]))

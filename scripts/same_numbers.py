@@ -27,6 +27,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from report.terminal import print_anywhere
+
 ROOT = Path(__file__).resolve().parent.parent
 # 4 prompts x 4 completions a step; the held-out reward is there so that held-out scores are compared, too
 TRAINING = """r1_prompter.py --config configs/miniature.yaml --max_steps 3 --per_device_train_batch_size 16
@@ -44,6 +46,7 @@ def main() -> int:
     parser.add_argument("commit", help="the state to compare with: a hash, a branch or a tag")
     parser.add_argument("--lora", action="store_true", help="train an adapter; else all weights")
     args = parser.parse_args()
+    print_anywhere()
     commit = git("rev-parse", "--verify", "--quiet", f"{args.commit}^{{commit}}").stdout.strip()
     if not commit:
         print(f"same_numbers: error: {args.commit!r} is no commit of {ROOT}", file=sys.stderr)

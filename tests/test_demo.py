@@ -14,13 +14,15 @@ import pytest
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[1]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "ascii"}
+NOISE = ("Loading weights", "pipeline components", "Writing model", "accelerator", "indexing errors", "Traceback")
 
 
 def run(*command: object) -> subprocess.CompletedProcess:
     words = [sys.executable, *map(str, command)]
     done = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert [words for words in NOISE if words in done.stdout + done.stderr] == []
     return done
 
 
@@ -74,6 +76,9 @@ def test_a_lora_run_leaves_an_adapter_that_rewrites(tmp_path):
     lora = ["--use_peft", "true", "--lora_r", 4, "--lora_target_modules", "q_proj", "v_proj"]
     run("r1_prompter.py", "--config", "configs/miniature.yaml", "--outdir", tmp_path / "run", *short, *lora)
     assert (tmp_path / "run" / "adapter_config.json").exists()
+    for card in (tmp_path / "run" / "README.md", tmp_path / "run" / "checkpoint-2" / "README.md"):  # not PEFT's draft
+        text = card.read_text(encoding="utf-8")
+        assert "2 of 2" in text and "r1_prompter.py --config" in text and "More Information Needed" not in text
     (tmp_path / "prompts.txt").write_text("a photo of three circles\n")
     command = ["--data", tmp_path / "prompts.txt", "--gpt_path", tmp_path / "run", "--out", tmp_path / "rewrites"]
     run("scripts/reprompt.py", *command)

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from miniature.judge_server import JudgeServer
+from prompting import SYSTEM_PROMPT
 from run import checkpoints
 from run.checkpoints import ResumeKey
 from tests.processes import ENVIRONMENT, ROOT, launcher
@@ -353,6 +354,7 @@ def test_a_judge_that_stops_judging_stops_the_run_with_its_share(toy, tmp_path, 
         options = ["--rewards", "judge", "--judge_model", "miniature", "--judge_url", url, "--judge_timeout", 1]
         done = run(TRAIN, toy, tmp_path / "run", *options)
     assert done.returncode == 1 and "missing: judge in 100%" in last_error(done)
+    assert SYSTEM_PROMPT[:40] not in done.stderr and max(map(len, done.stderr.splitlines())) < 400  # no dump of a chat
     last = max((tmp_path / "run" / "rollouts").iterdir())
     assert all(row["total"] is None and row["advantage"] == 0 for row in rows(last) if row["rewrite"])
 

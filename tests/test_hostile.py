@@ -112,7 +112,7 @@ class Watching(Reward):
         return [0.5 for _ in samples]
 
 
-def test_200_hostile_rewrites_are_drawn_scored_and_never_become_the_judges_text(toy):
+def test_200_hostile_rewrites_are_drawn_scored_and_never_become_the_judges_text(toy, caplog):
     prompt, watching = Prompt("a photo of a red cat"), Watching()
     options = RenderOptions(
         str(toy.flux), render_dtype="float32", render_steps=1, resolution=16, max_sequence_length=64,
@@ -122,8 +122,8 @@ def test_200_hostile_rewrites_are_drawn_scored_and_never_become_the_judges_text(
     hps = HPS(toy.hps, device="cpu")
     scorer = Scorer(Drawer(renderer, group=len(REWRITES)), [hps, watching], {prompt.id: prompt})
     answers = [f"<think>hm</think><answer>{rewrite}</answer>" for rewrite in REWRITES]
-    with pytest.warns(UserWarning, match="its end is not drawn"):  # over-long rewrites are cut with a warning
-        scored = scorer.score(answers, [prompt.id] * len(answers), 1)
+    scored = scorer.score(answers, [prompt.id] * len(answers), 1)
+    assert "its end is not drawn" in caplog.text  # over-long rewrites are cut with a warning
     assert set(watching.texts) == {prompt.text}
     readable = [row for row in scored if row.sample.rewrite is not None]
     assert len(readable) > 150

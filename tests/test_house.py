@@ -25,11 +25,11 @@ FLOORS = [
 FLOOR = {name: number for number, names in enumerate(FLOORS, 1) for name in names}
 # Lines of Python, blank lines and docstrings included. Larger than first planned: run (a loop for trainers without
 # TRL, options that say what they change), scoring (drawing and judging are two parts), clients (the judges' cache, the
-# teacher, the one reader of verdicts), rendering (quantisation, LoRA, other engines' servers), data (places, relations
-# and words of an intent, the reader of other people's files), evaluation (what could not be judged is counted by reason, asked again, and left out of
-# paired means).
+# teacher, the reader of verdicts), report (terminals, a policy's card), rendering (quantisation, LoRA, other engines'
+# servers), data (places, relations and words of an intent, the reader of other people's files), evaluation (what could
+# not be judged is counted by reason, asked again, and left out of paired means).
 BUDGETS = {
-    "r1_prompter": 500, "sft": 260, "run": 1580, "report": 460, "scoring": 915, "models": 900, "clients": 770,
+    "r1_prompter": 500, "sft": 260, "run": 1600, "report": 495, "scoring": 915, "models": 900, "clients": 770,
     "rendering": 1755, "rewards": 2350, "data": 1630, "evaluation": 3910, "doctor": 700, "miniature": 2400,
     "scripts": 2800,
 }  # fmt: skip
@@ -155,3 +155,25 @@ def options() -> Iterator[type]:
 @pytest.mark.parametrize("kind", options(), ids=lambda kind: f"{kind.__module__}.{kind.__name__}")
 def test_every_option_says_what_it_changes(kind):
     assert [one.name for one in fields(kind) if "changes" not in one.metadata] == []
+
+
+def calls(*names: str) -> Iterator[tuple[str, int, dict[str | None, str]]]:
+    """Of each call of a function or method of these names: where it is, its unnamed arguments, the named ones."""
+    for path in FILES:
+        for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in names:
+                given = {word.arg: ast.unparse(word.value) for word in node.keywords}
+                yield f"{path}:{node.lineno} {ast.unparse(node)}", len(node.args), given
+
+
+def test_every_option_has_a_help_and_a_type_whose_name_can_be_shown():
+    flags = [(where, given) for where, _, given in calls("add_argument") if None not in given]
+    bare = [where for where, unnamed, given in calls("option") if unnamed < 2 and "help" not in given]
+    assert len(flags) > 8 and bare == []
+    assert [where for where, given in flags if "help" not in given or given.get("type", "").startswith("_")] == []
+
+
+def test_every_text_file_is_utf_8_whatever_the_locale():
+    found = [where for where, _, _ in calls("read_text", "write_text", "open")]
+    texts = [one for one in found if re.search(r"\.(read|write)_text\(| open\((?!.*'[rwa]b')", one)]
+    assert len(texts) > 50 and [where for where in texts if "utf-8" not in where] == []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import warnings
 from pathlib import Path
 
 import diffusers
@@ -19,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers.integrations import deepspeed
 
 from errors import UserError
+from models.hub import read
 from rendering import RenderOptions, load_renderer
 from rendering.local import LocalRenderer, load_pipeline
 
@@ -378,11 +378,11 @@ def test_blank_text_is_none_and_leaves_its_neighbours_alone(draw):
     assert draw([], []) == []
 
 
-def test_out_of_memory_halves_the_chunk_for_good_and_draws_the_same(draw, checkpoint):
+def test_out_of_memory_halves_the_chunk_for_good_and_draws_the_same(draw, checkpoint, caplog):
     expected = renderer(checkpoint("flux"))(TEXTS * 2, [1, 2, 3, 4, 5, 6])
     tried = run_out_of_memory(draw.pipe.transformer, above=2)
-    with pytest.warns(UserWarning, match="out of memory drawing 4 pictures at once: from now on 2"):
-        pictures = draw(TEXTS * 2, [1, 2, 3, 4, 5, 6])
+    pictures = draw(TEXTS * 2, [1, 2, 3, 4, 5, 6])
+    assert "4 pictures at once: from now on 2" in caplog.text
     assert tried == [4] + [2, 2] * 3 and draw.chunk_size == 2
     assert max(map(distance, pictures, expected)) == 0
     draw(TEXTS[:1], [1])
@@ -430,13 +430,21 @@ def test_max_tokens_is_the_lower_of_pipeline_and_tokenizer(checkpoint):
     assert renderer(checkpoint("sdxl"), max_sequence_length=None).max_tokens == 77
 
 
-def test_a_text_that_is_cut_is_counted_and_reported_once(draw):
-    with pytest.warns(UserWarning, match="101 tokens is longer than the 64"):
-        draw(["a" * 100, "b" * 63, "a" * 100], [1, 1, 2])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        assert None not in draw(["c" * 64], [1])
-    assert draw.truncated == 2
+def test_a_text_that_is_cut_is_counted_and_reported_once(draw, caplog):
+    draw(["a" * 100, "b" * 63, "a" * 100], [1, 1, 2])
+    assert None not in draw(["c" * 64], [1])
+    assert draw.truncated == 2 and ["101 tokens" in one.message for one in caplog.records] == [True]
+
+
+@pytest.mark.parametrize("kind", ["flux", "sd3"])
+def test_a_long_text_does_not_foretell_indexing_errors(checkpoint, caplog, kind):
+    transformers.utils.logging.enable_propagation()
+    draw = renderer(checkpoint(kind))
+    assert draw.count_tokens("a" * 3000) > 3000 and None not in draw(["a" * 3000], [1])
+    policy = read(transformers.AutoTokenizer, f"{checkpoint('flux')}/tokenizer")
+    assert len(policy.apply_chat_template([{"role": "user", "content": "a" * 3000}], return_dict=False)) > 3000
+    transformers.utils.logging.disable_propagation()
+    assert "indexing errors" not in caplog.text
 
 
 def test_the_renderer_is_frozen_and_no_module(draw):

@@ -1,15 +1,22 @@
 """Claims about `report.html` and the terminal pictures, on a small run folder made here."""
 
+import io
 import json
 import math
 import re
+import sys
+from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
+import r1_prompter
+import sft
 from errors import UserError
-from report.page import write_report
-from report.terminal import sparkline, text_table
+from report.page import write_card, write_report
+from report.terminal import ASCII_BARS, BARS, sparkline, text_table
+from run.options import run_main
 
 ATTACK = "<script>alert(1)</script><img src=x onerror=alert(2)> </style></title>{{ 7 * 7 }} \ud800\u202e"
 TASKS = ("single", "two", "colors", "counting", "position", "attr")
@@ -208,6 +215,51 @@ def test_a_sparkline_rises_with_its_values_and_leaves_gaps():
     assert sparkline([]) == "" and sparkline([None, None]) == "  "
     assert len(set(sparkline([2.0] * 5))) == 1
     assert len(sparkline(range(1000), width=50)) == 50
+
+
+@pytest.mark.parametrize(
+    "encoding", ["ascii", "latin-1", "cp1252", "cp437", "cp850", "koi8-r", "shift_jis", "gbk", "utf-8", "utf-16"]
+)
+def test_what_a_terminal_cannot_show_is_replaced_and_never_raises(encoding, monkeypatch):
+    out, top = io.BytesIO(), "[±→−×–…Δ’]"
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding=encoding))
+    texts = ["un café 猫 🐈 \udc80", ATTACK, top, text_table(SUMMARY["table"])]
+    assert run_main("any", lambda: print(*texts, sparkline(range(8)), sep="\n", flush=True)) == 0
+    *shown, bars = out.getvalue().decode(encoding).splitlines()
+    assert bars in (BARS, ASCII_BARS) and (bars == BARS or not encoding.startswith("utf"))
+    assert encoding != "ascii" or {"[+-->-x-...change of']", "un caf\\xe9 \\u732b \\U0001f408 \\udc80"} <= set(shown)
+
+
+@pytest.mark.parametrize("program", [r1_prompter, sft])
+def test_help_can_be_printed_where_only_ascii_can(program, monkeypatch):
+    out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="ascii"))
+    with pytest.raises(SystemExit) as end:
+        program.main(["--help"])
+    sys.stdout.flush()
+    assert end.value.code == 0 and b"--outdir" in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    "base, adapter, shown",
+    [("Qwen/Qwen2.5-3B-Instruct", True, True), ("org/model", False, True), ("runs/cold/start", False, False),
+     (str(Path(__file__).parent), True, False), ("tests/hostile.py", False, False)],
+)  # fmt: skip
+def test_the_card_of_a_policy_says_what_its_run_knows(tmp_path, monkeypatch, base, adapter, shown):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    config = {"gpt_path": base, "data": "prompts.txt", "data_hash": "f00", "reasoning": False, "rewards": ["hps"]}
+    config["sdmodel_name"] = "flux"
+    run = {"config": config, "derived": {"optimizer_steps": 9}, "command": "r1_prompter.py --x 1", "commit": None}
+    (tmp_path / "run.json").write_text(json.dumps({**run, "versions": {"torch": "2"}}), "utf-8")
+    if adapter:
+        (tmp_path / "adapter_config.json").touch()
+    write_card(tmp_path, tmp_path, step=4, metrics={"reward": 0.5}, tags=["trl", "grpo"])
+    _, header, text = (tmp_path / "README.md").read_text("utf-8").split("---\n")
+    found = yaml.safe_load(header)
+    assert found.get("base_model") == (base if shown else None) and found["tags"] == ["trl", "grpo"]
+    assert found["library_name"] == ("peft" if adapter else "transformers")
+    assert all(part in text for part in (base, "4 of 9", "r1_prompter.py --x 1", "f00", "reward 0.5", "torch 2"))
+    assert text.count("reasoning") == 2 and "None" not in text  # both uses say that this policy does not think
 
 
 def test_a_table_in_the_terminal_is_aligned_and_says_what_was_not_measured():

@@ -204,6 +204,15 @@ def test_too_many_absent_samples_stop_the_run_only_when_it_goes_on():
         it.check({"samples/absent": 0.9}, [])
 
 
+@pytest.mark.parametrize("unreadable, advised", [(0.9, False), (0.5, False), (0.0, True), (0.1, True)])
+def test_a_higher_temperature_is_advised_only_where_answers_can_be_read(caplog, unreadable, advised):
+    it = Watchdog(max_absent_share=0.5)
+    for _ in range(PATIENCE):
+        it.check({"samples/absent": 0.0, "groups/equal": 1.0, "rewrites/unreadable": unreadable}, [])
+    (said,) = caplog.messages
+    assert ("--temperature" in said, "--max_completion_length" in said) == (advised, not advised)
+
+
 def test_own_noise_gives_every_picture_of_a_group_another_seed_that_a_resumed_run_repeats():
     it = scorer(Grey(), group=3, images=2, common_seeds=False)
     rows = [(CAT, "a cat"), (CAT, "a cat"), (CAT, "one cat"), (DOG, "a dog"), (DOG, "dog"), (DOG, "one dog")]

@@ -151,6 +151,7 @@ def test_lora_trains_an_adapter_that_grpo_goes_on_from(cold, toy, tmp_path, capf
     lora = ["--use_peft", "true", "--lora_r", "4", "--lora_dropout", "0"]
     assert sft.main([*cold, *lora, "--max_steps", "9", "--save_strategy", "no"]) == 0
     assert (tmp_path / "run" / "adapter_config.json").exists()
+    assert "9 of 9 optimiser steps (trl, sft)" in (tmp_path / "run" / "README.md").read_text().replace("\n", " ")
     adapter = ["--gpt_path", str(tmp_path / "run"), "--outdir", str(tmp_path / "rl"), "--save_strategy", "no"]
     assert (
         r1_prompter.main(
