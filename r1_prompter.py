@@ -39,11 +39,18 @@ from data.prompts import load_prompts
 from errors import UserError
 from interfaces import Prompt, Renderer, Reward
 from models.frozen import without_zero3_init
-from models.policy import ChatTemplate, load_tokenizer, prepare_policy, record_base_model, sample_as_asked
+from models.policy import (
+    ChatTemplate,
+    load_tokenizer,
+    policy_contents,
+    prepare_policy,
+    record_base_model,
+    sample_as_asked,
+)
 from prompting import messages
-from rendering import AUTO, RenderOptions, load_renderer
+from rendering import AUTO, RenderOptions, load_renderer, renderer_contents
 from report.plots import progressing
-from rewards import REWARDS, RewardContext, RewardOptions, build, check
+from rewards import REWARDS, RewardContext, RewardOptions, build, check, reward_contents
 from rewards.offload import describe
 from run.files import file_hash
 from run.folder import Resume, RunFolder
@@ -374,6 +381,11 @@ def train(options: Options) -> None:
     resume = folder.plan(numbers["optimizer_steps"])
     template, renderer, rewards, held_out = load_frozen(options, list(prompts.values()))
     numbers["render_batch_size"] = choose_run_batch_size(renderer, options.render.render_batch_size, resume)
+    folder.contents = {
+        **policy_contents(script.gpt_path, model.model_revision),
+        **renderer_contents(options.render),
+        **reward_contents([*script.rewards, *script.held_out], options.reward),
+    }
     resume = start_run(
         folder, numbers, _announce(options, numbers, folder, [*rewards, *held_out], [*prompts.values()])
     )

@@ -30,7 +30,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantiz
 
 from data.text import json_rows, normalize
 from errors import UserError
-from models.policy import ChatTemplate, load_tokenizer, prepare_policy, record_base_model
+from models.policy import ChatTemplate, load_tokenizer, policy_contents, prepare_policy, record_base_model
 from prompting import completion, messages
 from run.files import file_hash
 from run.folder import RunFolder
@@ -170,6 +170,7 @@ def train(script: ScriptArguments, training: SFTConfig, model: ModelConfig) -> N
         training.max_length = None  # TRL's condition; what is too long has been left out
     numbers = _plan(training, len(train_rows), len(eval_rows), too_long + too_long_to_evaluate)
     resume = folder.plan(numbers["optimizer_steps"])
+    folder.contents = policy_contents(script.gpt_path, model.model_revision)
     resume = start_run(
         folder, numbers, [*_announce(numbers, train_rows, folder), *warn_if_bf16_loses_updates(training, model)]
     )

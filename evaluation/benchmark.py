@@ -58,7 +58,7 @@ class Benchmark(Protocol):
         title: as printed; honest about substitutes ("GenEval-HF").
         categories: rows of the table in their order; every key of `Verdict.parts` is one of them.
         images_per_prompt: of the published protocol.
-        settings: models, revisions, thresholds, template versions: all that a score depends on, JSON-able.
+        settings: thresholds, template versions, "contents" of models: all that a score depends on, JSON-able.
     """
 
     name: str

@@ -11,6 +11,7 @@ from typing import Any
 
 from clients.chat import VLMClient
 from evaluation.benchmark import Benchmark
+from models.hub import contents_of
 from rewards import RewardOptions, judge_client
 from run.options import option
 
@@ -40,7 +41,8 @@ def _geneval(options: BenchmarkOptions, reward: RewardOptions, device: str) -> B
 
     detect = Mask2Former(options.detector_path or DETECTOR, device=device, batch_size=options.judge_batch_size)
     colours = ClipColours(options.clip_path or CLIP, device=device)
-    settings = {"detector": detect.settings, "colours": colours.settings}
+    contents = contents_of({"detector_path": str(detect.folder), "clip_path": str(colours.folder)})
+    settings = {"detector": detect.settings, "colours": colours.settings, "contents": contents}
     return GenEval(detect, colours, title="GenEval-HF", settings=settings)
 
 

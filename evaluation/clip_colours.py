@@ -54,7 +54,7 @@ class ClipColours:
     def __init__(self, path: str | Path = PUBLISHED.repo, *, device: str | torch.device, batch_size: int = 64):
         self.device, self.batch_size = torch.device(device), batch_size
         self.dtype = arithmetic("float16" if self.device.type == "cuda" else "float32", batch_size)
-        folder = resolve(path, FILES)
+        self.folder = folder = resolve(path, FILES)
         self.model, self.tokenizer = load(CLIPModel, folder, self.device), read(AutoTokenizer, folder)
         _check_activation(self.model, folder)
         side = self.model.config.vision_config.image_size
@@ -67,7 +67,7 @@ class ClipColours:
             ]
         )
         self._classifiers: dict[str, torch.Tensor] = {}
-        self.settings = {"model": str(path), "revision": folder.name, "dtype": str(self.dtype).removeprefix("torch.")}
+        self.settings = {"dtype": str(self.dtype).removeprefix("torch.")}
 
     @torch.inference_mode()
     def __call__(self, questions: Sequence[Question]) -> list[str | None]:

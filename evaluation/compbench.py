@@ -35,6 +35,7 @@ from evaluation.boxes import NMS_IOU, QUERY, LabelledBox, Owlv2
 from evaluation.depth import Depth
 from evaluation.parses import HOW_TO_FREEZE, Parse, Source
 from interfaces import Prompt
+from models.hub import contents_of
 from rewards.gdino import iou
 
 log = logging.getLogger(__name__)
@@ -436,7 +437,7 @@ class CompBench(Benchmark):
         self.parses, self.wanted, self.judges = parses, tuple(categories), judges
         self.categories = tuple(ROWS[category] for category in ROWS if category in categories)
         self.settings = {
-            "weights": {name: str(judge.folder) for name, judge in judges.items()},
+            "contents": contents_of({f"{name}_path": str(judge.folder) for name, judge in judges.items()}),
             "precision": "float32",
             "parses": parses.name if parses else "none",
             "overall": "unweighted mean of the categories present; T2I-CompBench itself has no overall",

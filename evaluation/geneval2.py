@@ -42,7 +42,7 @@ from evaluation.judged import ask, items_of, required_texts, settings_of
 from interfaces import Prompt
 from models import frozen
 from models.frozen import arithmetic, batches
-from models.hub import read, resolve
+from models.hub import contents_of, read, resolve
 from models.weights import locked
 
 log = logging.getLogger(__name__)
@@ -131,8 +131,7 @@ class LocalVLM:
         self.tokens = {answer: self._tokens(answer, folder) for answer in ANSWERS}
         self.model = Path(path).name
         self.settings = {
-            "judge": str(path),
-            "judge_revision": folder.name,
+            "contents": contents_of({"vlm_path": str(folder)}),
             "dtype": dtype,
             "transformers": transformers.__version__,
             "template_versions": {"question": SOFT.version},

@@ -160,12 +160,10 @@ class Mask2Former:
     ):
         self.device, self.batch_size, self.threshold = torch.device(device), batch_size, threshold
         self.short_side, self.long_side = short_side, long_side
-        folder = resolve(path, PUBLISHED.include)
+        self.folder = folder = resolve(path, PUBLISHED.include)
         self.model = load(Mask2FormerForUniversalSegmentation, folder, self.device, unused=UNUSED)
         _check_classes(self.model.config.id2label, folder)
         self.settings = {
-            "model": str(path),
-            "revision": folder.name,  # the commit, where the folder is the hub cache's
             "short_side": short_side,
             "long_side": long_side,
             "resize": "PIL bilinear",

@@ -44,12 +44,13 @@ from evaluation.systems import BestOf, Chooser, Fixed, Revise, System
 from evaluation.table import absences, cost, cost_table, text_table
 from inference import Reprompter, Rewrite
 from interfaces import Renderer
-from models.policy import DTYPES
+from models.hub import contents_of
+from models.policy import DTYPES, policy_contents
 from prompting import well_formed
-from rendering import RenderOptions, load_renderer
-from rewards import REWARDS, RewardContext, RewardOptions, build
+from rendering import RenderOptions, load_renderer, renderer_contents
+from rewards import REWARDS, RewardContext, RewardOptions, build, reward_contents
 from rewards.offload import describe
-from run.files import atomic_write, complete_lines, git_commit, installed_versions
+from run.files import atomic_write, complete_lines, file_hash, git_commit, installed_versions
 from run.options import may_differ, option, parse, run_main, template_option
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -238,13 +239,24 @@ def _settings(options: Options, benchmark: Benchmark, items: Sequence[Item], sam
     """All that a row depends on."""
     parts = (options.evaluate, options.render, options.reward, options.benchmark)
     ours = {name: value for part in parts for name, value in asdict(part).items()}
-    texts = json.dumps([[item.id, item.prompt.text] for item in items])
+    texts = json.dumps([[item.id, item.prompt.text, item.category, item.meta] for item in items], default=str)
+    args, of_benchmark = options.evaluate, dict(benchmark.settings)
+    pictures = [path for folder in args.images for path in sorted(Path(folder).rglob("*.png"))]
+    contents = {
+        **of_benchmark.pop("contents", {}),
+        **(policy_contents(args.gpt_path) if args.gpt_path else {}),
+        **({} if args.images else renderer_contents(options.render)),
+        **reward_contents([args.select], options.reward),
+        **contents_of({"rewrites": args.rewrites} if args.rewrites else {}),
+    }
     return {
         **{name: value for name, value in ours.items() if name not in may_differ(*parts)},
+        "contents": contents,
+        "images_hash": hashlib.sha256("".join(map(file_hash, pictures)).encode()).hexdigest()[:16],
         "samples": samples,
         "prompts": len(items),
         "prompts_hash": hashlib.sha256(texts.encode("utf-8", "surrogatepass")).hexdigest()[:16],
-        "benchmark_settings": dict(benchmark.settings),
+        "benchmark_settings": of_benchmark,
     }
 
 

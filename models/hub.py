@@ -8,7 +8,7 @@ eight processes are a person's decision; the error names the command, the size a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from errors import UserError, one_line
-from models.weights import absent_shards, check_folder, locked
+from models.weights import absent_shards, check_folder, fingerprint, locked
+from run.files import Contents
 
 READ = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors", "*.py")  # of a model that is not locked
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -85,13 +86,25 @@ def _of_the_hub(repo: str, marker: str, revision: str | None, download: Download
 
 
 def on_disk(path: str) -> Path | None:
-    """The file or folder at `path`, or that of a hub name in the local cache, unchecked; None if there is none."""
+    """The file or folder at `path`, or that of a hub name (and a file of it) in the local cache; None if none is."""
     if Path(path).exists():
         return Path(path)
+    repo, file = "/".join(path.split("/")[:2]), "/".join(path.split("/")[2:])
     try:
-        return Path(snapshot_download(path, revision=locked(path).revision, local_files_only=True))
+        found = Path(snapshot_download(repo, revision=locked(repo).revision, local_files_only=True), file)
     except (LocalEntryNotFoundError, HFValidationError):
         return None
+    return found if found.exists() else None
+
+
+def contents_of(paths: Mapping[str, str | Path]) -> Contents:
+    """What the models at `paths`, by option, hold; UserError if one is not on this disk."""
+    found = {}
+    for option, path in paths.items():
+        if (place := on_disk(str(path))) is None:
+            raise UserError(f"--{option} {path} is not on this disk: correct it, or run `{locked(str(path)).command}`")
+        found[option] = (str(path), fingerprint(place))
+    return found
 
 
 def read(kind: Any, folder: Path, **options: Any) -> Any:

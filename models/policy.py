@@ -27,9 +27,10 @@ from transformers import (
 from trl import GRPOConfig
 
 from errors import UserError, one_line
-from models.hub import READ, base_of, is_adapter, read, resolve
+from models.hub import READ, base_of, contents_of, is_adapter, read, resolve
 from models.weights import locked
 from prompting import completion, messages, opening, parse
+from run.files import Contents
 
 DTYPES = ("auto", "bfloat16", "float32")
 Conversation = list[dict[str, str]]
@@ -221,6 +222,12 @@ def _adapted(path: str, revision: str | None, options: dict[str, Any], **more: b
         return PeftModel.from_pretrained(base, str(_folder(path)), **more)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"cannot read {path} as an adapter ({one_line(error)}): name another folder") from error
+
+
+def policy_contents(path: str, revision: str | None = None) -> Contents:
+    """What the policy at `path` holds, and the base model of an adapter; both are downloaded if they must be."""
+    base = {"base of gpt_path": _folder(*base_of(path, revision))} if is_adapter(path) else {}
+    return contents_of({"gpt_path": _folder(path, revision), **base})
 
 
 def pick_device(device: str) -> str:

@@ -5,8 +5,9 @@ SHA-256. What lies in the hub's cache at that commit is compared with it before 
 only ever read with `weights_only=True`: nothing in it can run. Files that a user names by a path of their own have no
 known hash, but a `<file>.sha256` beside one, a line of `sha256sum`, is taken at its word.
 
-Hashing is slow (34 GB take a minute or more, derived), so a file that was found right is remembered by path, size,
-time and hash in `$XDG_CACHE_HOME/r1-prompter/verified.json`; one process hashes while others wait.
+A model is known by its contents (`fingerprint`), not by its path. Hashing is slow (34 GB take a minute or more,
+derived), so a file's hash is remembered with its path, size and time in `$XDG_CACHE_HOME/r1-prompter/verified.json`;
+one process hashes while others wait.
 
 Left out: signatures, and distrust of whoever can write to this user's caches.
 """
@@ -35,6 +36,8 @@ from run.files import atomic_write
 
 LOCK = Path(__file__).resolve().parent.parent / "checkpoints.lock"
 PICKLES = (".pt", ".pth", ".bin")
+# What decides beside the weights what a model computes; no README, no run.json, so a run folder stays one policy.
+DECISIVE = ("*config*.json", "*token*.json", "*index.json", "vocab.*", "merges.txt", "*template*", "*.model", "*.py")
 PICKLED_WEIGHTS = ("pytorch_model", "diffusion_pytorch_model", "adapter_model")  # not optimizer.bin, training_args.bin
 
 
@@ -128,7 +131,7 @@ def check(path: Path, size: int | None, sha256: str | None, source: str) -> None
     """
     if size is not None and path.stat().st_size != size:
         found, expected = f"{path.stat().st_size} bytes", size
-    elif sha256 is not None and (digest := _digest(path, sha256)) != sha256:
+    elif sha256 is not None and (digest := _digest(path)) != sha256:
         found, expected = f"SHA-256 {digest}", sha256
     else:
         return
@@ -138,24 +141,44 @@ def check(path: Path, size: int | None, sha256: str | None, source: str) -> None
     )
 
 
-def _digest(path: Path, expected: str) -> str:
-    """The SHA-256 of a file; a file that was once found to have `expected` is not read again while it is unchanged."""
+def fingerprint(path: Path) -> str:
+    """16 hex digits: the same for the same contents of a model's file or folder, wherever it lies, others for others.
+
+    Of a folder the files count that are read: weights (pickles where there are no safetensors), and those of DECISIVE;
+    of a pipeline those of its parts.
+    """
+    if path.is_file():
+        return _digest(path)[:16]
+    digests = {file.relative_to(path).as_posix(): _digest(file) for file in _decisive(path)}
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _decisive(folder: Path) -> set[Path]:
+    pipeline = folder / "model_index.json"
+    if pipeline.is_file():  # weights beside it are another copy, of another library's layout
+        return {pipeline}.union(*(_decisive(part) for part in folder.iterdir() if part.is_dir()))
+    weights = set(folder.glob("*.safetensors")) or {path for path in folder.iterdir() if path.suffix in PICKLES}
+    return weights.union(*map(folder.glob, DECISIVE))
+
+
+def _digest(path: Path) -> str:
+    """The SHA-256 of a file, which is not read again while its size and ctime stay; a copy may bring an old mtime."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "r1-prompter"
     state = os.stat(path)  # of what a link points at
-    known = [state.st_size, state.st_mtime_ns, expected]
+    now = [state.st_size, state.st_ctime_ns]
     try:
         home.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(home / "verified.lock"):
             verified = _read_json(home / "verified.json")
-            if verified.get(str(path.resolve())) == known:
-                return expected
+            *before, digest = verified.get(str(path.resolve()), [""])
+            if before == now:
+                return digest
             if state.st_size > 1e9:
                 print(f"checking the SHA-256 of {path.name}, {state.st_size / 1e9:.1f} GB, once", file=sys.stderr)
             with open(path, "rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if digest == expected:
-                verified[str(path.resolve())] = known
-                atomic_write(home / "verified.json", json.dumps(verified, indent=1).encode())
+            verified[str(path.resolve())] = [*now, digest]
+            atomic_write(home / "verified.json", json.dumps(verified, indent=1).encode())
     except OSError as error:
         raise UserError(f"cannot check {path} ({error}): XDG_CACHE_HOME must name a writable folder") from error
     return digest

@@ -11,7 +11,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from errors import UserError
+from models.hub import contents_of
 from rendering.options import AUTO, RenderOptions
+from run.files import Contents
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -19,7 +21,20 @@ if TYPE_CHECKING:
     from rendering.local import LocalRenderer
     from rendering.remote import RemoteRenderer
 
-__all__ = ["AUTO", "RenderOptions", "load_renderer"]
+__all__ = ["AUTO", "RenderOptions", "load_renderer", "renderer_contents"]
+
+
+def renderer_contents(options: RenderOptions) -> Contents:
+    """What renderer and LoRA hold, downloaded if they must be; of servers, what they say of themselves."""
+    if options.remote:
+        from rendering.remote import RemoteRenderer
+
+        return {"sdmodel_name": (options.sdmodel_name, RemoteRenderer(options).card_hash)}
+    from rendering.levers import find_lora
+    from rendering.local import find_pipeline
+
+    lora = {"render_lora": find_lora(options.render_lora)} if options.render_lora is not None else {}
+    return contents_of({"sdmodel_name": find_pipeline(options.sdmodel_name), **lora})
 
 
 def load_renderer(

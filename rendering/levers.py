@@ -28,6 +28,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
+from huggingface_hub import snapshot_download
 
 from errors import UserError, one_line
 from models.weights import check_folder, locked
@@ -188,22 +189,32 @@ def _fuse(pipe: DiffusionPipeline, source: str, scale: float) -> None:
     """
     if "load_lora_weights" not in dir(pipe):
         raise UserError(f"--render_lora {source}: {type(pipe).__name__} takes no LoRA: leave it out")
-    place, _, file = source.partition(":")
-    options = {"weight_name": file or None, "use_safetensors": True}
-    if Path(place).is_dir():
-        check_folder(Path(place))
-        options["local_files_only"] = True
-    else:
-        options["revision"] = locked(place).revision
+    path = find_lora(source)
+    folder, file = (path.parent, path.name) if path.is_file() else (path, None)
+    check_folder(folder)
     try:
-        pipe.load_lora_weights(place, **options)
+        pipe.load_lora_weights(str(folder), weight_name=file, use_safetensors=True, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--render_lora {source} is no LoRA of this pipeline ({one_line(error)}): give one") from error
+    pipe.fuse_lora(lora_scale=scale)
+    pipe.unload_lora_weights()
+
+
+def find_lora(source: str) -> Path:
+    """The folder or file of a LoRA, downloaded if it must be; UserError if there is none."""
+    place, _, file = source.partition(":")
+    folder = Path(place)
+    try:
+        if not folder.exists():
+            files = {"revision": locked(place).revision, "allow_patterns": file or "*.safetensors"}
+            folder = Path(snapshot_download(place, **files))
+        (folder / file).stat()  # raises if there is none
+        return folder / file
     except (OSError, ValueError, httpx.HTTPError) as error:
         raise UserError(
             f"--render_lora {source} cannot be loaded ({one_line(error)}): give a folder with its .safetensors file, "
             f"or fetch it with: {locked(place).command} {file}".rstrip()
         ) from error
-    pipe.fuse_lora(lora_scale=scale)
-    pipe.unload_lora_weights()
 
 
 # The batch size ---------------------------------------------------------------------------------------------------

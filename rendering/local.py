@@ -423,8 +423,13 @@ def load_pipeline(
     return pipe
 
 
+def find_pipeline(path: str) -> Path:
+    """The folder of the pipeline at `path`, downloaded if it must be; see `hub.resolve`."""
+    return resolve(path, ("model_index.json",), download=_download)
+
+
 def _load(path: str, dtype: torch.dtype) -> DiffusionPipeline:
-    folder = resolve(path, ("model_index.json",), download=_download)
+    folder = find_pipeline(path)
     for part in folder.iterdir():
         if part.is_dir():
             check_folder(part)

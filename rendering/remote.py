@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
 import io
 import json
 import logging
@@ -111,6 +112,7 @@ class RemoteRenderer:
         failures: why rows came back as None, one count per row.
         truncated: texts longer than `max_tokens` that were sent all the same, their ends unread.
         max_tokens: tokens of a text that are read.
+        card_hash: of what the servers say of themselves: model, settings, and ours its weights.
 
     Raises:
         UserError: no server answers; they differ, or do not draw as asked; an option is out of range or the server's.
@@ -127,6 +129,7 @@ class RemoteRenderer:
         self.failures: Counter[str] = Counter()
         self.truncated = 0
         first, self.card = self._ask_all()
+        self.card_hash = hashlib.sha256(json.dumps(self.card, sort_keys=True).encode()).hexdigest()[:16]
         self.request = {**_asked(options), **self.card.get("request", {})}
         self._tokenizer, limit = self._load_tokenizer(first)
         self._tokenizer.no_truncation()

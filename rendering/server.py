@@ -59,9 +59,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from clients.http import checked_key, is_loopback
-from models.weights import locked
 from prompting import well_formed
-from rendering import AUTO, RenderOptions, load_renderer
+from rendering import AUTO, RenderOptions, load_renderer, renderer_contents
 from rendering.rows import Outcome, Row
 from run.options import changed_by, option, parse, run_main
 
@@ -253,10 +252,10 @@ class Renderers:
 
 
 def _drawing(options: RenderOptions) -> dict[str, Any]:
-    """By which pictures differ, beside the settings that the images API has fields for."""
+    """By which pictures differ, beside the settings that the images API has fields for; models by their contents."""
     own = [one.name for one in fields(options) if one.metadata["where"] == "drawer" and changed_by(one) == "pictures"]
-    given = {name: vars(options)[name] for name in ("render_dtype", *own)}
-    return {**given, "revision": locked(options.sdmodel_name).revision}
+    models = {name: fingerprint for name, (_, fingerprint) in renderer_contents(options).items()}
+    return {name: vars(options)[name] for name in ("render_dtype", *own)} | models
 
 
 async def _json_of(request: Request) -> dict:

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING
 
 from errors import UserError
 from interfaces import Prompt, Renderer, Reward
+from models.hub import contents_of
 from run.options import option
 
 if TYPE_CHECKING:
     from clients.chat import VLMClient
     from rewards.judge import Judge
     from rewards.preference import Preference
+    from run.files import Contents
 
 
 DTYPES = ["float32", "bfloat16", "float16"]
@@ -215,6 +217,12 @@ CHECKPOINTS = {
     "imagereward": ("THUDM/ImageReward", "google-bert/bert-base-uncased"),
     "pickscore": ("yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
 }
+
+
+def reward_contents(names: Sequence[str | None], options: RewardOptions) -> Contents:
+    """What the models of the named rewards hold, by their options; UserError if one is not on this disk."""
+    models = [name for name in names if name in CHECKPOINTS]
+    return contents_of({f"{n}_path": vars(options)[f"{n}_path"] or CHECKPOINTS[n][0] for n in models})
 
 
 def check(names: Sequence[str], options: RewardOptions, ddp_timeout: float = math.inf) -> None:

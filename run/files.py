@@ -18,6 +18,9 @@ from PIL import Image
 
 from errors import UserError
 
+Contents = Mapping[str, tuple[str, str]]
+"""Option that names a model -> (the path that it was given, `models.weights.fingerprint` of what lies there)."""
+
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # a full disk, a used-up quota, a limit on file sizes
 PACKAGES = ("accelerate", "deepspeed", "diffusers", "peft", "torch", "transformers", "trl")
 
@@ -75,9 +78,17 @@ def file_hash(path: Path) -> str:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """What differs between two settings, as 'seed 1 -> 2; ...', 300 characters at most; "" if nothing does."""
-    names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
-    return "; ".join(f"{name} {old.get(name)!r} -> {new.get(name)!r}" for name in names)[:300]
+    """What differs between two settings, as 'seed 1 -> 2; ...', 600 characters at most; "" if nothing does.
+
+    Where both have "contents" (`Contents`) of a model, its fingerprints are compared and its paths are not.
+    """
+    before, now = old.get("contents", {}), new.get("contents", {})
+    others = sorted({*old, *new} - {"contents", *(before.keys() & now.keys())})
+    said = [f"{name} {old.get(name)!r} -> {new.get(name)!r}" for name in others if old.get(name) != new.get(name)]
+    for name in sorted({*before, *now}):
+        (was_at, was), (is_at, now_is) = (side.get(name, ("none", "not known")) for side in (before, now))
+        said += [f"contents of {name}: {was} ({was_at}) -> {now_is} ({is_at})"] if was != now_is else []
+    return "; ".join(said)[:600]
 
 
 def check_settings(path: Path, settings: Mapping[str, Any]) -> None:

@@ -27,7 +27,7 @@ from PIL import Image
 from errors import UserError
 from run import checkpoints
 from run.checkpoints import ResumeKey
-from run.files import FULL, append_line, atomic_write, complete_lines, installed_versions, png_bytes
+from run.files import FULL, append_line, atomic_write, complete_lines, differences, installed_versions, png_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,9 @@ class RunFolder:
         may_differ: names of those that may be others when the run is continued (`run.options.may_differ`).
         resume: `--resume`: AUTO for the newest good checkpoint, or the beginning if there is none; "checkpoint-N";
             None for a new run.
+
+    Attributes:
+        contents: `run.files.Contents` of all models that the options name; set before `start`, which compares it.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class RunFolder:
         resume: str | None = None,
     ):
         self.path, self.config, self.may_differ, self.resume = Path(path), dict(config), may_differ, resume
+        self.contents: Mapping[str, tuple[str, str]] = {}
         self.started = time.time()
         self._keeps_images = True
 
@@ -124,12 +128,17 @@ class RunFolder:
             numbers: derived from the options, as `Resume.derived` gives them to a later start.
 
         Raises:
-            UserError: there are checkpoints and none of them is undamaged.
+            UserError: there are checkpoints and none of them is undamaged, or a model has other contents than before.
         """
+        record = self.path / "run.json"
+        if record.exists():
+            before = {"contents": self._stored(record).get("contents", {})}
+            if changed := differences(before, {"contents": self.contents}):
+                raise UserError(f"--outdir {self.path} holds a run of other models ({changed}): choose another folder")
         resume = self._choose({}, contents=True)
         (self.path / "rollouts").mkdir(parents=True, exist_ok=True)
         self._cut_after(resume.step)
-        record = {
+        about = {
             "layout": LAYOUT,
             "config_hash": self.config_hash,
             "seed": self.config.get("seed"),
@@ -140,8 +149,9 @@ class RunFolder:
             "versions": installed_versions(),
             "derived": dict(numbers),
             "config": self.config,
+            "contents": self.contents,
         }
-        atomic_write(self.path / "run.json", json.dumps(record, indent=2, default=str).encode())
+        atomic_write(record, json.dumps(about, indent=2, default=str).encode())
         return resume
 
     def resume_messages(self, resume: Resume) -> list[str]:

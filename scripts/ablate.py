@@ -32,6 +32,8 @@ from scipy import stats
 from tqdm import tqdm
 
 from errors import UserError
+from models.hub import contents_of
+from run.files import differences
 from run.options import option, parse, run_main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,8 +100,13 @@ def run(folder: Path, command: Sequence[str]) -> str | None:
     done, log_file = (folder.parent / f"{folder.name}.{kind}" for kind in ("done", "log"))
     wanted = shlex.join(command[1:])  # whichever python it is
     if done.exists() and folder.exists():
-        made = done.read_text(encoding="utf-8")
-        return None if made == wanted else f"is there, made by other options: {made}; delete it, or another OUTDIR"
+        made, record = done.read_text(encoding="utf-8"), folder / "run.json"
+        before = json.loads(record.read_text(encoding="utf-8")).get("contents", {}) if record.exists() else {}
+        local = {option: models for option, models in before.items() if (ROOT / models[0]).exists()}
+        now = contents_of({option: ROOT / path for option, (path, _) in local.items()})
+        if (changed := differences({"contents": local}, {"contents": now})) or made != wanted:
+            return f"is there, made by other options: {changed or made}; delete it, or another OUTDIR"
+        return None
     command = [*command, "--resume", "--outdir", str(folder)]
     with open(log_file, "a", encoding="utf-8") as log:
         log.write(f"$ {shlex.join(command)}\n")

@@ -47,8 +47,8 @@ from interfaces import Prompt
 from models.policy import pick_device
 from prompting import SYSTEM_PROMPT, completion, messages
 from prompting import parse as parse_answer
-from rendering import RenderOptions, load_renderer
-from rewards import REWARDS, RewardContext, RewardOptions, build, check
+from rendering import RenderOptions, load_renderer, renderer_contents
+from rewards import REWARDS, RewardContext, RewardOptions, build, check, reward_contents
 from rewards.offload import describe
 from run.files import append_line, atomic_write, complete_lines, differences
 from run.options import may_differ, option, parse, run_main
@@ -393,7 +393,8 @@ def _settings(options: Options, render: RenderOptions, reward: RewardOptions, pr
     settings = {name: value for name, value in given.items() if name not in may_differ(*kinds)}
     ids = hashlib.sha256("".join(prompt.id for prompt in prompts).encode()).hexdigest()[:16]
     told = hashlib.sha256((SYSTEM_PROMPT + FOR_A_TEACHER).encode()).hexdigest()[:16]
-    return {**settings, "prompts": f"{len(prompts)}: {ids}", "instructions": told}
+    contents = {**renderer_contents(render), **reward_contents(options.rewards, reward)} if options.rewards else {}
+    return {**settings, "contents": contents, "prompts": f"{len(prompts)}: {ids}", "instructions": told}
 
 
 def parse_options(argv: Sequence[str]) -> tuple[Options, RenderOptions, RewardOptions]:

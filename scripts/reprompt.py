@@ -23,9 +23,9 @@ from data.prompts import load_prompts
 from errors import UserError
 from inference import Reprompter
 from interfaces import Prompt, Renderer
-from models.policy import DTYPES, pick_device
+from models.policy import DTYPES, pick_device, policy_contents
 from prompting import well_formed
-from rendering import RenderOptions, load_renderer
+from rendering import RenderOptions, load_renderer, renderer_contents
 from run.files import atomic_write, check_settings, complete_lines, save_png
 from run.options import may_differ, option, parse, run_main, template_option
 from run.seeds import render_seed
@@ -74,6 +74,7 @@ def _settings(options: RepromptOptions, drawing: Drawing, prompts: Sequence[Prom
     settings = {name: value for name, value in given.items() if name not in ignored}
     if options.temperature == 0:
         del settings["rewrite_batch_size"]  # greedy rewrites do not depend on it
+    settings["contents"] = policy_contents(options.gpt_path)
     settings["prompt_ids"] = hashlib.sha256("".join(prompt.id for prompt in prompts).encode()).hexdigest()[:16]
     return settings, {name: given[name] for name in pictures}
 
@@ -150,8 +151,6 @@ def run(options: RepromptOptions, drawing: Drawing) -> None:
     prompts, out = load_prompts(options.data), Path(options.out)
     settings, pictures = _settings(options, drawing, prompts)
     check_settings(out / "settings.json", settings)
-    if drawing.sdmodel_name is not None:
-        check_settings(out / "pictures.json", pictures)
     if (out / "rewrites.jsonl").exists() and not (out / "settings.json").exists():
         raise UserError(f"--out {out} holds rewrites but no settings.json: name another folder")
     out.mkdir(parents=True, exist_ok=True)
@@ -166,6 +165,8 @@ def run(options: RepromptOptions, drawing: Drawing) -> None:
         tokens, seconds = rewrite_all(policy, out, prompts, rows)
     ordered = [rows[prompt.id] for prompt in prompts]
     if drawing.sdmodel_name is not None:
+        pictures["contents"] = renderer_contents(drawing)
+        check_settings(out / "pictures.json", pictures)
         renderer = load_renderer(drawing, pick_device(options.device))
         _write_json(out / "pictures.json", pictures)
         drawn, failed = draw_all(options, drawing.render_batch_size, renderer, ordered)

@@ -776,6 +776,6 @@ def test_what_cannot_be_judged_is_none_with_a_reason(kind, meta, seen_):
 
 def test_only_the_models_of_the_categories_are_loaded_and_named(weights):
     bench = built({"clip_path": weights["clip_path"]}, categories=["non_spatial"])
-    assert bench.settings["weights"] == {"clip": str(weights["clip_path"])}
+    assert bench.settings["contents"]["clip_path"][0] == str(weights["clip_path"])
     assert bench.categories == ("non_spatial",)
     assert bench.overall({"color": 0.8, "shape": 0.5, "non_spatial": 0.3}, {"color": 3000}) == pytest.approx(1.6 / 3)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,7 @@ from interfaces import Prompt, Reward
 from miniature import evaluate as mini
 from miniature import world
 from miniature.fit import WEIGHTS
+from models.hub import contents_of
 from tests.processes import ENVIRONMENT, ROOT, kill_when, launcher
 
 POLICY = ["--benchmark", "miniature", "--gpt_path", str(WEIGHTS / "policy")]
@@ -419,6 +421,22 @@ def test_bad_input_is_one_line_with_the_value_and_code_2(tmp_path, capfd, option
 def test_a_folder_of_another_evaluation_is_refused_with_what_differs(whole, capfd):
     assert mini.run([*POLICY, "--out", str(whole), *SMALL, "--seed", "7"]) == 2
     assert "seed 42 -> 7" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("model", ["gpt_path", "sdmodel_name", "git_path"])
+def test_another_model_behind_the_same_path_is_refused_and_a_moved_one_is_not(tmp_path, capfd, model):
+    folder, out = WEIGHTS / {"gpt_path": "policy", "sdmodel_name": "flux", "git_path": "git"}[model], tmp_path / "out"
+    copies = [Path(shutil.copytree(folder, tmp_path / name)) for name in ("first", "moved")]
+    run = [*POLICY, "--out", str(out), "--limit", "1", "--samples", "1", "--n", "2", "--select", "git"]
+    assert mini.run([*run, f"--{model}", str(copies[0])]) == 0
+    assert mini.run([*run, f"--{model}", str(copies[1])]) == 0
+    was = json.loads((out / "settings.json").read_text())["contents"][model][1]
+    weights = next(copies[1].rglob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\7")
+    capfd.readouterr()
+    assert mini.run([*run, f"--{model}", str(copies[1])]) == 2
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert was in said and contents_of({model: copies[1]})[model][1] in said and str(copies[1]) in said
 
 
 @pytest.mark.parametrize("words", [["--render_steps", "2"], ["--render_steps=2"]])

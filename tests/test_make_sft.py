@@ -428,7 +428,16 @@ def scored_by(monkeypatch):
     return put
 
 
-BEST = ("--best_of", 4, "--sdmodel_name", "canvas", "--rewards", "hps")
+BEST = (
+    "--best_of",
+    4,
+    "--rewards",
+    "hps",
+    "--sdmodel_name",
+    "miniature/weights/flux",
+    "--hps_path",
+    "miniature/weights/hps",
+)
 
 
 def test_the_best_answer_is_kept_and_an_absent_score_is_no_number(data, tmp_path, scored_by):

@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,9 +35,10 @@ from doctor.report import OK, PROBLEM, WARNING
 from errors import UserError
 from interfaces import Prompt
 from miniature.build import renderer as miniature_renderer
-from rendering import RenderOptions, load_renderer, remote
+from rendering import RenderOptions, load_renderer, remote, renderer_contents
 from rendering.remote import RemoteRenderer
 from run import signals
+from run.files import differences
 from tests.processes import ENVIRONMENT, ROOT, closed_port
 
 SIZE = 16
@@ -622,11 +624,31 @@ class Slow:
 
 
 @pytest.mark.filterwarnings("ignore:Using extra keyword")  # of ray.serve, when it is imported
+def test_a_servers_card_says_which_weights_it_draws_with_wherever_they_lie(tmp_path):
+    from rendering.server import _drawing
+
+    for name in ("flux", "moved"):
+        shutil.copytree("miniature/weights/flux", tmp_path / name)
+    was, moved = (_drawing(RenderOptions(str(tmp_path / name))) for name in ("flux", "moved"))
+    with (tmp_path / "flux" / "vae" / "diffusion_pytorch_model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\7")
+    now = _drawing(RenderOptions(str(tmp_path / "flux")))
+    assert was == moved != now and was["render_dtype"] == now["render_dtype"]
+    cards = [{**CARD, "request": {**REQUEST, "drawing": drawing}} for drawing in (was, moved, now)]
+    with Painter(cards[0]) as one, Painter(cards[1]) as same, Painter(cards[2]) as other:
+        first, again, changed = (renderer_contents(RenderOptions(server.url)) for server in (one, same, other))
+    assert not differences({"contents": first}, {"contents": again})
+    said = differences({"contents": first}, {"contents": changed})
+    assert all(word in said for word in (*first["sdmodel_name"], *changed["sdmodel_name"]))
+
+
+@pytest.mark.filterwarnings("ignore:Using extra keyword")  # of ray.serve, when it is imported
 def test_rows_that_come_one_by_one_are_drawn_together_and_a_renderer_that_raises_makes_its_replica_ill(monkeypatch):
     from rendering import server as render_server
 
     monkeypatch.setattr(render_server, "load_renderer", lambda options, device: Slow())
-    replica = render_server.Renderers(RenderOptions(), "tiny", "cpu", 8, 0.01)
+    replica = render_server.Renderers(RenderOptions("miniature/weights/flux"), "tiny", "cpu", 8, 0.01)
     replica.renderer.drawn.clear()
 
     async def row(number: int, pause: float = 0.0):

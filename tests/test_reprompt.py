@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from errors import UserError
 from inference import Reprompter
 from interfaces import Prompt
-from models.policy import load_policy, load_tokenizer
+from models.policy import load_policy, load_tokenizer, policy_contents
 from prompting import completion, messages
 from run.seeds import render_seed
 from scripts import reprompt
@@ -184,6 +185,40 @@ def test_continuing_with_other_options_or_prompts_is_refused_and_names_them(job,
     assert main(job) == 2
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", "chat_template.jinja", "config.json", "base", "no record"])
+def test_another_model_behind_the_same_path_is_refused_with_both_fingerprints(job, tmp_path, capsys, file):
+    folder = base = Path(shutil.copytree(job[3], tmp_path / "policy"))
+    if file == "base":
+        folder, adapted = tmp_path / "adapter", get_peft_model(load_policy(str(base)), LoraConfig(r=2))
+        adapted.save_pretrained(folder)
+    job = [*job, "--gpt_path", str(folder), "--out", str(tmp_path / "out")]
+    record = tmp_path / "out" / "settings.json"
+    assert main(job) == 0
+    for path in base.iterdir():
+        path.touch()  # as a copy does
+    (folder / "README.md").write_text("changes nothing")
+    assert main(job) == 0
+    Path(shutil.copytree(folder, tmp_path / "moved"))
+    (tmp_path / "link").symlink_to("moved")
+    assert main([*job, "--gpt_path", str(tmp_path / "link")]) == 0
+    was = json.loads(record.read_text())["contents"]
+    if file == "no record":
+        record.write_text(json.dumps({**json.loads(record.read_text()), "contents": {}}))
+    else:
+        changed = base / {"base": "model.safetensors"}.get(file, file)
+        states = os.stat(changed)
+        changed.write_bytes(changed.read_bytes()[:-1] + b" ")
+        os.utime(changed, ns=(states.st_atime_ns, states.st_mtime_ns))  # as rsync does
+    rows = (tmp_path / "out" / "rewrites.jsonl").read_bytes()
+    capsys.readouterr()
+    assert main(job) == 2
+    now, said = policy_contents(str(folder)), capsys.readouterr().err
+    name = "base of gpt_path" if file == "base" else "gpt_path"
+    assert said.count("\n") == 1 and now[name][0] in said and now[name][1] in said
+    assert file == "no record" or (was[name][1] in said and was[name][1] != now[name][1])
+    assert (tmp_path / "out" / "rewrites.jsonl").read_bytes() == rows
+
+
 def test_rows_without_a_record_of_their_options_are_not_mixed_with_new_ones(job, tmp_path):
     (tmp_path / "rewrites.jsonl").write_text('{"id": "1"}\n')
     assert main([*job, "--out", str(tmp_path)]) == 2
@@ -225,7 +260,7 @@ def renderer(monkeypatch):
 
 def test_pictures_share_seeds_with_the_baseline_and_failures_are_null(job, tmp_path, renderer, capsys):
     out = tmp_path / "out"
-    job = [*job, "--out", str(out), "--sdmodel_name", "colours", "--samples", "2", "--baseline"]
+    job = [*job, "--out", str(out), "--sdmodel_name", "miniature/weights/flux", "--samples", "2", "--baseline"]
     assert main(job) == 0
     rows = rows_of(out)
     cat, dogs = rows[0], rows[1]
@@ -242,7 +277,7 @@ def test_pictures_share_seeds_with_the_baseline_and_failures_are_null(job, tmp_p
 def test_continuing_draws_only_what_is_missing(job, tmp_path, renderer):
     out = tmp_path / "out"
     assert main([*job, "--out", str(out)]) == 0
-    job = [*job, "--out", str(out), "--sdmodel_name", "colours"]  # pictures may be added to rewrites
+    job = [*job, "--out", str(out), "--sdmodel_name", "miniature/weights/flux"]  # pictures may be added to rewrites
     assert main(job) == 0
     lost = out / rows_of(out)[3]["images"][0]
     lost.unlink()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import yaml
 
 from errors import UserError
 from interfaces import Reward
+from models.hub import contents_of
 from run.folder import RunFolder
 from run.seeds import render_seed
 from tests.processes import ENVIRONMENT, ZERO_2, kill_when, launch
@@ -215,6 +217,25 @@ def test_a_folder_of_another_run_or_of_something_else_is_refused(tmp_path):
     (tmp_path / "other" / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="holds no run"):
         folder("other", seed=1).plan()
+
+
+def test_a_run_is_not_resumed_on_other_models_behind_the_same_paths(toy, tmp_path, capfd):
+    run, models = tmp_path / "run", {"gpt_path": toy.policy, "sdmodel_name": toy.flux, "hps_path": toy.hps}
+    copies = {name: Path(shutil.copytree(folder, tmp_path / name)) for name, folder in models.items()}
+    flags = [word for name, folder in copies.items() for word in (f"--{name}", folder)]
+    command = ["--config", toy.config, *flags, "--rewards", "format", "--held_out", "hps", "--outdir", run]
+    assert main(*command) == 0
+    shutil.rmtree(run / "checkpoint-2")  # as if it had been stopped
+    was = json.loads((run / "run.json").read_text())["contents"]
+    for name, folder in copies.items():
+        weights = next(folder.rglob("*.safetensors"))
+        before = weights.read_bytes()
+        weights.write_bytes(before[:-1] + b"\7")
+        assert main(*command, "--resume") == 2
+        said = capfd.readouterr().err.splitlines()[-1]
+        assert was[name][1] in said and contents_of({name: folder})[name][1] in said and str(folder) in said
+        weights.write_bytes(before)
+    assert main(*command, "--resume") == 0
 
 
 @pytest.mark.slow

@@ -186,6 +186,24 @@ def test_a_file_is_hashed_once_until_it_changes(cached, cache, monkeypatch):
     assert len(read) == 3
 
 
+DECIDES = ["config.json", "chat_template.jinja", "model.safetensors", "model-2.safetensors", "tokenizer.json"]
+DECIDES += ["flux/model_index.json", "flux/scheduler/scheduler_config.json", "flux/vae/config.json"]
+BESIDE = ["run.json", "summary.json", "training_args.bin", "README.md", "checkpoint-2/model.safetensors"]
+BESIDE += ["flux/flux1-dev.safetensors", "flux/vae/LICENSE.txt", "flux/images/0.png"]
+
+
+@pytest.mark.parametrize("place", DECIDES + BESIDE)
+def test_a_fingerprint_is_of_all_that_decides_what_is_computed_and_of_nothing_else(tmp_path, place):
+    folder = tmp_path / ("flux" if place.startswith("flux") else "policy")
+    shutil.copytree(MINIATURE / folder.name, folder)
+    assert weights.fingerprint(folder) == weights.fingerprint(MINIATURE / folder.name)
+    changed = folder / place.removeprefix("flux/")
+    changed.parent.mkdir(exist_ok=True)
+    with changed.open("ab") as file:
+        file.write(b" ")
+    assert (weights.fingerprint(folder) != weights.fingerprint(MINIATURE / folder.name)) == (place in DECIDES)
+
+
 def test_a_sum_beside_a_file_of_the_users_own_is_honoured(tmp_path):
     torch.save(TENSORS, tmp_path / "mine.pt")
     digest, beside = hashlib.sha256((tmp_path / "mine.pt").read_bytes()).hexdigest(), tmp_path / "mine.pt.sha256"
