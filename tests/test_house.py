@@ -25,9 +25,10 @@ FLOORS = [
 FLOOR = {name: number for number, names in enumerate(FLOORS, 1) for name in names}
 # Lines of Python, blank lines and docstrings included. Larger than first planned: run (a loop for trainers without
 # TRL, options that say what they change, models by contents), scoring (drawing and judging are two parts), clients
-# (the judges' cache, the teacher, the reader of verdicts), report (terminals, a policy's card), rendering (quantisation,
-# LoRA, other engines' servers), data (places, relations and words of an intent, the reader of other people's files),
-# evaluation (what could not be judged is counted by reason, asked again, and left out of paired means).
+# (the judges' cache, the teacher, the reader of verdicts), report (terminals, a policy's card), rendering
+# (quantisation, LoRA, other engines' servers), data (places, relations and words of an intent, the reader of other
+# people's files), evaluation (what could not be judged is counted by reason, asked again, and left out of paired
+# means).
 BUDGETS = {
     "r1_prompter": 500, "sft": 260, "run": 1640, "report": 495, "scoring": 930, "models": 900, "clients": 770,
     "rendering": 1775, "rewards": 2350, "data": 1630, "evaluation": 3930, "doctor": 715, "miniature": 2400,
