@@ -38,6 +38,7 @@ from trl.trainer.utils import RepeatSampler
 from data.prompts import load_prompts
 from errors import UserError
 from interfaces import Prompt, Renderer, Reward
+from models.devices import has_bfloat16, pick_device
 from models.frozen import without_zero3_init
 from models.policy import (
     ChatTemplate,
@@ -55,7 +56,7 @@ from rewards.offload import describe
 from run.files import file_hash
 from run.folder import Resume, RunFolder
 from run.heartbeat import Heartbeat
-from run.options import may_differ, option, parse, resume_option, run_main, set_renamed
+from run.options import SHARE, may_differ, option, parse, resume_option, run_main, set_renamed
 from run.progress import start_run
 from run.trainer import EpochOrder, RunTrainer, warn_if_bf16_loses_updates
 from scoring.cache import PictureCache
@@ -94,23 +95,25 @@ class ScriptArguments:
         True, "All members of a group start from the same noise; false: each from its own.", changes="run"
     )
     images_per_rewrite: int = option(
-        1, "Pictures per rewrite, averaged; another prompt often teaches more at the same cost.", changes="run"
+        1, "Pictures per rewrite, averaged; another prompt often teaches more at that cost.", changes="run", least=1
     )
     fresh_seeds: bool = option(
         True, "New noise for a prompt at each step; false: its own for the whole run.", changes="run"
     )
     picture_cache: float = option(
-        4.0, "GB on disk for pictures that may be drawn again at a later step.", changes="nothing"
+        4.0, "GB on disk for pictures that may be drawn again at a later step.", changes="nothing", least=0
     )
     max_absent_share: float = option(
-        0.5, "Share of readable samples without score that stops the run after three batches.", changes="nothing"
+        0.5, "Readable samples without score that stop the run after three batches.", changes="nothing", **SHARE
     )
     save_images_every: int = option(
-        10, "Optimiser steps between steps whose pictures are kept; first and last always.", changes="nothing"
+        10, "Optimiser steps between steps whose pictures are kept; first and last always.", changes="nothing", least=1
     )
-    save_images_max: int = option(64, "Pictures kept of such a step; 64 of 512 px are about 25 MB.", changes="nothing")
+    save_images_max: int = option(
+        64, "Pictures kept of such a step; 64 of 512 px are about 25 MB.", changes="nothing", least=0
+    )
     phase_budget: float = option(
-        1800.0, "Seconds of one phase after which all stacks are written down.", changes="nothing"
+        1800.0, "Seconds of one phase after which all stacks are written down.", changes="nothing", above=0
     )
     resume: str | None = resume_option()
 
@@ -227,6 +230,8 @@ def load_frozen(
     """
     script, training, missing, template, renderer = options.script, options.training, [], None, None
     names = [*script.rewards, *script.held_out]
+    for device in (options.render.render_device, options.reward.reward_device):
+        pick_device(device or "auto")
     with without_zero3_init():
         try:
             template = load_template(options)
@@ -372,6 +377,8 @@ def train(options: Options) -> None:
         Leave: a signal told it to.
     """
     script, training, model = options.script, options.training, options.model
+    options.render.settle(str(training.device))
+    options.reward.settle(options.render.render_device or str(training.device))
     check_rewards(options, training.reward_weights)
     prompts = {prompt.id: prompt for prompt in load_prompts(script.data)}
     numbers = plan(script, training, len(prompts))
@@ -436,7 +443,8 @@ def all_options(options: Options) -> dict[str, Any]:
 def _announce(
     options: Options, numbers: dict[str, int], folder: RunFolder, scorers: Sequence[Reward], prompts: Sequence[Prompt]
 ) -> list[str]:
-    script, training = options.script, options.training
+    script, training, render = options.script, options.training, options.render
+    why = "" if has_bfloat16(render.render_device or str(training.device)) else " (no bfloat16 instructions here)"
     return [
         f"{numbers['prompts_per_generation']} prompts x {training.num_generations} completions = "
         f"{numbers['completions_per_generation']} rollouts and up to {numbers['images_per_generation']} pictures per "
@@ -446,6 +454,7 @@ def _announce(
         f"{numbers['images']} pictures in all",
         f"rewards {', '.join(script.rewards)}; held out {', '.join(script.held_out) or 'none'}; seed {training.seed}; "
         f"all options: {folder.path}/run.json",
+        f"numbers: renderer {render.render_dtype}, ORM {options.reward.orm_dtype}, policy {options.model.dtype}{why}",
         *[f"  {describe(scorer, prompts)}" for scorer in scorers],
         *warn_if_bf16_loses_updates(training, options.model),
     ]

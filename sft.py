@@ -55,12 +55,12 @@ class ScriptArguments:
         "Qwen/Qwen2.5-3B-Instruct", "Model to start from: folder or hub name of an instruct model.", changes="run"
     )
     reasoning: bool = option(True, "Think first; false: teach the rewrite alone.", changes="run")
-    chat_template_kwargs: str | None = template_option()
+    chat_template_kwargs: dict | str | None = template_option()
     validation_share: float = option(
-        0.1, "Share of the prompts, 0 to below 1, whose examples are only evaluated.", changes="run"
+        0.1, "Share of the prompts, 0 to below 1, whose examples are only evaluated.", changes="run", least=0, below=1
     )
     phase_budget: float = option(
-        1800.0, "Seconds of one step or save after which all stacks are written down.", changes="nothing"
+        1800.0, "Seconds of one step or save after which all stacks are written down.", changes="nothing", above=0
     )
     resume: str | None = resume_option()
 
@@ -82,8 +82,6 @@ def parse_options(argv: Sequence[str]) -> tuple[ScriptArguments, SFTConfig, Mode
     """
     script, training, model = parse((ScriptArguments, SFTConfig, ModelConfig), RECIPE, argv)
     set_renamed(script.outdir, script.gpt_path, training, model)
-    if not 0 <= script.validation_share < 1:
-        raise UserError(f"validation_share is {script.validation_share}: give a share from 0 to below 1")
     if (training.packing or training.padding_free) and not str(model.attn_implementation).startswith(FLASH):
         raise UserError(
             f"packing and padding_free let examples see each other with --attn_implementation "

@@ -90,8 +90,6 @@ class ChatClient:
         self, whose: str, url: str, model: str, *, concurrency: int = 16, call_timeout: float = 120, attempts: int = 4
     ):
         self.url, self.loopback = checked_url(url, whose)
-        if concurrency < 1 or not 0 < call_timeout < math.inf:
-            raise UserError(f"{whose}: concurrency is {concurrency} and timeout {call_timeout}, must be above 0")
         self.whose, self.model = whose, model
         self.concurrency, self.call_timeout, self.attempts = concurrency, call_timeout, attempts
         self.circuit = Circuit(max(TRIP, attempts // 2 * concurrency), PAUSE)
@@ -291,8 +289,6 @@ class VLMClient(ChatClient):
         cache: str | Path | None = None,
     ):
         super().__init__("judge", url, model, concurrency=concurrency, call_timeout=call_timeout)
-        if not 0 < batch_timeout < math.inf:
-            raise UserError(f"judge: batch_timeout is {batch_timeout}, must be a positive number of seconds")
         self.batch_timeout, self.cache = batch_timeout, _Cache(Path(cache)) if cache is not None else None
         self.metrics: dict[str, float] = {}
         self.reasons: list[str] = []

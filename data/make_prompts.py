@@ -41,8 +41,8 @@ class PromptOptions:
     out_dir: str = option("data", "Folder to write to.", changes="nothing")
     exclude: list[str] = option([], "Benchmark files: .txt, .jsonl, .json.", changes="run")
     seed: int = option(0, "The same seed gives the same bytes.", changes="run")
-    rl: int = option(1000, "Prompts for GRPO.", changes="run")
-    cold_start: int = option(8000, "Prompts for the cold start.", changes="run")
+    rl: int = option(1000, "Prompts for GRPO.", changes="run", least=1)
+    cold_start: int = option(8000, "Prompts for the cold start.", changes="run", least=1)
 
 
 @dataclass
@@ -277,8 +277,6 @@ def make(options: PromptOptions) -> None:
     Raises:
         UserError: a bad option, a benchmark file that cannot be read, or more prompts than exist.
     """
-    if min(options.rl, options.cold_start) < 1:
-        raise UserError(f"--rl is {options.rl} and --cold_start {options.cold_start}; give 1 or more")
     excluded = [prompt for path in options.exclude for prompt in load_prompts(path)]
     rl, for_rl = make_prompts(f"{options.seed}/rl", options.rl, TASKS, excluded)
     everything = (*TASKS, *MORE_TASKS)

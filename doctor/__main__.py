@@ -35,10 +35,12 @@ class DoctorOptions:
     """The doctor's own options; all others are the trainer's."""
 
     trainer: str = option("r1_prompter", "Whose options these are.", changes="nothing", choices=list(TRAINERS))
-    gpus: int | None = option(None, "Plan for this many GPUs; unset: those of this machine.", changes="nothing")
-    gpu_memory: float | None = option(None, "GB of each of them (10^9 bytes).", changes="nothing")
+    gpus: int | None = option(
+        None, "Plan for this many GPUs; unset: those of this machine.", changes="nothing", least=0
+    )
+    gpu_memory: float | None = option(None, "GB of each of them (10^9 bytes).", changes="nothing", above=0)
     processes: int | None = option(
-        None, "Of a launch that is planned; unset: one a GPU, or --config_file's.", changes="nothing"
+        None, "Of a launch that is planned; unset: one a GPU, or --config_file's.", changes="nothing", least=1
     )
     config_file: str | None = option(
         None, "accelerate's; unset: deepspeed_2.yaml for several processes.", changes="nothing"
@@ -72,6 +74,9 @@ def _examine(argv: Sequence[str]) -> int:
         # TRL derives its batch numbers from the number of processes, which is only planned here
         config = type("GRPOConfig", (r1_prompter.GRPOConfig,), {"world_size": property(lambda self: processes)})
         options = trainer.parse_options(flags, config)
+    device = "cuda" if plan.gpus and not plan.here else str(options.training.device)
+    options.render.settle(device)
+    options.reward.settle(options.render.render_device or device)
     if options.training.process_index:
         return 0  # the main process looks and prints
     found = examine(trainer, options, plan, own.probe)

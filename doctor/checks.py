@@ -105,7 +105,7 @@ def devices(plan: Plan, bf16: bool) -> list[Check]:
             used = f"{size_text(total - free)} of GPU {i} are in use, which the estimate does not count"
             checks.append(Check("devices", WARNING, used, "see nvidia-smi"))
     if bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
-        action = "give --bf16 false --dtype float32 --render_dtype float16"
+        action = "give --bf16 false --dtype float32"
         checks.append(Check("devices", PROBLEM, "--bf16 true, but a GPU here has no bfloat16", action))
     return checks or [Check("devices", OK, f"{text}, {torch.cuda.get_device_name()}")]
 
@@ -221,9 +221,7 @@ def _disk(options: Options, numbers: dict[str, int], size: int) -> Check:
     """Free space against the pictures that are kept and the checkpoints, of `size` bytes each."""
     script, training, steps = options.script, options.training, numbers["optimizer_steps"]
     free = shutil.disk_usage(_existing(script.outdir)).free
-    kept = min(script.save_images_max, numbers["images_per_generation"]) * (
-        2 + steps // max(1, script.save_images_every)
-    )
+    kept = min(script.save_images_max, numbers["images_per_generation"]) * (2 + steps // script.save_images_every)
     pictures = int(kept * (options.render.resolution or 1024) ** 2 * PNG)
     saves = steps // max(1, int(training.save_steps)) if training.save_strategy == "steps" else 1
     most = min(training.save_total_limit or saves, saves) + 1  # a new one is written before the oldest is deleted

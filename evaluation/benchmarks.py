@@ -31,7 +31,7 @@ class BenchmarkOptions:
     categories: list[str] = option([], "compbench: which files of the folder are judged; unset: all.", changes="run")
     wise_version: str = option("verified", "wise: which protocol.", changes="run", choices=["verified", "legacy"])
     judge_revision: str = option("", "Revision of judge and server, for the record.", changes="run")
-    judge_batch_size: int = option(8, "Pictures per forward pass of a judge on this machine.", changes="run")
+    judge_batch_size: int = option(8, "Pictures per forward pass of a judge on this machine.", changes="run", least=1)
 
 
 def _geneval(options: BenchmarkOptions, reward: RewardOptions, device: str) -> Benchmark:

@@ -53,7 +53,7 @@ class ClipColours:
 
     def __init__(self, path: str | Path = PUBLISHED.repo, *, device: str | torch.device, batch_size: int = 64):
         self.device, self.batch_size = torch.device(device), batch_size
-        self.dtype = arithmetic("float16" if self.device.type == "cuda" else "float32", batch_size)
+        self.dtype = arithmetic("float16" if self.device.type == "cuda" else "float32")
         self.folder = folder = resolve(path, FILES)
         self.model, self.tokenizer = load(CLIPModel, folder, self.device), read(AutoTokenizer, folder)
         _check_activation(self.model, folder)

@@ -125,7 +125,7 @@ class LocalVLM:
     ):
         folder = resolve(path, NEEDS)
         self.device, self.batch_size = torch.device(device), batch_size
-        weights_in = arithmetic(dtype, batch_size)
+        weights_in = arithmetic(dtype)
         self.network = frozen.load(AutoModelForImageTextToText, folder, self.device, weights_in)
         self.processor = read(AutoProcessor, folder)
         self.tokens = {answer: self._tokens(answer, folder) for answer in ANSWERS}

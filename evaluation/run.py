@@ -44,14 +44,15 @@ from evaluation.systems import BestOf, Chooser, Fixed, Revise, System
 from evaluation.table import absences, cost, cost_table, text_table
 from inference import Reprompter, Rewrite
 from interfaces import Renderer
+from models.devices import DTYPES
 from models.hub import contents_of
-from models.policy import DTYPES, policy_contents
+from models.policy import policy_contents
 from prompting import well_formed
 from rendering import RenderOptions, load_renderer, renderer_contents
 from rewards import REWARDS, RewardContext, RewardOptions, build, reward_contents
 from rewards.offload import describe
 from run.files import atomic_write, complete_lines, file_hash, git_commit, installed_versions
-from run.options import may_differ, option, parse, run_main, template_option
+from run.options import SEED, may_differ, option, parse, run_main, template_option
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -66,24 +67,24 @@ class EvaluateOptions:
     gpt_path: str | None = option(None, "Policy: folder, adapter folder or hub name.", changes="run")
     rewrites: str | None = option(None, "A .jsonl with `prompt` and `rewrite`, to be drawn.", changes="run")
     images: list[str] = option([], "Folders of pictures to judge, in the benchmark's layout.", changes="run")
-    samples: int | None = option(None, "Pictures a prompt; unset: the protocol's.", changes="run")
-    seed: int = option(42, "Of noise and sampling.", changes="run")
-    limit: int | None = option(None, "Only the first so many prompts of each category.", changes="run")
-    unit: int = option(8, "Prompts that are drawn and judged together.", changes="run")
-    n: int = option(1, "Rewrites to choose the best picture from; above 1 needs --select.", changes="run")
-    revise: int = option(0, "Times that the policy may try again; needs --select.", changes="run")
+    samples: int | None = option(None, "Pictures a prompt; unset: the protocol's.", changes="run", least=1)
+    seed: int = option(42, "Of noise and sampling.", changes="run", **SEED)
+    limit: int | None = option(None, "Only the first so many prompts of each category.", changes="run", least=1)
+    unit: int = option(8, "Prompts that are drawn and judged together.", changes="run", least=1)
+    n: int = option(1, "Rewrites to choose the best picture from; above 1 needs --select.", changes="run", least=1)
+    revise: int = option(0, "Times that the policy may try again; needs --select.", changes="run", least=0)
     select: str | None = option(
         None, f"Reward that chooses; not the benchmark's own judge. Of: {', '.join(REWARDS)}.", changes="run"
     )
     training_prompts: list[str] = option(
         [], "For the leak check; unset: what the policy's run.json names.", changes="nothing"
     )
-    temperature: float = option(1.0, "Of the rewrites to choose from; the other is greedy.", changes="run")
-    max_new_tokens: int = option(512, "Of one answer of the policy.", changes="run")
-    rewrite_batch_size: int = option(16, "Prompts rewritten at once.", changes="run")
+    temperature: float = option(1.0, "Of the rewrites to choose from; the other is greedy.", changes="run", above=0)
+    max_new_tokens: int = option(512, "Of one answer of the policy.", changes="run", least=1)
+    rewrite_batch_size: int = option(16, "Prompts rewritten at once.", changes="run", least=1)
     dtype: str = option("auto", "Of the policy.", changes="run", choices=list(DTYPES))
     reasoning: bool = option(True, "false for a policy trained with --reasoning false.", changes="run")
-    chat_template_kwargs: str | None = template_option()
+    chat_template_kwargs: dict | str | None = template_option()
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,6 @@ def parse_options(argv: Sequence[str], known: Constructors) -> Options:
                          "and --gpt_path")  # fmt: skip
     if args.images and (args.gpt_path or args.rewrites):
         raise UserError("--images are judged as they are: leave --gpt_path and --rewrites out")
-    for name in ("unit", "n", "rewrite_batch_size", "max_new_tokens"):
-        if (given := vars(args)[name]) < 1:
-            raise UserError(f"--{name} is {given}: give 1 or more")
     return options
 
 
@@ -203,6 +201,8 @@ def evaluate(options: Options, known: Constructors) -> None:
     """One evaluation, from options to table."""
     args = options.evaluate
     state = PartialState(not torch.cuda.is_available(), timeout=timedelta(days=1))  # processes finish hours apart
+    options.render.settle(str(state.device))
+    options.reward.settle(str(state.device))
     benchmark = known[args.benchmark](options.benchmark, options.reward, str(state.device))
     items = _limited(benchmark.load(Path(args.metadata)), args.limit)
     samples = args.samples or benchmark.images_per_prompt

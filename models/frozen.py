@@ -24,12 +24,10 @@ from models.hub import read
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def arithmetic(dtype: str, batch_size: int) -> torch.dtype:
-    """The torch dtype of that name; UserError if it is unknown, or if `batch_size` is below 1."""
+def arithmetic(dtype: str) -> torch.dtype:
+    """The torch dtype of that name; UserError if it is unknown."""
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
-    if batch_size < 1:
-        raise UserError(f"batch_size is {batch_size}, must be at least 1")
     return DTYPES[dtype]
 
 

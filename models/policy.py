@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import snapshot_download
 from jinja2 import TemplateError
 from peft import PeftModel
@@ -27,12 +26,12 @@ from transformers import (
 from trl import GRPOConfig
 
 from errors import UserError, one_line
+from models.devices import pick_device, pick_dtype
 from models.hub import READ, base_of, contents_of, is_adapter, read, resolve
 from models.weights import locked
 from prompting import completion, messages, opening, parse
 from run.files import Contents
 
-DTYPES = ("auto", "bfloat16", "float32")
 Conversation = list[dict[str, str]]
 
 
@@ -228,24 +227,6 @@ def policy_contents(path: str, revision: str | None = None) -> Contents:
     """What the policy at `path` holds, and the base model of an adapter; both are downloaded if they must be."""
     base = {"base of gpt_path": _folder(*base_of(path, revision))} if is_adapter(path) else {}
     return contents_of({"gpt_path": _folder(path, revision), **base})
-
-
-def pick_device(device: str) -> str:
-    """`device`, or for "auto" the GPU if there is one, else "cpu". UserError if one is named that is not there."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device {device!r} is asked for and no GPU is to be seen; use cpu")
-    return device
-
-
-def pick_dtype(dtype: str, device: str) -> str:
-    """`dtype`, or for "auto" "bfloat16" on a GPU that has it, else "float32". UserError if it is not in DTYPES."""
-    if dtype not in DTYPES:
-        raise UserError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
-    if dtype != "auto":
-        return dtype
-    return "bfloat16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "float32"
 
 
 def _folder(path: str, revision: str | None = None) -> Path:

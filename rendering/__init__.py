@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from errors import UserError
+from models.devices import pick_device
 from models.hub import contents_of
 from rendering.options import AUTO, RenderOptions
 from run.files import Contents
@@ -65,4 +66,4 @@ def load_renderer(
         return RemoteRenderer(options, processes=int(os.environ.get("WORLD_SIZE", "1")))
     from rendering.local import LocalRenderer  # diffusers: seconds that a bad option need not cost
 
-    return LocalRenderer(options, options.render_device or device, pipe)
+    return LocalRenderer(options, pick_device(options.render_device or device), pipe)

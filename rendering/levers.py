@@ -18,7 +18,6 @@ tiling.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +26,7 @@ import httpx
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.models.attention import AttentionModuleMixin
-from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
+from diffusers.models.attention_dispatch import attention_backend
 from huggingface_hub import snapshot_download
 
 from errors import UserError, one_line
@@ -38,7 +37,6 @@ MAX_PIXEL_DIFFERENCE = 1  # level of 255, the largest difference of any channel 
 MAX_TRIAL_IMAGES = 64  # the largest batch that is tried
 MIN_GAIN = 0.05  # share of the time for a picture; a smaller batch that is slower by no more is preferred
 TRIAL_MEMORY_SHARE = 0.5  # a trial may use this share of the free memory, because the policy is loaded afterwards
-PACKAGES = {"fp8": "torchao", "fp8_weights": "torchao", "int8": "torchao", "nf4": "bitsandbytes"}
 
 
 def apply(options: RenderOptions, pipe: DiffusionPipeline, device: torch.device) -> None:
@@ -109,18 +107,13 @@ def _compile(denoiser: torch.nn.Module) -> None:
 
 def _set_attention(denoiser: torch.nn.Module, name: str) -> None:
     """Of this transformer alone: diffusers would also make it the default of every other model in the process."""
-    flag = f"--render_attention {name}"
-    known = [backend.value for backend in AttentionBackendName]
-    if name not in known:
-        raise UserError(f"{flag}: not a backend of diffusers; choose one of {', '.join(known)}")
     parts = [part for part in denoiser.modules() if isinstance(part, AttentionModuleMixin)]
     if not any("_attention_backend" in dir(part.processor) for part in parts):
-        raise UserError(f"{flag}: the attention of {type(denoiser).__name__} cannot be exchanged: leave it out")
-    try:
-        with attention_backend("native"):  # puts the process's own back
-            denoiser.set_attention_backend(name)
-    except (RuntimeError, ImportError) as error:
-        raise UserError(f"{flag}: {one_line(error, 600)}") from error
+        raise UserError(
+            f"--render_attention {name}: the attention of {type(denoiser).__name__} cannot be exchanged: leave it out"
+        )
+    with attention_backend("native"):  # puts the process's own back
+        denoiser.set_attention_backend(name)
 
 
 def _slice(pipe: DiffusionPipeline) -> None:
@@ -133,11 +126,6 @@ def _slice(pipe: DiffusionPipeline) -> None:
 def _quantize(denoiser: torch.nn.Module, name: str, device: torch.device) -> None:
     """Weights of all linear layers but those that are too narrow for the kernels (a multiple of 16)."""
     flag = f"--render_quantization {name}"
-    if name not in PACKAGES:
-        raise UserError(f"{flag}: choose one of {', '.join(PACKAGES)}")
-    if importlib.util.find_spec(PACKAGES[name]) is None:
-        raise UserError(f"{flag} needs {PACKAGES[name]}, which is not installed: "
-                         "uv pip install -r pyproject.toml --extra quantize")  # fmt: skip
     if name == "fp8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
         raise UserError(f"{flag} needs a GPU of compute capability 8.9 or above (H100, L40S), not {device}: "
                          "fp8_weights and int8 store weights so and compute as before")  # fmt: skip

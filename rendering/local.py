@@ -17,7 +17,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +29,14 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from errors import UserError, one_line
 from interfaces import OnImage
+from models.devices import pick_dtype
 from models.frozen import DTYPES, without_zero3_init
 from models.hub import let_count, resolve
 from models.weights import check_folder, locked
 from rendering.levers import TRIAL_MEMORY_SHARE, apply, on_device, smallest_good_batch, text_encoders
 from rendering.options import RenderOptions
 from rendering.rows import OnRow, Outcome, Row, draw_distinct
+from rendering.settings import call_settings, guidance_name
 from run.signals import leaving
 
 logger = logging.getLogger(__name__)
@@ -69,10 +71,8 @@ class LocalRenderer:
     def __init__(
         self, options: RenderOptions, device: str | torch.device, pipe: DiffusionPipeline | None = None
     ) -> None:
-        if options.render_batch_size < 1:
-            raise UserError(f"--render_batch_size is {options.render_batch_size}: give 1 or more")
         self.pipe, self.device = load_pipeline(options, device, pipe), torch.device(device)
-        self._settings = _call_settings(options, self.pipe)
+        self._settings = call_settings(options, self.pipe)
         self._away = text_encoders(self.pipe) if options.render_offload_text else []
         self._tokenizer = _longest_tokenizer(self.pipe)
         self.chunk_size = options.render_batch_size
@@ -167,7 +167,7 @@ class LocalRenderer:
         chosen = {name: parameter.default for name, parameter in parameters.items()} | self._settings
         return {
             "num_inference_steps": chosen.get("num_inference_steps"),
-            "guidance_scale": chosen.get(_guidance_name(parameters)),
+            "guidance_scale": chosen.get(guidance_name(parameters)),
             "max_sequence_length": chosen.get("max_sequence_length"),
         }
 
@@ -356,37 +356,6 @@ def _to_picture(pixels: np.ndarray) -> Image.Image | str:
     return Image.fromarray(levels) if levels.any() else "black picture"
 
 
-def _call_settings(options: RenderOptions, pipe: DiffusionPipeline) -> dict:
-    """The keyword arguments of every call of `pipe`: the given options under this pipeline's own names.
-
-    With a given size, Sana and PixArt draw at this very size instead of the nearest trained one.
-    """
-    parameters = inspect.signature(type(pipe).__call__).parameters
-    guided_by = _guidance_name(parameters)
-    asked = {
-        "num_inference_steps": options.render_steps,
-        guided_by: options.guidance,
-        "height": options.resolution,
-        "width": options.resolution,
-        "max_sequence_length": options.max_sequence_length,
-    }
-    settings = {name: value for name, value in asked.items() if value is not None}
-    for name, value in settings.items():
-        if name not in parameters:
-            raise UserError(f"{type(pipe).__name__} takes no {name} (given: {value}): leave it out")
-    if guided_by == "true_cfg_scale":
-        settings["negative_prompt"] = " "  # without one Qwen-Image silently draws unguided; " " is its model card's
-    if "use_resolution_binning" in parameters and options.resolution is not None:
-        settings["use_resolution_binning"] = False
-    return settings
-
-
-def _guidance_name(parameters: Mapping[str, inspect.Parameter]) -> str:
-    """Qwen-Image: true_cfg_scale=4.0 and an unused guidance_scale=None; FLUX.1: 1.0 and a live guidance_scale=3.5."""
-    true_cfg = parameters.get("true_cfg_scale")
-    return "true_cfg_scale" if true_cfg is not None and true_cfg.default > 1 else "guidance_scale"
-
-
 def _longest_tokenizer(pipe: DiffusionPipeline) -> PreTrainedTokenizerBase:
     """T5's for FLUX.1 and SD3, not CLIP's; the one inside the processor for FLUX.2."""
     components = pipe.components.values()
@@ -412,9 +381,7 @@ def load_pipeline(
     Raises:
         UserError: nothing at `sdmodel_name`, Hub out of reach, incomplete weights, or a lever that cannot be had.
     """
-    if options.render_dtype not in DTYPES:
-        raise UserError(f"--render_dtype {options.render_dtype}: choose one of {', '.join(DTYPES)}")
-    pipe = pipe or _load(options.sdmodel_name, DTYPES[options.render_dtype])
+    pipe = pipe or _load(options.sdmodel_name, DTYPES[pick_dtype(options.render_dtype, str(device), frozen=True)])
     pipe.set_progress_bar_config(disable=True)
     for component in map(let_count, pipe.components.values()):
         if isinstance(component, torch.nn.Module):

@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from clients.http import is_url
-from errors import UserError
-from run.options import option
+from models.devices import pick_dtype
+from run.options import device, need, option
 
 AUTO = "auto"
 TEXT_LENGTHS = (128, 256, 512)  # tokens; the most of FLUX.1-dev, SD3.5 and Qwen-Image is 512 or above
-QUANTIZATIONS = ("fp8", "fp8_weights", "int8", "nf4")
+QUANTIZATIONS = {"fp8": "torchao", "fp8_weights": "torchao", "int8": "torchao", "nf4": "bitsandbytes"}
 
 
 @dataclass
@@ -27,31 +27,36 @@ class RenderOptions:
         "images API, http://host:port/v1, separated by commas.",
         changes="pictures",
     )
-    render_steps: int | None = option(None, "Denoising steps; unset: the pipeline's own.", changes="pictures")
-    guidance: float | None = option(None, "Guidance scale; unset: the pipeline's own.", changes="pictures")
+    render_steps: int | None = option(None, "Denoising steps; unset: the pipeline's own.", changes="pictures", least=1)
+    guidance: float | None = option(None, "Guidance scale; unset: the pipeline's own.", changes="pictures", least=0)
     resolution: int | None = option(
-        None, "Side of the square pictures in pixels; unset: the pipeline's own size.", changes="pictures"
+        None, "Side of the square pictures in pixels; unset: the pipeline's own size.", changes="pictures", least=1
     )
     max_sequence_length: int | str | None = option(
         None,
         "Renderer tokens read of a rewrite; all texts are padded to it, so fewer draw faster. auto: the "
         "least of 128, 256 and 512 that holds the rewrite of a full answer (r1_prompter.py).",
         changes="pictures",
+        words=[AUTO],
+        least=1,
     )
     render_dtype: str = option(
-        "bfloat16",
-        "Renderer's weights and arithmetic.",
+        AUTO,
+        "Renderer's weights and arithmetic. auto: bfloat16 where GPU or CPU have it; else float16 on a GPU, float32 "
+        "on a CPU; of servers: their own.",
         changes="pictures",
-        choices=["bfloat16", "float16", "float32"],
+        choices=[AUTO, "bfloat16", "float16", "float32"],
     )
     render_batch_size: int | str | None = option(
         8,
         "Pictures per pipeline call; at 512 px a GPU is busy from about 8 on. auto: measured once at the "
         "start of a run, then fixed for all of it.",
         changes="nothing",
+        words=[AUTO],
+        least=1,
     )
     render_device: str | None = option(
-        None, "Of the renderer; unset: the process's own.", changes="nothing", where="drawer"
+        None, "Of the renderer; unset: the process's own.", changes="nothing", where="drawer", reads=device
     )
     render_compile: bool = option(
         False,
@@ -91,31 +96,45 @@ class RenderOptions:
     render_tokenizer: str | None = option(
         None, "Folder or hub name of its longest tokenizer, for servers that do not give one.", changes="pictures"
     )
-    render_timeout: float = option(120.0, "Seconds for one picture of a server, its turn included.", changes="nothing")
+    render_timeout: float = option(
+        120.0, "Seconds for one picture of a server, its turn included.", changes="nothing", above=0
+    )
     render_batch_timeout: float = option(
-        900.0, "Seconds for all pictures of a batch from servers; then the rest is absent.", changes="nothing"
+        900.0, "Seconds for all pictures of a batch from servers; then the rest is absent.", changes="nothing", above=0
     )
     render_concurrency: int | None = option(
         None,
         "Pictures that a process asks of each server at once; unset: its share of what the "
         "server says it can use, or of 16.",
         changes="nothing",
+        least=1,
     )
 
     @property
     def remote(self) -> bool:
         """Whether servers draw."""
-        return is_url(self.sdmodel_name)
+        return self.sdmodel_name is not None and is_url(self.sdmodel_name)
 
     def __post_init__(self) -> None:
-        """Turn the text of a command line into numbers.
+        """Ask packages and, if it is on this disk, the pipeline whether it can be drawn so; no weights are read.
 
         Raises:
-            UserError: neither a whole number nor auto.
+            UserError: a package is missing, or the pipeline does not draw this size (with the nearest) or so.
         """
-        self.render_batch_size = _number("render_batch_size", self.render_batch_size)
-        if self.max_sequence_length is not None:
-            self.max_sequence_length = _number("max_sequence_length", self.max_sequence_length)
+        if self.remote:
+            return
+        if self.render_quantization is not None:
+            need(QUANTIZATIONS[self.render_quantization], f"--render_quantization {self.render_quantization}")
+        if {self.render_attention, self.resolution, self.max_sequence_length} == {None}:
+            return
+        from rendering.settings import check  # diffusers: seconds that a program without pictures need not wait
+
+        check(self)
+
+    def settle(self, default_device: str) -> None:
+        """Choose what `render_dtype` leaves open by the device that draws; servers choose for themselves."""
+        if not self.remote:
+            self.render_dtype = pick_dtype(self.render_dtype, self.render_device or default_device, frozen=True)
 
     def fit_text(self, completion: int, reasoning: bool) -> None:
         """Replace a `max_sequence_length` of auto by the smallest that holds a rewrite of `completion` tokens.
@@ -126,12 +145,3 @@ class RenderOptions:
         if self.max_sequence_length == AUTO:
             rewrite = completion // 2 if reasoning else completion
             self.max_sequence_length = next((most for most in TEXT_LENGTHS if most >= rewrite), TEXT_LENGTHS[-1])
-
-
-def _number(name: str, value: int | str | None) -> int | str:
-    if value == AUTO or isinstance(value, int):
-        return value
-    try:
-        return int(value)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"--{name} {value}: give a whole number, or {AUTO}") from error

@@ -30,7 +30,6 @@ import hashlib
 import io
 import json
 import logging
-import math
 import random
 import struct
 import time
@@ -49,7 +48,7 @@ from clients.http import CHECK_TIMEOUT, CONNECT_TIMEOUT, Circuit, back_off, chec
 from errors import UserError, one_line
 from interfaces import OnImage
 from models.weights import locked
-from rendering.options import RenderOptions
+from rendering.options import AUTO, RenderOptions
 from rendering.rows import OnRow, Outcome, Row, draw_distinct
 from run.signals import leaving
 
@@ -204,7 +203,7 @@ class RemoteRenderer:
             if theirs and theirs.get(key) != value:
                 raise UserError(f"{where} draws with {key} {theirs.get(key)}, not {value}: start both with the same")
         dtype = theirs.get("drawing", {}).get("render_dtype", "its own")
-        if options.render_dtype not in (RenderOptions.render_dtype, dtype):
+        if options.render_dtype not in (AUTO, dtype):
             raise UserError(f"{where} draws in {dtype}, not in --render_dtype {options.render_dtype}")
         return {"model": name, **cards[name]}
 
@@ -396,15 +395,7 @@ class _Batch:
 
 
 def _check(options: RenderOptions) -> None:
-    """Refuse options that are out of range or that the server has.
-
-    Raises:
-        UserError: with the option.
-    """
-    for name in ("render_timeout", "render_batch_timeout", "render_concurrency"):
-        value = vars(options)[name]
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"--{name} is {value}: give a positive number")
+    """Raise UserError for an option that the server has."""
     for one in fields(options):
         value = vars(options)[one.name]
         if one.metadata["where"] == "drawer" and value != one.default:

@@ -79,12 +79,12 @@ class ServerOptions:
     """Where it serves, and with how much."""
 
     host: str = option("127.0.0.1", "Address to listen on; others than loopback need a key.", changes="nothing")
-    port: int = option(8001, "Port to listen on.", changes="nothing")
+    port: int = option(8001, "Port to listen on.", changes="nothing", least=1, most=65535)
     replicas: int | None = option(
-        None, "Copies of the renderer, one a GPU; unset: as many as GPUs, or one on a CPU.", changes="nothing"
+        None, "Copies of the renderer, one a GPU; unset: as many as GPUs, or one on a CPU.", changes="nothing", least=1
     )
     batch_wait: float = option(
-        0.05, "Seconds that a batch waits for more pictures after its first.", changes="nothing"
+        0.05, "Seconds that a batch waits for more pictures after its first.", changes="nothing", least=0
     )
     temp_dir: str | None = option(
         None, "Folder of Ray's own files, a short path; unset: one that is removed at the end.", changes="nothing"
@@ -118,6 +118,7 @@ class Renderers:
 
     def __init__(self, options: RenderOptions, name: str, device: str, concurrency: int, batch_wait: float):
         self.name, self.batch_wait = name, batch_wait
+        options.settle(device)
         self.renderer: LocalRenderer = load_renderer(options, device)
         self.key = checked_key("render")
         self.waiting: asyncio.Queue[tuple[Row, asyncio.Future[Outcome]]] = asyncio.Queue()

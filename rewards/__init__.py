@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 from errors import UserError
 from interfaces import Prompt, Renderer, Reward
+from models.devices import pick_device, pick_dtype
 from models.hub import contents_of
-from run.options import option
+from run.options import device, option
 
 if TYPE_CHECKING:
     from clients.chat import VLMClient
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 
 DTYPES = ["float32", "bfloat16", "float16"]
+PAIRS = ["all", "anchor"]
 FORMULAS = ["faithful", "released"]
 
 
@@ -33,7 +35,7 @@ FORMULAS = ["faithful", "released"]
 class RewardOptions:
     """What a user may choose about rewards; every field is a flag of the trainer and a key of its YAML files."""
 
-    reward_device: str | None = option(None, "Of reward models; unset: the renderer's.", changes="nothing")
+    reward_device: str | None = option(None, "Of rewards; unset: the renderer's.", changes="nothing", reads=device)
     reward_offload: bool = option(False, "Keep reward models in main memory between calls.", changes="nothing")
     reward_dtype: str = option(
         "float32",
@@ -41,7 +43,7 @@ class RewardOptions:
         changes="run",
         choices=DTYPES,
     )
-    reward_batch_size: int = option(32, "Pictures or texts per forward pass of a reward.", changes="nothing")
+    reward_batch_size: int = option(32, "Pictures or texts per forward pass of a reward.", changes="nothing", least=1)
     reward_formula: str = option(
         "faithful",
         "Of git and gdino: the published formula, or that of T2I-R1's released code with its bugs.",
@@ -54,9 +56,11 @@ class RewardOptions:
     orm_path: str | None = option(
         None, "ORM folder, made by scripts/convert_orm.py; unset: CaraJ/ORM-T2I-R1.", changes="run"
     )
-    orm_dtype: str = option("bfloat16", "Weights and arithmetic of the ORM.", changes="run", choices=DTYPES)
+    orm_dtype: str = option(
+        "auto", "Weights and arithmetic of the ORM; auto: as --render_dtype.", changes="run", choices=["auto", *DTYPES]
+    )
     orm_temperature: float = option(
-        1.0, "Of the ORM's yes/no softmax; the released code's is about 0.3.", changes="run"
+        1.0, "Of the ORM's yes/no softmax; the released code's is about 0.3.", changes="run", above=0
     )
     imagereward_path: str | None = option(None, "ImageReward folder; unset: THUDM/ImageReward.", changes="run")
     pickscore_path: str | None = option(None, "PickScore folder; unset: yuvalkirstain/PickScore_v1.", changes="run")
@@ -64,18 +68,22 @@ class RewardOptions:
         "http://127.0.0.1:8080/v1", "OpenAI-compatible API; its key: environment JUDGE_API_KEY.", changes="nothing"
     )
     judge_model: str = option("UnifiedReward", "The judge's name there.", changes="run")
-    judge_concurrency: int = option(16, "Calls of one process in flight at once.", changes="nothing")
-    judge_timeout: float = option(120.0, "Seconds for one call, retries included.", changes="nothing")
-    judge_batch_timeout: float = option(900.0, "Seconds for a batch; what is open then is absent.", changes="nothing")
+    judge_concurrency: int = option(16, "Calls of one process in flight at once.", changes="nothing", least=1)
+    judge_timeout: float = option(120.0, "Seconds for one call, retries included.", changes="nothing", above=0)
+    judge_batch_timeout: float = option(900.0, "Seconds for a batch; then it is absent.", changes="nothing", above=0)
     judge_cache: str | None = option(None, "SQLite file of verdicts; unset: in the run folder.", changes="nothing")
-    preference_pairs: str = option(
-        "all", "Pairs of a group to compare: all, anchor (each with the raw prompt's), or k.", changes="run"
+    preference_pairs: int | str = option(
+        "all", "Pairs to compare: all, anchor (with the raw prompt's), or k.", changes="run", words=PAIRS, least=1
     )
     preference_both_orders: bool = option(
         False, "Ask each pair in both orders too; a disagreement is a tie.", changes="run"
     )
-    length_low: int = option(15, "Renderer tokens below which a rewrite loses length score.", changes="run")
-    length_high: int = option(77, "Renderer tokens above which it does; RePrompt's bound.", changes="run")
+    length_low: int = option(15, "Renderer tokens below which a rewrite loses length score.", changes="run", least=1)
+    length_high: int = option(77, "Renderer tokens above which it does; RePrompt's bound.", changes="run", least=1)
+
+    def settle(self, default_device: str) -> None:
+        """Choose what `orm_dtype` leaves open by the device that judges."""
+        self.orm_dtype = pick_dtype(self.orm_dtype, self.reward_device or default_device, frozen=True)
 
 
 @dataclass(frozen=True)
@@ -125,7 +133,7 @@ def _gdino(options: RewardOptions, context: RewardContext) -> Reward:
 def _orm(options: RewardOptions, context: RewardContext) -> Reward:
     from rewards.orm import ORM, PUBLISHED
 
-    computing = {**_computing(options, context), "dtype": options.orm_dtype}
+    computing = {**_computing(options, context), "dtype": pick_dtype(options.orm_dtype, context.device, frozen=True)}
     return ORM(options.orm_path or PUBLISHED.repo, temperature=options.orm_temperature, **computing)
 
 
@@ -256,6 +264,7 @@ def build(names: Sequence[str], options: RewardOptions, context: RewardContext) 
             does not answer): all of them in one message.
     """
     check(names, options)
+    pick_device(context.device)
     rewards, missing = [], []
     for name in names:
         try:

@@ -259,7 +259,7 @@ class GroundingDino(Reward):
         prompts: Sequence[Prompt] = (),
         box_threshold: float = 0.3,
     ):
-        self.device, self.dtype, self.batch_size = torch.device(device), arithmetic(dtype, batch_size), batch_size
+        self.device, self.dtype, self.batch_size = torch.device(device), arithmetic(dtype), batch_size
         self.released, self.box_threshold = released, box_threshold
         _check_prompts(prompts)
         folder = resolve(path, ("config.json", WEIGHTS, "tokenizer_config.json"))

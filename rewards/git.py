@@ -66,7 +66,7 @@ class GIT(Reward):
         batch_size: int = 32,
         released: bool = False,
     ):
-        self.device, self.dtype, self.batch_size = torch.device(device), arithmetic(dtype, batch_size), batch_size
+        self.device, self.dtype, self.batch_size = torch.device(device), arithmetic(dtype), batch_size
         self.released = released
         folder = resolve(path, NEEDS, pickles=True)
         self.model = load(GitForCausalLM, folder, self.device)

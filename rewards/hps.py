@@ -63,7 +63,7 @@ class HPS(Reward):
         batch_size: int = 32,
         model_name: str = "ViT-H-14",
     ):
-        self.device, self.dtype, self.batch_size = torch.device(device), arithmetic(dtype, batch_size), batch_size
+        self.device, self.dtype, self.batch_size = torch.device(device), arithmetic(dtype), batch_size
         path = _locate(path)
         loaded = _load_folder(path) if path.is_dir() else _load_file(path, model_name)
         model, self.tokenize, mean, std = loaded

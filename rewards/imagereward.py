@@ -143,7 +143,7 @@ class ImageReward(Reward):
         dtype: str = "float32",
         batch_size: int = 32,
     ):
-        self.device, self.dtype, self.batch_size = torch.device(device), arithmetic(dtype, batch_size), batch_size
+        self.device, self.dtype, self.batch_size = torch.device(device), arithmetic(dtype), batch_size
         folder = resolve(path, ("med_config.json",))
         model, self.tokenizer, vision = _load(folder)
         self.model = freeze(model, self.device, folder)

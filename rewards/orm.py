@@ -60,7 +60,6 @@ class ORM(Reward):
 
     Raises:
         UserError: no checkpoint at `path`, or one that cannot be used.
-        ValueError: an unknown `dtype`, a `batch_size` below 1, or a `temperature` not above 0.
     """
 
     name = "orm"
@@ -75,9 +74,7 @@ class ORM(Reward):
         batch_size: int = 32,
         temperature: float = 1.0,
     ):
-        if not 0 < temperature < math.inf:
-            raise UserError(f"orm's temperature is {temperature}, must be above 0; 1 is the model's own probability")
-        self.device, self.dtype, self.batch_size = torch.device(device), arithmetic(dtype, batch_size), batch_size
+        self.device, self.dtype, self.batch_size = torch.device(device), arithmetic(dtype), batch_size
         self.temperature = temperature
         folder = resolve(path, NEEDS)
         if _json(folder / "config.json").get("model_type") == "llava_qwen":

@@ -59,7 +59,7 @@ class PickScore(Reward):
         dtype: str = "float32",
         batch_size: int = 32,
     ):
-        self.device, self.dtype, self.batch_size = torch.device(device), arithmetic(dtype, batch_size), batch_size
+        self.device, self.dtype, self.batch_size = torch.device(device), arithmetic(dtype), batch_size
         folder = resolve(path, ("config.json",))
         self.model = load(CLIPModel, folder, self.device)
         self.tokenizer, self.processor = _readers(self.model, folder)

@@ -23,7 +23,6 @@ from PIL import Image
 
 from clients.chat import Question, Template, VLMClient, picture_hash
 from clients.verdict import choice
-from errors import UserError
 from interfaces import Prompt, Reward, Sample
 from models.frozen import check_pictures
 
@@ -86,7 +85,7 @@ class Preference(Reward):
 
     Args:
         client: of the server that compares; `client.check()` says whether it can be reached.
-        pairs: "all" pairs of a group; "anchor": each picture against the raw prompt's; or "3": at random so that each
+        pairs: "all" pairs of a group; "anchor": each picture against the raw prompt's; or 3: at random so that each
             sample meets 3 others, one of them 4 where that cannot be even, all others in groups that small.
         both_orders: ask each pair twice, swapped; two different verdicts are a tie, one failed call fails the pair.
         seed: of what is drawn.
@@ -95,18 +94,13 @@ class Preference(Reward):
         metrics: of the last call: number of "pairs"; "failed_pairs", their share; "ties", their share of the pairs
             that did not fail; "first_position", the share of decided verdicts for the picture shown first (0.5 unless
             the judge is biased); with anchors "win_rate_vs_raw"; and the client's counts.
-
-    Raises:
-        UserError: `pairs` is none of the above.
     """
 
     name = "preference"
     range = (0.0, 1.0)
     can_prefetch = True
 
-    def __init__(self, client: VLMClient, *, pairs: str = "all", both_orders: bool = False, seed: int = 0):
-        if pairs not in ("all", "anchor") and not (pairs.isdecimal() and int(pairs) >= 1):
-            raise UserError(f'preference pairs are {pairs!r}: give "all", "anchor" or how many each picture meets')
+    def __init__(self, client: VLMClient, *, pairs: int | str = "all", both_orders: bool = False, seed: int = 0):
         self.client, self.pairs, self.both_orders, self.seed = client, pairs, both_orders, seed
         self.needs_baseline_images = pairs == "anchor"
         self.metrics: dict[str, float] = {}
@@ -175,12 +169,12 @@ class Preference(Reward):
         Neighbours up to k // 2 places away are an even number of partners each; an odd k adds the one opposite.
         """
         size = len(group)
-        if self.pairs == "all" or int(self.pairs) >= size - 1:
+        if self.pairs == "all" or self.pairs >= size - 1:
             return list(combinations(group, 2))
         circle = sorted(
             group, key=lambda i: self._draw(samples[i].prompt, *(hashes[id(image)] for image in samples[i].images))
         )
-        half, odd = divmod(int(self.pairs), 2)
+        half, odd = divmod(self.pairs, 2)
         places = [(p, p + step) for step in range(1, half + 1) for p in range(size)]
         places += [(p, p + size // 2) for p in range((size + 1) // 2)] if odd else []
         return [(circle[p], circle[q % size]) for p, q in places]

@@ -214,7 +214,9 @@ class RunFolder:
                 f"{self.config['num_processes']}: launch as many, or choose another folder"
             )
         shown = ", ".join(f"{n} {_json(theirs.get(n))} -> {_json(self.config.get(n))}" for n in differing[:3])
-        raise UserError(f"--outdir {self.path} holds another run ({shown}): choose another folder")
+        raise UserError(
+            f"--outdir {self.path} holds another run ({shown}): give its options, or choose another folder"
+        )
 
     def _cut_after(self, step: int) -> None:
         metrics = self.path / "metrics.jsonl"

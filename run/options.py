@@ -8,19 +8,25 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib.util
 import logging
+import math
+import operator
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from types import MappingProxyType, UnionType
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import datasets
 import diffusers
 import torch
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.training_args import OptimizerNames
 from transformers.utils.logging import set_tqdm_hook
 from trl import ModelConfig, TrlParser
 
@@ -38,6 +44,48 @@ CHANGES_NOTHING = {
     "log_level", "ddp_timeout", "dataloader_num_workers", "vllm_server_base_url", "vllm_server_timeout",
 }  # fmt: skip
 
+COMPARED = {
+    "least": (operator.ge, "{} or more"), "above": (operator.gt, "above {}"),
+    "most": (operator.le, "at most {}"), "below": (operator.lt, "below {}"),
+}  # fmt: skip
+UNIONS = (Union, UnionType)
+NUMBERS = {"int": "a whole number", "float": "a finite number"}
+SHARE = {"least": 0, "most": 1}
+SEED = {"least": 0, "most": 2**32 - 1}  # NumPy's range
+EXTRAS = {"vllm": "vllm", "torchao": "quantize", "bitsandbytes": "quantize", "ray": "serve"}  # of pyproject.toml
+FLASH = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+LOGGERS = {name: name for name in INTEGRATION_TO_CALLBACK if name not in ("azure_ml", "flyte", "kubeflow")}
+# TRL's and transformers' options whose bad values they would find late, in a traceback or not at all.
+THEIRS: dict[str, dict[str, Any]] = {
+    name: allowed
+    for names, allowed in [
+        ("seed data_seed", SEED),
+        ("per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps generation_batch_size "
+         "steps_per_generation num_iterations max_completion_length max_length save_total_limit ddp_timeout lora_r "
+         "lora_alpha num_generations_eval vllm_tensor_parallel_size vllm_max_model_length", {"least": 1}),
+        ("num_generations", {"least": 2}),  # a completion is compared with others of its group
+        ("max_steps", {"least": -1}),
+        ("num_train_epochs temperature repetition_penalty logging_steps save_steps eval_steps vllm_server_timeout",
+         {"above": 0}),
+        ("learning_rate weight_decay adam_epsilon max_grad_norm warmup_steps beta epsilon epsilon_high top_k "
+         "dataloader_num_workers", {"least": 0}),
+        ("adam_beta1 adam_beta2 lora_dropout label_smoothing_factor", {"least": 0, "below": 1}),
+        ("top_p vllm_gpu_memory_utilization top_entropy_quantile", {"above": 0, "most": 1}),
+        ("min_p", SHARE),
+        ("vllm_server_port vllm_group_port", {"least": 1, "most": 65535}),
+        ("loss_type", {"choices": "grpo bnpo dr_grpo dapo luspo cispo sapo vespo nll dft".split()}),
+        ("importance_sampling_level", {"choices": ["token", "sequence"]}),
+        ("multi_objective_aggregation", {"choices": ["sum_then_normalize", "normalize_then_sum"]}),
+        ("vllm_mode", {"choices": ["colocate", "server"]}),
+        ("use_vllm", {"needs": {True: "vllm"}}), ("use_liger_kernel", {"needs": {True: "liger_kernel"}}),
+        ("load_in_4bit load_in_8bit", {"needs": {True: "bitsandbytes"}}),
+        ("optim", {"needs": {o: "bitsandbytes" for o in OptimizerNames if re.search("bnb|_8bit|paged|lion", o)}}),
+        ("attn_implementation", {"needs": FLASH}),
+        ("report_to", {"nargs": "+", "choices": [*INTEGRATION_TO_CALLBACK, "all", "none"], "needs": LOGGERS}),
+    ]
+    for name in names.split()
+}  # fmt: skip
+
 
 def option(
     default: Any = MISSING, help: str = "", *, changes: str, where: str = "client", **argparse_options: Any
@@ -51,7 +99,7 @@ def option(
             written; such options may differ. "pictures": what is drawn from a text; rewrites stay valid, pictures do
             not. "run": everything else.
         where: "drawer": an option of the machine that draws, not asked of a render server. "client": all others.
-        argparse_options: `choices`, `nargs`, `const`.
+        argparse_options: `choices`, `nargs`, `const`; or `words`, `reads`, `needs` and limits as `_reader` has them.
     """
     if changes not in CHANGES or where not in WHERE:
         raise ValueError(f"changes {changes!r}, where {where!r}: give one of {CHANGES} and of {WHERE}")
@@ -106,13 +154,71 @@ def _config_parser() -> argparse.ArgumentParser:
 
 
 class _Parser(TrlParser):
-    """TRL's parser, with every complaint as a `UserError`."""
+    """TRL's parser, with every complaint as a `UserError`, and with a range for every number."""
 
     def add_argument(self, *names: str, changes: str = "", where: str = "", **kwargs: Any) -> argparse.Action:
-        return super().add_argument(*names, **kwargs)  # an option's own metadata is not argparse's
+        kwargs |= THEIRS.get(names[0].removeprefix("--"), {}) if not changes else {}
+        own = {name: kwargs.pop(name) for name in ("words", "reads", "needs", *COMPARED) if name in kwargs}
+        if "type" in kwargs:
+            kwargs["type"] = _reader(names[0], kwargs["type"], blank=kwargs.get("default") == "", **own)
+        if kwargs.get("const") is True:
+            kwargs["const"] = "true"  # argparse reads a text as if it had been given
+        return super().add_argument(*names, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
+
+
+def _reader(
+    flag: str,
+    kind: Callable[[str], Any],
+    *,
+    blank: bool,
+    words: Sequence[str] = (),
+    reads: Callable[[str], Any] | None = None,
+    needs: Mapping[Any, str] = MappingProxyType({}),
+    **limits: float,
+) -> Callable[[str], Any]:
+    """What reads a value of `flag`, text -> value; UserError for a bad one.
+
+    `kind` is the field's own type, and `reads` goes before it; a float must be finite, and within `limits` (COMPARED).
+    `words` stand for themselves beside whole numbers, blanks alone where `blank`. `needs` maps a value to the import
+    name of the package without which it cannot be had.
+    """
+    kind = reads or (int if words else kind)
+    wanted = [NUMBERS.get(kind.__name__, "another"), *(COMPARED[name][1].format(n) for name, n in limits.items())]
+
+    def read(text: str) -> Any:
+        if text in words:
+            return text
+        try:
+            value = kind(text)
+            fits = (blank or text.strip()) and not (isinstance(value, float) and not math.isfinite(value))
+            fits = fits and (value is None or all(COMPARED[name][0](value, n) for name, n in limits.items()))
+        except (ValueError, OverflowError):
+            fits = False
+        if not fits:
+            raise UserError(f"{flag} {text!r}: give {', '.join(wanted)}{''.join(f', or {word}' for word in words)}")
+        if value in needs:
+            need(needs[value], f"{flag} {text}")
+        return value
+
+    return read
+
+
+def need(package: str, asker: str) -> None:
+    """Raise UserError unless the package of that import name is installed; `asker` needs it."""
+    if importlib.util.find_spec(package) is None:
+        wanted = f"-r pyproject.toml --extra {EXTRAS[package]}" if package in EXTRAS else package
+        raise UserError(f"{asker} needs {package}, which is not installed: uv pip install {wanted}")
+
+
+def device(text: str) -> str:
+    """The name of a device of torch's; ValueError if it is none. Whether there is one is asked when it is used."""
+    try:
+        return text if text == "auto" else str(torch.device(text))
+    except RuntimeError as error:
+        raise ValueError(text) from error
 
 
 def parse(kinds: Sequence[type], recipe: Path | None, argv: Sequence[str]) -> tuple[Any, ...]:
@@ -129,12 +235,15 @@ def parse(kinds: Sequence[type], recipe: Path | None, argv: Sequence[str]) -> tu
     parser = _Parser(tuple(kinds), parents=[_config_parser()], allow_abbrev=False)
     if "use_cpu" in {action.dest for action in parser._actions}:
         parser.set_defaults(use_cpu=not torch.cuda.is_available())
+    hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
+    given: dict[str, list[str]] = {}
     for path in (recipe, config_path(argv)):
         if path is not None:
-            parser.set_defaults_with_config(**_defaults(Path(path), parser))
+            _read_yaml(Path(path), parser, hints, given)
+    words = [word for option in given.values() for word in option]
     try:
         *filled, _, unknown = parser.parse_args_into_dataclasses(
-            args=list(argv), return_remaining_strings=True, look_for_args_file=False
+            args=[*words, *argv], return_remaining_strings=True, look_for_args_file=False
         )
     except ValueError as error:  # TRL and transformers check values against each other while they build their config
         raise UserError(str(error)) from error
@@ -207,17 +316,28 @@ def set_renamed(outdir: str, gpt_path: str, training: TrainingArguments, model: 
     }
 
 
-def _defaults(path: Path, parser: TrlParser) -> dict[str, Any]:
+def _read_yaml(path: Path, parser: _Parser, hints: Mapping[str, Any], given: dict[str, list[str]]) -> None:
+    """Add the options of a YAML to `given`, key -> words of a command line, so that flags and YAML are read alike.
+
+    Values that no word can say (null, an empty list, a mapping) become the parser's defaults.
+    """
     options = read_yaml(path)
-    actions = {action.dest: action for action in parser._actions}
+    actions = {action.dest: action for action in parser._actions if not action.option_strings[0].startswith("--no_")}
     for key, value in options.items():
         if key not in actions:
             raise UserError(f"unknown key {key!r} in {path}, did you mean {_nearest(str(key), list(actions))!r}?")
-        if actions[key].nargs == "+" and not isinstance(value, list):
-            options[key] = [value]
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            options[key] = str(value)  # argparse checks the type of a default only if it is text
-    return options
+        hint = hints.get(key, str)
+        kinds = {get_origin(one) or one for one in (get_args(hint) if get_origin(hint) in UNIONS else (hint,))}
+        several, is_list = actions[key].nargs == "+", isinstance(value, list) and list in kinds
+        values, allowed = (value, set()) if is_list else ([value], kinds)
+        if odd := [one for one in values if isinstance(one, list | dict | bool | None) and type(one) not in allowed]:
+            raise UserError(f"{key} in {path} cannot be {odd[0]!r}: see --help, and put words such as no in quotes")
+        texts = [str(one).lower() if isinstance(one, bool) else str(one) for one in values]
+        given.pop(key, None)
+        if value is None or value == [] or isinstance(value, dict) or (is_list and not several):
+            parser.set_defaults(**{key: value})
+        else:
+            given[key] = [f"--{key}", *texts] if several else [f"--{key}={texts[0]}"]
 
 
 def _nearest(word: str, known: list[str]) -> str:

@@ -34,7 +34,7 @@ from tqdm import tqdm
 from errors import UserError
 from models.hub import contents_of
 from run.files import differences
-from run.options import option, parse, run_main
+from run.options import SEED, option, parse, run_main
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = re.compile(r"[\w+.=-]+")
@@ -48,8 +48,8 @@ class AblateOptions:
     launch: str = option(help="The command to which options are appended.", changes="run")
     variant: list[str] = option(help='"name: options"; once for each variant.', changes="run", action="append")
     table: Path | None = option(None, "The table's file; unset: table.md in --outdir.", changes="nothing")
-    seeds: list[int] = option([0], "Each variant runs with each of them.", changes="run")
-    jobs: int = option(1, "Runs at once; set OMP_NUM_THREADS so that they fit.", changes="nothing")
+    seeds: list[int] = option([0], "Each variant runs with each of them.", changes="run", **SEED)
+    jobs: int = option(1, "Runs at once; set OMP_NUM_THREADS so that they fit.", changes="nothing", least=1)
 
 
 def main() -> int:

@@ -45,9 +45,9 @@ class BenchOptions:
 
     target: str = option(help="What to measure.", changes="run", choices=["cpu", "gpu", "levers"])
     json: str | None = option(None, "Write the figures to this file too.", changes="nothing")
-    prompts: int = option(16, "cpu: prompts, one group each.", changes="run")
-    group: int = option(8, "cpu: completions a prompt.", changes="run")
-    minutes: float = option(8.0, "gpu, levers: what would take longer is left out.", changes="run")
+    prompts: int = option(16, "cpu: prompts, one group each.", changes="run", least=1)
+    group: int = option(8, "cpu: completions a prompt.", changes="run", least=2)
+    minutes: float = option(8.0, "gpu, levers: what would take longer is left out.", changes="run", above=0)
     scale: str | None = option(
         None, "gpu, levers: real shapes or the miniature; unset: real for gpu, tiny for levers.", changes="run",
         choices=["real", "tiny"],

@@ -24,6 +24,7 @@ from statistics import fmean
 
 import yaml
 
+import r1_prompter
 from evaluation.sheet import Cell, contact_sheet
 from miniature import build
 from miniature.held_out import HeldOut, measure, table
@@ -31,7 +32,7 @@ from report.page import Folder, write_report
 from report.plots import PHASES
 from report.terminal import sparkline, text_table
 from run.files import save_png
-from run.options import option, parse_known, run_main
+from run.options import SEED, option, parse_known, run_main
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "miniature.yaml"
@@ -44,8 +45,8 @@ class DemoOptions:
     """The demo's own options; all others are the trainer's."""
 
     outdir: str = option(str(ROOT / "runs" / "demo"), "Run folder.", changes="nothing")
-    seed: int = option(0, "Of training and of the noise that pictures start from.", changes="run")
-    samples: int = option(2, "Pictures per held-out prompt and row of the table.", changes="pictures")
+    seed: int = option(0, "Of training and of the noise that pictures start from.", changes="run", **SEED)
+    samples: int = option(2, "Pictures per held-out prompt and row of the table.", changes="pictures", least=1)
     processes: int = option(min(2, os.cpu_count() or 1), "That train together.", changes="run", choices=[1, 2, 4])
 
 
@@ -59,10 +60,12 @@ def run(options: DemoOptions, trainer_options: Sequence[str]) -> int:
     """Train, measure and show; returns the trainer's exit code if it failed."""
     started = time.time()
     outdir = Path(options.outdir)
+    words = trainer_words(outdir, options, trainer_options)
+    r1_prompter.parse_options(words)  # or a mistake is told by each process, and by what launched them
     summary_file = outdir / "summary.json"
     if not summary_file.exists() or "table" not in json.loads(summary_file.read_text(encoding="utf-8")):
         if not (outdir / "report.html").exists():  # the last thing that the trainer writes
-            code = train(outdir, options.seed, options.processes, trainer_options)
+            code = train(outdir, options.processes, words)
             if code:
                 return code
         found = measure(outdir, build.renderer(), options.samples)
@@ -74,12 +77,17 @@ def run(options: DemoOptions, trainer_options: Sequence[str]) -> int:
     return 0
 
 
-def train(outdir: Path, seed: int, processes: int, options: Sequence[str]) -> int:
+def trainer_words(outdir: Path, options: DemoOptions, others: Sequence[str]) -> list[str]:
+    """The trainer's command line."""
+    batch = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))["per_device_train_batch_size"] // options.processes
+    words = ["--config", str(CONFIG), "--outdir", str(outdir.resolve())]
+    return [*words, "--per_device_train_batch_size", str(batch), "--seed", str(options.seed), *others]
+
+
+def train(outdir: Path, processes: int, words: Sequence[str]) -> int:
     """Train, or go on from the newest checkpoint; returns the trainer's exit code."""
-    batch = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))["per_device_train_batch_size"] // processes
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command += ["r1_prompter.py", "--config", str(CONFIG.relative_to(ROOT)), "--outdir", str(outdir.resolve())]
-    command += ["--per_device_train_batch_size", str(batch), "--seed", str(seed), *options]
+    command += ["r1_prompter.py", *words]
     resume = ["--resume"] if any(outdir.glob("checkpoint-*")) else []
     threads = str(max(1, (os.cpu_count() or 1) // processes))
     environment = {"OMP_NUM_THREADS": threads, **os.environ}

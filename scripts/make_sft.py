@@ -44,14 +44,14 @@ from data.prompts import load_prompts
 from data.text import fold
 from errors import Stopped, UserError, one_line
 from interfaces import Prompt
-from models.policy import pick_device
+from models.devices import pick_device
 from prompting import SYSTEM_PROMPT, completion, messages
 from prompting import parse as parse_answer
 from rendering import RenderOptions, load_renderer, renderer_contents
 from rewards import REWARDS, RewardContext, RewardOptions, build, check, reward_contents
 from rewards.offload import describe
 from run.files import append_line, atomic_write, complete_lines, differences
-from run.options import may_differ, option, parse, run_main
+from run.options import SEED, SHARE, may_differ, option, parse, run_main
 from scoring.drawing import Drawer
 from scoring.rollouts import Scorer, weighted_total
 
@@ -82,26 +82,28 @@ class Options:
 
     data: str = option(help="User prompts: .txt, one a line, or .jsonl (data/README.md).", changes="nothing")
     out: str = option(help="Examples, .jsonl: a new file, or this run's own to continue.", changes="nothing")
-    limit: int | None = option(None, "Take only the first so many prompts.", changes="nothing")
-    seed: int = option(0, "Of sampling and of the noise that pictures start from.", changes="run")
-    attempts: int = option(3, "At one answer, before it is given up.", changes="run")
+    limit: int | None = option(None, "Take only the first so many prompts.", changes="nothing", least=1)
+    seed: int = option(0, "Of sampling and of the noise that pictures start from.", changes="run", **SEED)
+    attempts: int = option(3, "At one answer, before it is given up.", changes="run", least=1)
     intent: bool = option(True, "Drop answers that lost something of the prompt.", changes="run")
     teacher: str = option(
         "chat", "Who writes: a chat API, or the miniature world.", changes="run", choices=["chat", "miniature"]
     )
     teacher_url: str = option("", "OpenAI-compatible API; its key: environment TEACHER_API_KEY.", changes="nothing")
     teacher_model: str = option("", "The teacher's name there.", changes="run")
-    teacher_concurrency: int = option(16, "Calls in flight at once.", changes="nothing")
-    teacher_timeout: float = option(300.0, "Seconds for one call, repeats included.", changes="nothing")
-    temperature: float = option(0.8, "Of the teacher's sampling.", changes="run")
-    max_new_tokens: int = option(2048, "Of one answer; a longer one is dropped.", changes="run")
-    price_in: float = option(0.0, "Of a million tokens read.", changes="nothing")
-    price_out: float = option(0.0, "Of a million tokens written.", changes="nothing")
-    skill: float = option(0.35, "Share of what the miniature's writer means to write with care.", changes="run")
-    best_of: int = option(1, "Answers a prompt, of which the best is kept; needs rewards.", changes="run")
+    teacher_concurrency: int = option(16, "Calls in flight at once.", changes="nothing", least=1)
+    teacher_timeout: float = option(300.0, "Seconds for one call, repeats included.", changes="nothing", above=0)
+    temperature: float = option(0.8, "Of the teacher's sampling.", changes="run", least=0)
+    max_new_tokens: int = option(2048, "Of one answer; a longer one is dropped.", changes="run", least=1)
+    price_in: float = option(0.0, "Of a million tokens read.", changes="nothing", least=0)
+    price_out: float = option(0.0, "Of a million tokens written.", changes="nothing", least=0)
+    skill: float = option(
+        0.35, "Share of what the miniature's writer means to write with care.", changes="run", **SHARE
+    )
+    best_of: int = option(1, "Answers a prompt, of which the best is kept; needs rewards.", changes="run", least=1)
     rewards: list[str] = option([], f"Of: {', '.join(REWARDS)}.", changes="run")
     reward_weights: list[float] = option([], "One for each reward; unset: 1 each.", changes="run")
-    images_per_rewrite: int = option(1, "Pictures per answer, averaged.", changes="run")
+    images_per_rewrite: int = option(1, "Pictures per answer, averaged.", changes="run", least=1)
 
 
 @asynccontextmanager
@@ -369,6 +371,8 @@ async def make(
 def run(options: Options, render: RenderOptions, reward: RewardOptions) -> int:
     """The exit code; see the head of this file."""
     check(options.rewards, reward)
+    render.settle("auto")
+    reward.settle(render.render_device or "auto")
     prompts = load_prompts(options.data)[: options.limit]
     teacher = open_teacher(options)
     with closing(Output(Path(options.out), _settings(options, render, reward, prompts))) as output:
@@ -402,9 +406,6 @@ def parse_options(argv: Sequence[str]) -> tuple[Options, RenderOptions, RewardOp
     options, render, reward = parse((Options, RenderOptions, RewardOptions), None, argv)
     if options.teacher == "chat" and not (options.teacher_url and options.teacher_model):
         raise UserError("give --teacher_url and --teacher_model, or --teacher miniature")
-    for name in ("attempts", "best_of", "teacher_concurrency", "limit"):
-        if (value := vars(options)[name]) is not None and value < 1:
-            raise UserError(f"--{name} is {value}: give 1 or more")
     if not options.rewards and options.best_of > 1:
         raise UserError("--best_of chooses by a score: name --rewards")
     if options.reward_weights and len(options.reward_weights) != len(options.rewards):

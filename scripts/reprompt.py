@@ -23,11 +23,12 @@ from data.prompts import load_prompts
 from errors import UserError
 from inference import Reprompter
 from interfaces import Prompt, Renderer
-from models.policy import DTYPES, pick_device, policy_contents
+from models.devices import DTYPES, pick_device
+from models.policy import policy_contents
 from prompting import well_formed
 from rendering import RenderOptions, load_renderer, renderer_contents
 from run.files import atomic_write, check_settings, complete_lines, save_png
-from run.options import may_differ, option, parse, run_main, template_option
+from run.options import SEED, device, may_differ, option, parse, run_main, template_option
 from run.seeds import render_seed
 
 
@@ -38,24 +39,16 @@ class RepromptOptions:
     data: str = option(help="Prompts: .txt, one a line, or .jsonl.", changes="nothing")  # settings have their ids
     gpt_path: str = option(help="Policy: folder, PEFT adapter folder or hub name.", changes="run")
     out: str = option(help="Folder to write to, or to continue in.", changes="nothing")
-    rewrite_batch_size: int = option(16, "Prompts rewritten at once.", changes="run")
-    max_new_tokens: int = option(512, "Of one answer of the policy.", changes="run")
+    rewrite_batch_size: int = option(16, "Prompts rewritten at once.", changes="run", least=1)
+    max_new_tokens: int = option(512, "Of one answer of the policy.", changes="run", least=1)
     reasoning: bool = option(True, "false for a policy trained with --reasoning false.", changes="run")
-    chat_template_kwargs: str | None = template_option()
-    temperature: float = option(0.0, "0 is greedy.", changes="run")
-    seed: int = option(0, "Of sampling, and of the noise that pictures start from.", changes="run")
+    chat_template_kwargs: dict | str | None = template_option()
+    temperature: float = option(0.0, "0 is greedy.", changes="run", least=0)
+    seed: int = option(0, "Of sampling, and of the noise that pictures start from.", changes="run", **SEED)
     dtype: str = option("auto", "Of the policy.", changes="run", choices=list(DTYPES))
-    device: str = option("auto", "Of policy and renderer.", changes="nothing")
-    samples: int = option(1, "Pictures a prompt, one seed each.", changes="pictures")
+    device: str = option("auto", "Of policy and renderer.", changes="nothing", reads=device)
+    samples: int = option(1, "Pictures a prompt, one seed each.", changes="pictures", least=1)
     baseline: bool = option(False, "Draw the user's own prompts too, from the same seeds.", changes="pictures")
-
-    def __post_init__(self) -> None:
-        """Raise UserError for a number out of range."""
-        for name in ("rewrite_batch_size", "max_new_tokens", "samples"):
-            if (value := vars(self)[name]) < 1:
-                raise UserError(f"--{name} is {value}: give 1 or more")
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"--temperature is {self.temperature}: give 0 (greedy) or a positive number")
 
 
 @dataclass
@@ -148,6 +141,7 @@ def run(options: RepromptOptions, drawing: Drawing) -> None:
     """Rewrite, draw, and print a summary."""
     if options.baseline and drawing.sdmodel_name is None:
         raise UserError("--baseline true draws pictures: name a renderer with --sdmodel_name")
+    drawing.settle(options.device)
     prompts, out = load_prompts(options.data), Path(options.out)
     settings, pictures = _settings(options, drawing, prompts)
     check_settings(out / "settings.json", settings)

@@ -29,9 +29,9 @@ class TransferOptions:
     runs: list[Path] = option(help="Run folders of scripts/demo.py.", changes="run")
     renderer: Path = option(help="Diffusers folder of the other renderer.", changes="run")
     guidance: float | None = option(
-        None, "The other renderer's; miniature/weights/sd3 wants 1; unset: its own.", changes="run"
+        None, "The other renderer's; miniature/weights/sd3 wants 1; unset: its own.", changes="run", least=0
     )
-    samples: int = option(2, "Pictures per held-out prompt and column.", changes="run")
+    samples: int = option(2, "Pictures per held-out prompt and column.", changes="run", least=1)
     out: Path | None = option(None, "Write the table to this file too.", changes="nothing")
 
 

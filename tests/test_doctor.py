@@ -179,7 +179,10 @@ FLUX = memory.RENDERERS["black-forest-labs/FLUX.1-dev"]
 
 def rows(plan: Plan, *flags: str) -> dict[str, int]:
     """The estimate of the documented command: 8 x 2 answers of 512 tokens a process."""
-    return memory.estimate(r1_prompter.parse_options([*DOCUMENTED, *flags]), plan)
+    options = r1_prompter.parse_options([*DOCUMENTED, *flags])
+    options.render.settle("cuda" if plan.gpus else "cpu")
+    options.reward.settle("cuda" if plan.gpus else "cpu")
+    return memory.estimate(options, plan)
 
 
 def test_zero_2_shares_gradients_and_twelve_bytes_of_states_and_keeps_weights_whole():

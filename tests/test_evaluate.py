@@ -409,7 +409,6 @@ def test_grids_are_cut_listings_are_read_and_pictures_that_lack_are_named_at_onc
         (["--sdmodel_name", "/nowhere/flux"], "/nowhere/flux"),
         (["--rewrites", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--gpt_path", "", "--images", "a/samples", "b/samples"], "b/samples"),
-        (["--unit", "0"], "--unit"),
     ],
 )
 def test_bad_input_is_one_line_with_the_value_and_code_2(tmp_path, capfd, options, named):

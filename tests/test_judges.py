@@ -495,9 +495,6 @@ def test_a_proxy_of_the_environment_does_not_capture_loopback(monkeypatch):
         ("https://me:SECRET@judge.example/v1", {}, "JUDGE_API_KEY"),
         ("http://judge.example/v1", {}, "JUDGE_ALLOW_HTTP"),
         ("http://127.0.0.1.judge.example/v1", {}, "JUDGE_ALLOW_HTTP"),
-        ("https://judge.example/v1", {"concurrency": 0}, "concurrency is 0"),
-        ("https://judge.example/v1", {"call_timeout": math.nan}, "timeout nan"),
-        ("https://judge.example/v1", {"batch_timeout": -1.0}, "batch_timeout is -1"),
     ],
 )
 def test_what_cannot_work_or_would_leak_is_refused_by_name(url, options, named):
@@ -664,7 +661,7 @@ def test_both_orders_turn_a_judge_that_always_prefers_the_first_picture_into_tie
     assert half(group("a cat", 0, 20)) == [None, None], "one failed call fails the pair"
 
 
-@pytest.mark.parametrize("pairs", ["all", "2"])
+@pytest.mark.parametrize("pairs", ["all", 2])
 def test_pairs_and_their_order_are_a_pure_function_of_seed_prompt_and_pixels(pairs):
     def shown(samples, seed=0):
         client = Opinions(brighter)
@@ -675,7 +672,7 @@ def test_pairs_and_their_order_are_a_pure_function_of_seed_prompt_and_pixels(pai
     shuffled = random.Random(0).sample(samples, len(samples))
     assert shown(samples) == shown(shuffled) == shown(samples[:6]) | shown(samples[6:])
     assert shown(samples, seed=1) != shown(samples)
-    if pairs == "2":  # other partners, not only another order
+    if pairs == 2:  # other partners, not only another order
         assert set(map(frozenset, shown(samples, seed=1))) != set(map(frozenset, shown(samples)))
 
 
@@ -683,7 +680,7 @@ def test_pairs_and_their_order_are_a_pure_function_of_seed_prompt_and_pixels(pai
 @pytest.mark.parametrize("k", range(1, 7))
 def test_with_a_number_every_picture_meets_at_least_that_many_others(size, k):
     client, samples = Opinions(brighter), group("a cat", *(20 * level for level in range(size)))
-    scores = Preference(client, pairs=str(k))(samples)
+    scores = Preference(client, pairs=k)(samples)
     met = [frozenset(brightness(image) for image in question.images) for question in client.asked]
     degrees = Counter(level for pair in met for level in pair)
     wanted = min(k, size - 1)

@@ -319,8 +319,6 @@ def test_two_runs_do_not_write_to_one_file(data, tmp_path, capsys):
     "more, named",
     [
         (("--best_of", 4), "--rewards"),
-        (("--teacher_concurrency", 0), "--teacher_concurrency"),
-        (("--limit", 0), "--limit"),
         (("--rewards", "hps", "--reward_weights", 1, 2), "--reward_weights"),
         (("--rewards", "format", "--sdmodel_name", "nowhere"), "nowhere"),
         (("--teacher_url", "http://api.example.com/v1"), "TEACHER_ALLOW_HTTP"),

@@ -8,14 +8,15 @@ import pytest
 import torch
 
 from miniature import build as miniature
-from rendering.levers import PACKAGES, denoiser_of
+from rendering.levers import denoiser_of
+from rendering.options import QUANTIZATIONS
 from tests.test_levers import SMALL, TEXTS, most
 
 pytestmark = pytest.mark.slow
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.mark.parametrize("name", PACKAGES)
+@pytest.mark.parametrize("name", QUANTIZATIONS)
 def test_a_quantised_transformer_keeps_weights_otherwise_draws_nearly_the_same_and_a_row_stays_itself(name):
     if name == "fp8" and DEVICE == "cpu":
         pytest.skip("needs a GPU, for products in fp8")

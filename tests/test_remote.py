@@ -406,8 +406,6 @@ DIFFERS = {**CARD, "request": {**REQUEST, "drawing": {"render_quantization": "in
         (CARD, {"render_dtype": "float32"}, "float32"),
         (None, {"render_dtype": "float32"}, "float32"),
         (None, {}, "--render_tokenizer"),
-        (CARD, {"render_timeout": 0.0}, "--render_timeout"),
-        (CARD, {"render_concurrency": 0}, "--render_concurrency"),
         (CARD, {"render_device": "cuda:1"}, "--render_device"),
         (DIFFERS, {"sdmodel_name": "{other},{url}"}, "int8"),
         (CARD, {"sdmodel_name": "{url},{url}/"}, "twice"),

@@ -500,7 +500,6 @@ def test_a_folder_with_a_missing_weight_file_is_a_checkpoint_error(checkpoint, t
     [
         ("sdxl", {}, "max_sequence_length .*64"),
         ("flux", {"render_dtype": "fp8"}, "fp8"),
-        ("flux", {"render_batch_size": 0}, "--render_batch_size is 0"),
         ("flux", {"render_batch_size": "auto"}, "--render_batch_size"),
     ],
 )

@@ -175,8 +175,6 @@ def test_half_precision_agrees_with_full(name):
 def test_bad_constructor_values_are_named(name):
     with pytest.raises(UserError, match="fp16"):
         make(name, **{"orm_dtype" if name == "orm" else "reward_dtype": "fp16"})
-    with pytest.raises(UserError, match="batch_size is 0"):
-        make(name, reward_batch_size=0)
 
 
 # Checkpoints that cannot be used -------------------------------------------------------------------------------------

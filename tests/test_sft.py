@@ -194,7 +194,7 @@ BAD = {
     "no file": (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
     "packing without flash attention": (["--packing", "true"], "flash_attention_2"),
     "padding free without flash attention": (["--padding_free", "true"], "flash_attention_2"),
-    "validation share": (["--validation_share", "1"], "validation_share is 1.0"),
+    "validation share": (["--validation_share", "1"], "--validation_share '1'"),
     "all too long": (["--max_length", "10"], "max_length 10"),
     "unknown flag": (["--learning_rat", "1"], "did you mean '--learning_rate'"),
     "renamed option": (["--output_dir", "elsewhere"], "--outdir"),
@@ -230,7 +230,8 @@ def test_without_reasoning_no_reasoning_is_needed(tmp_path):
     assert sft.load_examples(path, reasoning=False) == [sft.Example("x 🦊", "<answer>a fox 🦊</answer>")]
 
 
-def test_the_recipe_holds_and_packing_goes_with_flash_attention():
+def test_the_recipe_holds_and_packing_goes_with_flash_attention(monkeypatch):
+    monkeypatch.setattr("run.options.importlib.util.find_spec", lambda package: package)
     script, training, model = sft.parse_options(["--data", "x", "--outdir", "y"])
     recipe = yaml.safe_load((ROOT / "configs" / "cold_start.yaml").read_text())
     known = {**vars(script), **vars(training), **vars(model)}
