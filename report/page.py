@@ -22,6 +22,7 @@ import base64
 import io
 import json
 import re
+from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean
 
@@ -29,13 +30,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template, sel
 from PIL import Image
 
 from errors import UserError
-from report.plots import BOX, CURVE_POINTS, PHASES, column, panels
+from report.plots import COLOURS, CURVE_POINTS, PHASES, column, panels
 from report.terminal import number, print_anywhere
 
 SIDES = {"raw": "raw prompt", "start": "policy before", "trained": "policy after"}  # of the gallery
 GALLERY_ROWS = 24  # half of them folded away
 GROUPS_PER_STEP, PICTURES_PER_ROLLOUT = 3, 2
-SMALL, LARGE = 96, 288  # pixels: up to SMALL a picture stays lossless, beyond LARGE it is shrunk
+LARGE = 288  # pixels, beyond which a picture is shrunk
 
 
 class Folder:
@@ -48,39 +49,34 @@ class Folder:
 
     def record(self, name: str) -> dict:
         """The JSON object in file `name`; empty if there is no such file."""
-        path = self.root / name
-        if not path.is_file():
-            return {}
-        found = _json_object(path.read_text("utf-8", "replace"))
-        if found is None:
-            self.notes.append(f"{name} is left out: it holds no JSON object.")
-        return found or {}
+        return next(iter(self.rows(name, whole=True)), {})
 
-    def rows(self, name: str) -> list[dict]:
-        """The JSON objects in the lines of file `name`; empty if there is no such file."""
+    def rows(self, name: str, whole: bool = False) -> list[dict]:
+        """The JSON objects in the lines of file `name`, or that of the `whole`; empty if there is no such file."""
         path = self.root / name
-        lines = path.read_text("utf-8", "replace").split("\n") if path.is_file() else []
-        rows = {i: _json_object(line) for i, line in enumerate(lines, 1) if line.strip()}
-        broken = [i for i, row in rows.items() if row is None]
+        text = path.read_text("utf-8", "replace") if path.is_file() else ""
+        parts = {line: part for line, part in enumerate([text] if whole else text.split("\n"), 1) if part.strip()}
+        objects = {line: _json_object(part) for line, part in parts.items()}
+        broken = [line for line, value in objects.items() if value is None]
         if broken:
-            self.notes.append(
-                f"{name}: {len(broken)} lines hold no JSON object and are left out, first line {broken[0]}."
-            )
-        return [row for row in rows.values() if row is not None]
+            left_out = f"{len(broken)} records are left out because they are no JSON objects"
+            self.notes.append(f"{name}: {left_out}, the first in line {broken[0]}.")
+        return [value for value in objects.values() if value is not None]
 
     def picture(self, name: str | None) -> dict:
         """{"src": data URI} of a picture, or {"why": what stands in its place}."""
         if name is None:
             return {"src": None, "why": "not drawn"}
+        why = "picture missing"
         try:
             path = (self.root / str(name)).resolve()
-            inside = path.is_relative_to(self.root)
-            if inside and path.is_file():
-                return {"src": _data_uri(path), "why": ""}
+            if not path.is_relative_to(self.root):
+                why = "picture refused"
+            elif path.is_file():
+                return {"src": data_uri(_jpeg(path), "jpeg"), "why": ""}
         # a path with a null byte is a ValueError, a damaged PNG a SyntaxError
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-            inside = True
-        why = "picture missing" if inside else "picture refused"
+            pass
         self.pictures[why] += 1
         return {"src": None, "why": why}
 
@@ -93,81 +89,68 @@ def _json_object(text: str) -> dict | None:
     return value if isinstance(value, dict) else None
 
 
-def _data_uri(path: Path) -> str:
+def _jpeg(path: Path) -> bytes:
     with Image.open(path) as image:
         picture = image.convert("RGB")
-    small = max(picture.size) <= SMALL
     picture.thumbnail((LARGE, LARGE))
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG" if small else "JPEG", optimize=True, quality=85)
-    return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    picture.save(buffer, "JPEG", optimize=True, quality=90, subsampling=0)
+    return buffer.getvalue()
 
 
-def _rollout(folder: Folder, row: dict) -> dict:
-    pictures = [folder.picture(name) for name in (row.get("images") or [None])[:PICTURES_PER_ROLLOUT]]
-    parts = {name: number(score) for name, score in (row.get("parts") or {}).items()}
-    kept = {name: row.get(name) for name in ("rewrite", "completion", "reasoning")}
-    numbers = {name: number(row.get(name)) for name in ("total", "advantage")}
-    return {"pictures": pictures, "parts": parts, **kept, **numbers}
-
-
-def _group(folder: Folder, rows: list[dict]) -> dict:
-    scored = sorted((row for row in rows if number(row.get("total")) is not None), key=lambda row: -row["total"])
-    ends = [("best", scored[0])] if scored else []
-    ends += [("worst", scored[-1])] if len(scored) > 1 else []
-    counts = {"size": len(rows), "absent": len(rows) - len(scored)}
-    counts["unreadable"] = sum(row.get("rewrite") is None for row in rows)
-    ends = [{"label": label, **_rollout(folder, row)} for label, row in ends]
-    return {"prompt": rows[0].get("prompt"), "task": rows[0].get("task"), **counts, "ends": ends}
-
-
-def _groups_of_step(folder: Folder, name: str) -> dict | None:
-    """The first groups of one step that have a picture; None if none has."""
-    by_prompt: dict[str, list[dict]] = {}
-    for row in folder.rows(f"rollouts/{name}"):
-        by_prompt.setdefault(str(row.get("prompt_id", row.get("prompt"))), []).append(row)
-    drawn = [rows for rows in by_prompt.values() if any(image for row in rows for image in row.get("images") or ())]
-    if not drawn:
-        return None
-    groups = [_group(folder, rows) for rows in drawn[:GROUPS_PER_STEP]]
-    return {"step": int(re.sub(r"\D", "", name)), "groups": groups, "of": len(by_prompt)}
+def data_uri(content: bytes, kind: str) -> str:
+    """An image, of a kind such as "jpeg", as an address that holds all of it."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def rollout_steps(folder: Folder) -> list[dict]:
     """Best and worst of some groups, at the first and at the last step that has pictures."""
     names = sorted(path.name for path in (folder.root / "rollouts").glob("step_*.jsonl"))
-    first = next((found for name in names if (found := _groups_of_step(folder, name))), None)
+    first = next((name for name in names if _drawn(folder, name)), None)
     if first is None:
         folder.notes += ["No rollout has a picture."] if names else []
         return []
-    later = [name for name in reversed(names) if int(re.sub(r"\D", "", name)) > first["step"]]
-    last = next((found for name in later if (found := _groups_of_step(folder, name))), None)
-    return [first, last] if last else [first]
+    last = next(name for name in reversed(names) if _drawn(folder, name))
+    steps = []
+    for name in dict.fromkeys((first, last)):
+        groups = _drawn(folder, name)
+        shown = [_group(folder, rows) for rows in groups[:GROUPS_PER_STEP]]
+        steps.append({"step": int(re.sub(r"\D", "", name)), "groups": shown, "of": len(groups)})
+    return steps
 
 
-def _spread(rows: list[dict], most: int) -> list[tuple[bool, dict]]:
-    """(in the first half, row) of the first rows of every task, whatever their outcome; a task stays together."""
-    by_task: dict[str, list[dict]] = {}
-    for row in rows:
-        by_task.setdefault(str(row.get("task") or ""), []).append(row)
-    each = max(1, most // len(by_task))
-    kept = [(2 * i < each, row) for of_task in by_task.values() for i, row in enumerate(of_task[:each])]
-    return kept[:most]
+def _drawn(folder: Folder, name: str) -> list[list[dict]]:
+    """The groups of a step's file that have a picture."""
+    groups: dict[str, list[dict]] = {}
+    for row in folder.rows(f"rollouts/{name}"):
+        groups.setdefault(str(row.get("prompt_id", row.get("prompt"))), []).append(row)
+    return [rows for rows in groups.values() if any(image for row in rows for image in row.get("images") or ())]
+
+
+def _group(folder: Folder, rows: list[dict]) -> dict:
+    scored = sorted((row for row in rows if number(row.get("total")) is not None), key=lambda row: -row["total"])
+    ends = []
+    for label, row in zip(("best", "worst"), [scored[0], scored[-1]] if len(scored) > 1 else scored, strict=False):
+        pictures = [folder.picture(name) for name in (row.get("images") or [None])[:PICTURES_PER_ROLLOUT]]
+        ends.append({**row, "label": label, "pictures": pictures})
+    unreadable = sum(row.get("rewrite") is None for row in rows)
+    return {"rows": rows, "absent": len(rows) - len(scored), "unreadable": unreadable, "ends": ends}
 
 
 def gallery(folder: Folder) -> dict | None:
     """Held-out prompts drawn as they are, rewritten before and rewritten after training."""
     rows = folder.rows("gallery.jsonl")
-    if not rows:
-        return None
-    cards = []
-    for early, row in _spread(rows, GALLERY_ROWS):
-        there = [(name, label, row[name]) for name, label in SIDES.items() if row.get(name)]
-        sides = [{"name": n, "label": label, **s, "picture": folder.picture(s.get("image"))} for n, label, s in there]
-        cards.append({"prompt": row.get("prompt"), "task": row.get("task"), "early": early, "sides": sides})
+    by_task: dict[str, list[dict]] = {}
+    for row in rows:
+        by_task.setdefault(str(row.get("task") or ""), []).append(row)
+    turns = zip_longest(*by_task.values())  # the first of every task, whatever their outcome, then the second
+    shown = [row for turn in turns for row in turn if row is not None][:GALLERY_ROWS]
+    for row in shown:
+        there = {name: row[name] for name in SIDES if row.get(name)}
+        row["sides"] = {name: {**side, "picture": folder.picture(side.get("image"))} for name, side in there.items()}
     outcome = [tuple((row.get(name) or {}).get("correct") for name in ("start", "trained")) for row in rows]
     changed = {"gained": outcome.count((False, True)), "lost": outcome.count((True, False))}
-    return {"cards": cards, "of": len(rows), **changed}
+    return {"cards": shown, "unfolded": GALLERY_ROWS // 2, "of": len(rows), **changed} if rows else None
 
 
 def logged_steps(folder: Folder) -> list[dict]:
@@ -235,14 +218,15 @@ def write_report(run_dir: Path) -> Path:
         tiles=_tiles(rows, summary),
         seconds={phase: number(s) for phase, s in (summary.get("seconds") or {}).items() if number(s)},
         phases=PHASES,
+        colours=COLOURS,
         panels=panels(rows),
         steps=len(rows),
         curve_points=CURVE_POINTS,
         gallery=gallery(folder),
+        sides=SIDES,
         rollouts=rollout_steps(folder),
         table=summary.get("table"),
         trouble=trouble(folder, rows, run),  # the last, because all reading adds notes
-        size=BOX,
     )
     path = run_dir / "report.html"
     path.write_bytes(page.encode("utf-8", "replace"))  # a lone surrogate in a completion is no reason to fail
@@ -264,10 +248,7 @@ def _template(name: str) -> Template:
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=select_autoescape(["html.jinja"]), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters["json"] = json.dumps
-    environment.filters["clip"] = lambda text, most=700: (
-        text if len(text) <= most else f"{text[:most]} … (+{len(text) - most} characters)"
-    )
+    environment.filters |= {"json": json.dumps, "number": number, "data_uri": data_uri}
     return environment.get_template(name)
 
 

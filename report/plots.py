@@ -1,115 +1,63 @@
-"""The plots of a run as coordinates: metrics of every step -> SVG paths and axes that `report.html.jinja` draws.
+"""The plots of a run: metrics of every step -> SVG images. The page adds titles and legends.
 
 A value that is absent is a gap in its line. Nothing is read or written here.
 """
 
 from __future__ import annotations
 
+import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from itertools import cycle
 
-from matplotlib.ticker import MaxNLocator
+from matplotlib import style
+from matplotlib.figure import Figure
 
 from report.terminal import number, thin
 
 PHASES = ("generate", "render", "score", "train")
-CURVE_POINTS = 400
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 190, 50, 10, 8, 26  # of a plot, in SVG units
-BOX = {"w": WIDTH, "h": HEIGHT, "left": LEFT, "right": WIDTH - RIGHT, "bottom": HEIGHT - BOTTOM}
-
-# title, what it means, {metric: label}; the axis starts at zero unless False follows
-PANELS = (
-    ("Spread within a group", "standard deviation of the reward", {"reward_std": "std"}),
-    ("Groups without a signal", "share whose rewards are all equal", {"frac_reward_zero_std": "share"}),
-    ("Win rate against the raw prompt", "same noise, 0.5 is no better", {"preference/win_rate_vs_raw": "wins"}),
-    (
-        "Judges", "shares; an unbiased one prefers the first picture half of the time",
-        {"preference/first_position": "first picture won", "preference/ties": "ties",
-         "preference/failed_pairs": "failed pairs"},
-    ),
-    ("Lost samples", "of all rollouts", {"samples/absent": "absent", "rewrites/unreadable": "unreadable answer"}),
-    (
-        "Rewrites", "shares of the readable ones",
-        {"rewrites/overflow": "longer than the renderer reads", "rewrites/copied": "copy of the prompt"},
-    ),
-    (
-        "Variety", "of the rewrites: words changed from the prompt, distinct n-grams of a batch",
-        {"rewrites/edit_distance": "edit distance", "rewrites/distinct_1": "n = 1", "rewrites/distinct_2": "n = 2"},
-    ),
-    (
-        "Length in tokens", "the policy's, the renderer's",
-        {"completions/mean_length": "completion", "rewrites/tokens": "rewrite"},
-    ),
-    ("Loss", "GRPO's is near 0 by construction", {"loss": "training", "eval_loss": "validation"}, False),
-    ("KL", "from the reference policy", {"kl": "KL"}),
-    ("Entropy", "of the policy per token", {"entropy": "entropy"}),
-    ("Gradient norm", "before clipping", {"grad_norm": "norm"}),
-    ("Seconds a step", "by phase", {f"seconds/{phase}": phase for phase in PHASES}),
+CURVE_POINTS = 200
+GREY = "#8a8780"
+COLOURS = (  # to be told apart on a white page and on a black one
+    "#3d85c6", "#d9822b", "#35a583", "#9673c9", GREY, "#c7608f", "#a8952f", "#33a3b9", "#6f9d3a", "#c25555",
 )  # fmt: skip
-FAMILIES = (  # one plot each of metrics whose names depend on the run's rewards: title, note, pattern, from zero
+STYLE = {
+    "svg.fonttype": "none", "svg.hashsalt": "the same lines give the same bytes", "font.size": 8, "axes.grid": True,
+    "figure.figsize": (4.2, 1.9), "figure.subplot.left": 0.13, "figure.subplot.right": 0.98,
+    "figure.subplot.bottom": 0.22, "figure.subplot.top": 0.97, "axes.formatter.useoffset": False,
+    "axes.edgecolor": "none", "grid.color": GREY, "grid.alpha": 0.3, "axes.labelcolor": GREY, "xtick.color": GREY,
+    "ytick.color": GREY,
+}  # fmt: skip
+
+# title, what it means, pattern of its metrics, whether the axis shows zero; a line has the name of its metric in
+# metrics.jsonl, or what the pattern has in parentheses
+PANELS = (
     ("Held-out scorers", "mean; nothing is trained on them", r"held_out/(.+)/mean", False),
     ("Held-out against the reward", "correlation within groups", r"held_out/(.+)/correlation", False),
     ("Do rewards agree?", "mean correlation with the others, within groups", r"agreement/(.+)", False),
     ("Rewards without a signal", "share of groups scored alike", r"rewards/(.+)/zero_spread", True),
     ("Judge calls that failed", "of a batch, all tries spent", r"(.+)/failed", True),
     ("Judge answers that could not be read", "of a batch", r"(.+)/unparsable", True),
+    ("Spread within a group", "standard deviation of the reward", "reward_std", True),
+    ("Groups without a signal", "share whose rewards are all equal", "frac_reward_zero_std", True),
+    ("Win rate against the raw prompt", "same noise, 0.5 is no better", "preference/win_rate_vs_raw", True),
+    ("First picture won", "share; an unbiased judge has 0.5", "preference/first_position", True),
+    ("Pairs without a winner", "shares", "preference/(ties|failed_pairs)", True),
+    ("Lost samples", "shares of all rollouts", "samples/absent|rewrites/unreadable", True),
+    ("Rewrites", "shares: not read to their end, same as the prompt", "rewrites/(overflow|copied)", True),
+    ("Variety", "words changed from the prompt, distinct n-grams", r"rewrites/(edit_distance|distinct_\d)", True),
+    ("Length in tokens", "the policy's, the renderer's", "completions/mean_length|rewrites/tokens", True),
+    ("Loss", "GRPO's is near 0 by construction", "loss|eval_loss", False),
+    ("KL", "from the reference policy", "kl", True),
+    ("Entropy", "of the policy per token", "entropy", True),
+    ("Gradient norm", "before clipping", "grad_norm", True),
+    ("Seconds a step", "by phase", f"seconds/({'|'.join(PHASES)})", True),
 )
-
-
-def smooth(values: Sequence[float | None]) -> list[float | None]:
-    """Centred running mean over a tenth of the run; absent values are left out of it."""
-    half = len(values) // 20
-    windows = ([v for v in values[max(0, i - half) : i + half + 1] if v is not None] for i in range(len(values)))
-    return [sum(window) / len(window) if window else None for window in windows]
-
-
-def _axes(steps: list[float], marks: list[float]) -> tuple[list[float], dict]:
-    """x of every step, and the grid: labelled y and x positions with the map from value to y."""
-    first, span = steps[0], (steps[-1] - steps[0]) or 1.0
-    xs = [LEFT + (WIDTH - LEFT - RIGHT) * (step - first) / span for step in steps]
-    y_of = {mark: _height(mark, marks) for mark in marks}
-    ends = sorted({0, len(steps) // 2, len(steps) - 1})
-    return xs, {"y": [(y, f"{m:.4g}") for m, y in y_of.items()], "x": [(xs[i], f"{steps[i]:g}") for i in ends]}
-
-
-def _height(value: float, marks: list[float]) -> float:
-    return TOP + (HEIGHT - TOP - BOTTOM) * (marks[-1] - value) / (marks[-1] - marks[0])
-
-
-def _path(xs: list[float], values: list[float | None], marks: list[float]) -> str:
-    """SVG path through the values; a gap where one is absent, a dot where one stands alone."""
-    parts, drawing = [], False
-    for x, value in zip(xs, values, strict=True):
-        if value is not None:
-            parts.append(f"{'L' if drawing else 'M'}{x:.1f} {_height(value, marks):.1f}{'' if drawing else 'h0'}")
-        drawing = value is not None
-    return "".join(parts)
 
 
 def column(rows: list[dict], key: str) -> list[float | None]:
     """A metric over the steps; None where it is missing or no number."""
     return [number(row.get(key)) for row in rows]
-
-
-def panel(rows: list[dict], title: str, note: str, keys: dict[str, str], from_zero: bool = True) -> dict | None:
-    """One plot with a raw and a smoothed line per metric; None if the run has none of these metrics."""
-    columns = {label: column(rows, key) for key, label in keys.items()}
-    columns = {label: values for label, values in columns.items() if any(v is not None for v in values)}
-    if not columns:
-        return None
-    columns = {label: thin(values, CURVE_POINTS) for label, values in columns.items()}
-    lines = {label: (values, smooth(values)) for label, values in columns.items()}
-    known = [v for raw, _ in lines.values() for v in raw if v is not None] + [0.0] * from_zero
-    low, high = min(known), max(known)
-    high = high if high > low else low + (abs(low) or 1.0)
-    marks = MaxNLocator(nbins=5, min_n_ticks=4).tick_values(low, high).tolist()
-    xs, grid = _axes(thin([row["step"] for row in rows], CURVE_POINTS), marks)
-    series = []
-    for label, (raw, soft) in lines.items():
-        last = next(value for value in reversed(soft) if value is not None)
-        paths = {"raw": _path(xs, raw, marks), "smooth": _path(xs, soft, marks)}
-        series.append({"label": label, **paths, "last": f"{last:.3g}"})
-    return {"title": title, "note": note, "grid": grid, "series": series}
 
 
 def progressing(keys: Iterable[str]) -> list[str]:
@@ -122,16 +70,50 @@ def progressing(keys: Iterable[str]) -> list[str]:
 
 
 def panels(rows: list[dict]) -> list[dict]:
-    """All plots of a run, the reward and its parts first."""
-    if not rows:
-        return []
-    keys = sorted({key for row in rows for key in row})
-    wanted = [("Reward", "weighted sum, mean of a step", {"reward": "reward"}, False)]
-    for part in sorted(progressing(keys)):
-        wanted.append((f"Reward part: {part}", "mean of a step", {f"rewards/{part}/mean": part}, False))
-    for title, note, pattern, from_zero in FAMILIES:
-        found = {key: match[1] for key in keys if (match := re.fullmatch(pattern, key))}
-        named = f"{title}: {next(iter(found.values()))}" if len(found) == 1 else title  # a lone line has no legend
-        wanted.append((named, note, found, from_zero))
-    plots = [panel(rows, *one) for one in (*wanted, *PANELS)]
-    return [plot for plot in plots if plot]
+    """All plots of a run, the reward and its parts first.
+
+    Each has a title, a note, its SVG as bytes, and lines: label, colour, values, running mean, the last value of that.
+    """
+    columns = {key: column(rows, key) for key in sorted({key for row in rows for key in row})}
+    columns = {key: thin(values, CURVE_POINTS) for key, values in columns.items() if values.count(None) < len(values)}
+    steps = thin([row["step"] for row in rows], CURVE_POINTS)
+    wanted = [("Reward", "weighted sum, mean of a step", "reward", False)]
+    for part in progressing(columns):
+        wanted.append((f"Reward part: {part}", "mean of a step", f"rewards/({re.escape(part)})/mean", False))
+    plots = []
+    for title, note, pattern, from_zero in (*wanted, *PANELS):
+        matches = [match for key in columns if (match := re.fullmatch(pattern, key))]
+        lines = []
+        for match, colour in zip(matches, cycle(COLOURS), strict=False):
+            values, mean = columns[match[0]], smooth(columns[match[0]])
+            last = next(value for value in reversed(mean) if value is not None)
+            label = match[match.lastindex or 0]
+            lines.append({"label": label, "colour": colour, "values": values, "mean": mean, "last": f"{last:.3g}"})
+        if lines:
+            plots.append({"title": title, "note": note, "svg": draw(steps, lines, from_zero), "lines": lines})
+    return plots
+
+
+def smooth(values: list[float | None]) -> list[float | None]:
+    """Centred running mean over a tenth of the run; absent values are left out of it."""
+    half = len(values) // 20
+    windows = ([v for v in values[max(0, i - half) : i + half + 1] if v is not None] for i in range(len(values)))
+    return [sum(window) / len(window) if window else None for window in windows]
+
+
+def draw(steps: list[float], lines: list[dict], from_zero: bool) -> bytes:
+    """An SVG image: of each line its values, pale, and their running mean; a dot where a value stands alone."""
+    with style.context(STYLE, after_reset=True):
+        figure = Figure()
+        axes = figure.add_subplot(xlabel="step")
+        for line in lines:
+            around = [None, *line["values"], None]
+            alone = [i for i in range(len(steps)) if around[i] is None and around[i + 2] is None]
+            pale = {"alpha": 0.4, "linewidth": 0.8, "marker": ".", "markersize": 4, "markevery": alone}
+            axes.plot(steps, line["values"], color=line["colour"], **pale)
+            axes.plot(steps, line["mean"], color=line["colour"], linewidth=1.6, zorder=3)
+        if from_zero:
+            axes.axhline(0, color=GREY, linewidth=0.8)
+        file = io.BytesIO()
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    return file.getvalue()

@@ -1,9 +1,8 @@
 """`scripts/bench.py --target gpu`: drawing and one GRPO step, real shapes with random weights, against the ceiling.
 
 The ceiling is the product of large bfloat16 matrices, measured. Rows: drawing with the recipe's settings; each phase
-of one GRPO step; the same rollouts in a plain loop, with the recipe's denoising steps and with RePrompt's 50; drawing
-with all other sides, steps and batches. `share` is FLOPs over seconds as a share of the ceiling. What does not fit in
-memory or in the time that is left is a row with that reason.
+of one GRPO step; the same rollouts in a plain loop; drawing with all other sides and batches. `share` is FLOPs over
+seconds as a share of the ceiling. What does not fit in memory or in the time that is left is a row with that reason.
 
 Learning is LoRA and AdamW on a loss that costs what GRPO's costs. A reward is a forward pass of its model on random
 pixels of the size that it reads; the preparation of pictures and words is not measured.
@@ -44,10 +43,9 @@ class Scale:
     pipe: Callable[[torch.device], diffusers.FluxPipeline]
     policy: Callable[[torch.device], transformers.PreTrainedModel]
     reward: Callable[[str, torch.device], Reward]
-    sides: tuple[int, ...]  # pixels; the first of sides, steps and batches is the recipe's
-    steps: tuple[int, ...]
+    sides: tuple[int, ...]  # pixels; the first of sides and batches is the recipe's
     batches: tuple[int, ...]
-    published_steps: int  # of the plain loop
+    steps: int  # of denoising
     text: int  # tokens that the renderer reads
     rollouts: int  # of one process in a GRPO step, in two groups; a quarter of them is learnt from at once
     prompt: int  # tokens
@@ -115,15 +113,14 @@ class RandomReward(Reward):
 
 
 REAL = Scale(
-    flux, qwen, RandomReward, sides=(512, 1024), steps=(20, 4, 28, 50), batches=(8, 1, 2, 4, 16), published_steps=50,
-    text=256, rollouts=16, prompt=350, completion=512, matrix=8192,
+    flux, qwen, RandomReward, sides=(512, 1024), batches=(8, 1, 2, 4, 16), steps=20, text=256,
+    rollouts=16, prompt=350, completion=512, matrix=8192,
 )  # fmt: skip
 TINY = Scale(
     pipe=lambda device: diffusers.FluxPipeline.from_pretrained(ROOT / MINIATURE["sdmodel_name"], dtype=torch.bfloat16),
     policy=lambda device: transformers.AutoModelForCausalLM.from_pretrained(ROOT / MINIATURE["gpt_path"]).to(device),
     reward=lambda name, device: build([name], MINIATURE_REWARDS, RewardContext(str(device)))[0],
-    sides=(48, 32), steps=(2, 1), batches=(2, 1), published_steps=4, text=32, rollouts=8, prompt=8, completion=6,
-    matrix=256,
+    sides=(48, 32), batches=(2, 1), steps=2, text=32, rollouts=8, prompt=8, completion=6, matrix=256,
 )  # fmt: skip
 SCALES = {"real": REAL, "tiny": TINY}
 
@@ -132,9 +129,10 @@ def bench_gpu(scale: Scale, minutes: float, device: torch.device) -> dict:
     """All figures; `rows` is their table."""
     until = time.perf_counter() + 60 * minutes
     ceiling = matmul_rate(scale.matrix, device)
-    renderer = _renderer(scale.pipe(device), scale, scale.steps[0], scale.batches[0], device)
-    flops = {side: count_flops(renderer, side) for side in scale.sides}
-    recipe, *others = itertools.product(scale.sides, scale.steps, scale.batches)
+    renderer = _renderer(scale.pipe(device), scale, scale.batches[0], device)
+    counts = {side: count_flops(renderer, side) for side in scale.sides}
+    flops = {side: scale.steps * step + once for side, (step, once) in counts.items()}
+    recipe, *others = itertools.product(scale.sides, scale.batches)
     draw = partial(drawing, renderer, flops, ceiling, until)
     rows = [draw(recipe)]
     try:
@@ -154,12 +152,9 @@ def matmul_rate(side: int, device: torch.device) -> float:
     return 10 * 2 * side**3 / seconds
 
 
-def _renderer(
-    pipe: diffusers.FluxPipeline, scale: Scale, steps: int, batch: int, device: torch.device
-) -> LocalRenderer:
-    options = RenderOptions(
-        resolution=scale.sides[0], render_steps=steps, render_batch_size=batch, max_sequence_length=scale.text
-    )
+def _renderer(pipe: diffusers.FluxPipeline, scale: Scale, batch: int, device: torch.device) -> LocalRenderer:
+    sizes = {"resolution": scale.sides[0], "render_steps": scale.steps, "max_sequence_length": scale.text}
+    options = RenderOptions(render_batch_size=batch, **sizes)
     return load_renderer(options, str(device), pipe=pipe)
 
 
@@ -185,15 +180,12 @@ def attempt(row: dict, work: Callable[[], object], device: torch.device, until: 
         return {**row, "skipped": "out of memory"}
 
 
-def drawing(
-    renderer: LocalRenderer, flops: dict[int, tuple[int, int]], ceiling: float, until: float, cell: Sequence[int]
-) -> dict:
-    """The row of one call, for a cell of (side, steps, batch); it should reach a quarter of the ceiling."""
-    side, steps, batch = cell
-    step, once = flops[side]
-    work, seconds = batch * (steps * step + once), []
-    trial = partial(renderer.trial, batch, 1.0, height=side, width=side, num_inference_steps=steps)
-    row = {"what": "draw", "side": side, "steps": steps, "batch": batch}
+def drawing(renderer: LocalRenderer, flops: dict[int, int], ceiling: float, until: float, cell: Sequence[int]) -> dict:
+    """The row of one call, for a cell of (side, batch); it should reach a quarter of the ceiling."""
+    side, batch = cell
+    work, seconds = batch * flops[side], []
+    trial = partial(renderer.trial, batch, 1.0, height=side, width=side)
+    row = {"what": "draw", "side": side, "batch": batch}
     row = attempt(row, lambda: seconds.append(trial()), renderer.device, until, 4 * work / ceiling)
     if "skipped" in row:
         return row
@@ -205,14 +197,14 @@ def drawing(
 
 
 def grpo_step(scale: Scale, renderer: LocalRenderer, device: torch.device, until: float) -> list[dict]:
-    """A row for each phase of one step, then two for the plain loop."""
+    """A row for each phase of one step, then one for the plain loop."""
     rows = learning(scale, device, until)
     prompts = load_prompts(ROOT / MINIATURE["data"])[:2]
     asked = [prompt for prompt in prompts for _ in range(scale.rollouts // 2)]
     texts = [f"{p.text}, version {i}, painted in soft light, all of it in focus" for i, p in enumerate(asked)]
     rewards = [scale.reward(name, device) for name in REWARDS]
     renderer.chunk_size, drawn = scale.batches[0], []
-    row = {"what": "render", "side": scale.sides[0], "steps": scale.steps[0], "batch": len(texts)}
+    row = {"what": "render", "side": scale.sides[0], "batch": len(texts)}
     seeds = [render_seed(0, prompt.id, 1, 0) for prompt in asked]
     render = attempt(row, lambda: drawn.extend(renderer(texts, seeds)), device, until)
     if "skipped" in render or None in drawn:  # random weights may overflow: nothing would be scored, and fast
@@ -224,13 +216,11 @@ def grpo_step(scale: Scale, renderer: LocalRenderer, device: torch.device, until
         row = {"what": f"score {reward.name}", "batch": len(samples)}
         rows.append(attempt(row, partial(reward, samples), device, until))
     written, count = [completion("As it is asked for.", text) for text in texts], PLAIN_ROLLOUTS
-    for name, steps in (("plain loop", scale.steps[0]), ("plain loop, published", scale.published_steps)):
-        one = _renderer(diffusers.FluxPipeline(**renderer.pipe.components), scale, steps, 1, device)
-        work = partial(plain_loop, one, rewards, asked[:count], written[:count])
-        expected = count * len(rewards) * render["seconds"] / len(texts) * steps / scale.steps[0]
-        row = attempt({"what": name, "steps": steps, "batch": 1}, work, device, until, expected)
-        rows.append(row if "skipped" in row else {**row, "seconds": row["seconds"] / count * len(asked)})
-    return rows
+    one = _renderer(diffusers.FluxPipeline(**renderer.pipe.components), scale, 1, device)
+    work = partial(plain_loop, one, rewards, asked[:count], written[:count])
+    expected = count * len(rewards) * render["seconds"] / len(texts)
+    row = attempt({"what": "plain loop", "batch": 1}, work, device, until, expected)
+    return [*rows, row if "skipped" in row else {**row, "seconds": row["seconds"] / count * len(asked)}]
 
 
 def learning(scale: Scale, device: torch.device, until: float) -> list[dict]:
@@ -261,6 +251,5 @@ def ratios(rows: Sequence[dict]) -> dict[str, float]:
     whole = [*ours, seconds.get("generate"), seconds.get("train, LoRA")]
     if not ours or None in whole:
         return {}
-    plain = {"ratio_to_plain_loop": "plain loop", "ratio_to_published_steps": "plain loop, published"}
-    found = {key: seconds[name] / sum(ours) for key, name in plain.items() if seconds.get(name)}
-    return {**found, "share_outside_drawing": 1 - seconds["render"] / sum(whole)}
+    found = {"share_outside_drawing": 1 - seconds["render"] / sum(whole)}
+    return found | ({"ratio_to_plain_loop": seconds["plain loop"] / sum(ours)} if seconds["plain loop"] else {})
