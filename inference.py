@@ -126,7 +126,7 @@ class Reprompter:
 
     def _read(self, text: str, prompt_tokens: int, row: list[int]) -> Rewrite:
         length = next((i + 1 for i, token in enumerate(row) if token in self.end_tokens), len(row))
-        completion = self.template.opening + self.tokenizer.decode(row[:length], skip_special_tokens=True)
+        completion = self.template.whole(self.tokenizer.decode(row[:length], skip_special_tokens=True))
         answer = parse(completion, self.reasoning)
         rewrite = answer.rewrite if answer else well_formed(text)
         return Rewrite(

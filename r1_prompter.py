@@ -284,14 +284,14 @@ class RewardColumns:
     """The seam between rewards and TRL: completions are scored once, and each reward is a column of the result.
 
     Args:
-        opening: what the chat template writes at the head of each answer.
+        whole: the answer of which the policy wrote this; see `models.policy.ChatTemplate.whole`.
 
     Attributes:
         rollouts: of the last batch.
     """
 
-    def __init__(self, scorer: Scorer, opening: str = ""):
-        self.scorer, self.opening = scorer, opening
+    def __init__(self, scorer: Scorer, whole: Callable[[str], str] = str):
+        self.scorer, self.whole = scorer, whole
         self.rollouts: list[Rollout] = []
         self._completions: list | None = None
 
@@ -302,7 +302,7 @@ class RewardColumns:
     def _function(self, name: str) -> Callable[..., list[float | None]]:
         def column(*, completions, prompt_id, trainer_state, **_) -> list[float | None]:
             if completions is not self._completions:  # the first reward of this batch: draw and score it
-                texts = [self.opening + turns[0]["content"] for turns in completions]
+                texts = [self.whole(turns[0]["content"]) for turns in completions]
                 self.rollouts = self.scorer.score_together(texts, prompt_id, trainer_state.global_step + 1)
                 self._completions = completions
             return [rollout.parts[name] for rollout in self.rollouts]
@@ -405,7 +405,7 @@ def train(options: Options) -> None:
         processing_class=template.tokenizer,
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
-        columns=RewardColumns(scorer, template.opening),
+        columns=RewardColumns(scorer, template.whole),
         folder=folder,
         resume=resume,
         heartbeat=heartbeat,

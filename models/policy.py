@@ -143,6 +143,10 @@ class ChatTemplate:
         """The tokens that the policy is to write for this whole answer, end token included."""
         return [*self.tokenizer.encode(self._rest(text), add_special_tokens=False), self.tokenizer.eos_token_id]
 
+    def whole(self, written: str) -> str:
+        """The answer of which the policy has `written` all, or what follows the opening; it may open once more."""
+        return written if written.lstrip().startswith(self.opening.strip()) else self.opening + written
+
     def _rest(self, text: str) -> str:
         """What the policy writes of an answer: all, or what follows its first tag where the template writes that."""
         return text.partition(">")[2] if self.opening else text

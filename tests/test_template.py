@@ -127,6 +127,13 @@ def test_a_tokenizer_that_drops_the_tags_is_refused(templated):
         ChatTemplate(tokenizer)
 
 
+@pytest.mark.parametrize("opening", ["", "<think>\n", "<think>"])
+def test_a_policy_may_open_the_block_once_more(templated, opening):
+    it = ChatTemplate(load_tokenizer(templated(CHATML.replace("assistant\n", f"assistant\n{opening}"))))
+    for written in ("<think>\n" + WRITTEN, *([WRITTEN] if opening else [])):
+        assert parse(it.whole(written)).reasoning == "a red cat"
+
+
 @pytest.mark.parametrize("opens", [True, False])
 def test_answers_are_read_in_rollouts_inference_and_cold_start_alike(toy, templated, tmp_path, monkeypatch, opens):
     """A policy that writes WRITTEN is always right behind a template that opens the block, and never without one."""
