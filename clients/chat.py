@@ -75,8 +75,7 @@ class ChatClient:
 
     Args:
         whose: "judge" or "teacher".
-        url: base of the API ("http://127.0.0.1:8080/v1").
-        model: the model's name there.
+        url, model: base of the API ("http://127.0.0.1:8080/v1"), and the model's name there.
         concurrency: calls in flight at once.
         call_timeout: seconds for one call, repeats included, from the moment that it is its turn.
         attempts: at one call. When all calls in flight have failed half of theirs, others fail unasked, and one call
@@ -264,7 +263,7 @@ class VLMClient(ChatClient):
     """Asks a VLM about pictures; the key is JUDGE_API_KEY. Instances can be pickled.
 
     Args:
-        url, model, concurrency, call_timeout: see `ChatClient`.
+        url, model, limits: see `ChatClient`.
         batch_timeout: seconds for all calls of one `ask`; what is unfinished then has failed.
         cache: SQLite file of verdicts, shared by any number of processes; None keeps none. A verdict is known by its
             pictures, filled template, template version and `model`: take a new file when another model gets that name.
@@ -279,16 +278,9 @@ class VLMClient(ChatClient):
     """
 
     def __init__(
-        self,
-        url: str,
-        model: str,
-        *,
-        concurrency: int = 16,
-        call_timeout: float = 120.0,
-        batch_timeout: float = 900.0,
-        cache: str | Path | None = None,
+        self, url: str, model: str, *, batch_timeout: float = 900.0, cache: str | Path | None = None, **limits: float
     ):
-        super().__init__("judge", url, model, concurrency=concurrency, call_timeout=call_timeout)
+        super().__init__("judge", url, model, **limits)
         self.batch_timeout, self.cache = batch_timeout, _Cache(Path(cache)) if cache is not None else None
         self.metrics: dict[str, float] = {}
         self.reasons: list[str] = []
@@ -330,15 +322,13 @@ class VLMClient(ChatClient):
 
     def _keys(self, questions: Sequence[Question]) -> list[str]:
         """For each question what tells it from all others, in any batch, process and run."""
-        hashes = {id(image): picture_hash(image) for image in _distinct_images(questions)}
-        rows = [
-            [q.template.version, self.model, q.text, *(hashes[id(image)] for image in q.images)] for q in questions
-        ]
+        hashes = _of_each_image(questions, picture_hash)
+        rows = [[q.template.version, self.model, q.text, *(hashes[id(one)] for one in q.images)] for q in questions]
         return [hashlib.sha256(json.dumps(row).encode()).hexdigest() for row in rows]
 
     async def _ask_all(self, questions: Mapping[str, Question], deadline: float) -> dict[str, _Outcome]:
         """The outcome of every question; what is unfinished at `deadline` (of time.monotonic) has failed."""
-        uris = {id(image): data_uri(image) for image in _distinct_images(questions.values())}
+        uris = _of_each_image(questions.values(), data_uri)
         outcomes, rows = {}, list(questions.items())
         probes = 1 if self.circuit.is_open else 0  # asked before the others: is the server back?
         async with self.connect() as complete:
@@ -364,15 +354,13 @@ async def _ask(
 ) -> _Outcome:
     pictures = [{"type": "image_url", "image_url": {"url": uris[id(image)]}} for image in question.images]
     content = [*pictures, {"type": "text", "text": question.text}]
-    if question.template.first_token:
-        wanted = {"max_tokens": 1, "logprobs": True, "top_logprobs": TOP_TOKENS}
-    else:
-        wanted = {"max_tokens": MAX_TOKENS}
+    soft = question.template.first_token
+    wanted = {"max_tokens": 1, "logprobs": True, "top_logprobs": TOP_TOKENS} if soft else {"max_tokens": MAX_TOKENS}
     try:
         reply = await complete([{"role": "user", "content": content}], temperature=0, **wanted)
     except CallFailed as error:
         return _Outcome("failed", reason=str(error))
-    answer = first_tokens(reply) if question.template.first_token else reply.choices[0].message.content or ""
+    answer = first_tokens(reply) if soft else reply.choices[0].message.content or ""
     verdict = question.template.parse(answer)
     if verdict is None:
         return _Outcome("unparsable", reason=f"{UNREADABLE} {answer[:200]!r}")
@@ -408,19 +396,19 @@ def data_uri(image: Image.Image) -> str:
 
 def first_tokens(reply: ChatCompletion) -> str:
     """JSON of token -> probability for the likeliest first tokens of a reply, "" if it gives none."""
+    chances: Counter[str] = Counter()
     try:
-        likeliest = reply.choices[0].logprobs.content[0].top_logprobs
-        weights = [(str(token.token), math.exp(token.logprob)) for token in likeliest]
+        for one in reply.choices[0].logprobs.content[0].top_logprobs:
+            chances[str(one.token)] += math.exp(one.logprob)
     except (AttributeError, IndexError, TypeError, OverflowError):
         return ""
-    chances: dict[str, float] = {}
-    for token, chance in weights:
-        chances[token] = chances.get(token, 0.0) + chance
-    return json.dumps(chances) if chances and sum(chances.values()) < 1.01 else ""
+    return json.dumps(chances) if chances and chances.total() < 1.01 else ""
 
 
-def _distinct_images(questions: Iterable[Question]) -> Iterable[Image.Image]:
-    return {id(image): image for question in questions for image in question.images}.values()
+def _of_each_image(questions: Iterable[Question], made: Callable[[Image.Image], str]) -> dict[int, str]:
+    """The id of each image -> what is made of it, once."""
+    images = {id(image): image for question in questions for image in question.images}
+    return {key: made(image) for key, image in images.items()}
 
 
 class _Cache:
@@ -442,22 +430,21 @@ class _Cache:
 
     def get(self, keys: Iterable[str]) -> dict[str, Verdict]:
         """The verdicts of those keys that are known."""
-        try:
-            with closing(self._open()) as db:
-                found = [db.execute("SELECT * FROM verdicts WHERE key = ?", (key,)).fetchone() for key in keys]
-        except (OSError, sqlite3.DatabaseError) as error:
-            logger.warning("judge cache %s was not read: %s", self.path, one_line(error))
-            return {}
-        return {row[0]: json.loads(row[1]) for row in found if row}
+        select = "SELECT * FROM verdicts WHERE key = ?"
+        rows = self._use(lambda db: [db.execute(select, (key,)).fetchone() for key in keys])
+        return {row[0]: json.loads(row[1]) for row in rows or () if row}
 
     def put(self, verdicts: Mapping[str, Verdict]) -> None:
         """Add what is new, in one transaction."""
         rows = [(key, json.dumps(verdict)) for key, verdict in verdicts.items()]
+        self._use(lambda db: db.executemany("INSERT OR IGNORE INTO verdicts VALUES (?, ?)", rows))
+
+    def _use(self, work: Callable[[sqlite3.Connection], Any]) -> Any:
         try:
             with closing(self._open()) as db, db:
-                db.executemany("INSERT OR IGNORE INTO verdicts VALUES (?, ?)", rows)
+                return work(db)
         except (OSError, sqlite3.DatabaseError) as error:
-            logger.warning("%d verdicts were not added to judge cache %s: %s", len(rows), self.path, one_line(error))
+            logger.warning("judge cache %s cannot be used: %s", self.path, one_line(error))
 
     def _open(self) -> sqlite3.Connection:
         """In rollback mode, because SQLite's write-ahead log fails on network folders."""

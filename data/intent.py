@@ -313,12 +313,11 @@ class _Text:
     def _mention(self, noun: str, start: int, end: int, many: bool, lasts: frozenset[str]) -> _Mention:
         at, before = self._phrase(start, lasts)
         opener, number = self.words[at] if at >= 0 else "", None
+        pair = _PAIRS.get(self.words[at - 1] if opener == "of" else opener)
         if _number(opener):
             number = None if at and self.words[at - 1] in _KNOWN else _number(opener)
-        elif many:
-            number = _PAIRS.get(self.words[at - 1] if opener == "of" else opener)
-        elif opener not in _KNOWN:
-            number = 1
+        elif many or opener not in _KNOWN:
+            number = pair if many else 1
         return _Mention(noun, start, end, before, number, many, self.sentences[start])
 
     def _phrase(self, start: int, lasts: frozenset[str]) -> tuple[int, tuple[str, ...]]:
@@ -345,11 +344,11 @@ class _Text:
         return any(m.many for m in with_it) or sum(m.number or 0 for m in with_it) >= number
 
     def _is(self, mention: _Mention, attribute: str) -> bool:
-        after = self.words[mention.end : mention.end + 6]
-        told = []
-        if after[:1] and after[0] in _COPULAS:
-            ends = [i for i, word in enumerate(after) if i and word in _UNNAMED | _HARD and word != "and"]
-            told = after[: ends[0]] if ends else after
+        told = self.words[mention.end : mention.end + 6]
+        ends = [k for k, word in enumerate(told) if k and word in _UNNAMED | _HARD and word != "and"]
+        told = told[: ends[0]] if ends else told
+        if not told or told[0] not in _COPULAS:
+            told = []
         return not _MEANING.get(attribute, frozenset({attribute})).isdisjoint([*mention.before, *told])
 
     def has_number(self, noun: str, number: int) -> bool:
@@ -415,9 +414,8 @@ class _Text:
 
     def _reaches(self, i: int, mention: _Mention) -> bool:
         """Is there nothing between word `i` and the mention but what belongs to its phrase?"""
-        between = self.words[i : mention.start]
         others = _STOPS.union(_HARD, _SOFT) - {","}
-        return self._brought(i, mention.start, _DETERMINERS) <= 1 and others.isdisjoint(between)
+        return self._brought(i, mention.start, _DETERMINERS) <= 1 and others.isdisjoint(self.words[i : mention.start])
 
     def _brought(self, start: int, end: int, openers: frozenset[str] = _NEW) -> int:
         return sum(word in openers or _number(word) > 0 for word in self.words[start:end])

@@ -12,12 +12,13 @@ objects is a COCO class, so GenEval's prompts cannot come up at all.
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from data import vocabulary as words
@@ -45,63 +46,44 @@ class PromptOptions:
     cold_start: int = option(8000, "Prompts for the cold start.", changes="run", least=1)
 
 
-@dataclass
-class Report:
-    """What came of it, by task: prompts kept; candidates that asked for a prompt again, for one of a benchmark.
-
-    Those that come after the last prompt of an exhausted task are not counted.
-    """
-
-    kept: Counter = field(default_factory=Counter)
-    repeats: Counter = field(default_factory=Counter)
-    leaks: Counter = field(default_factory=Counter)
-
-
 def make_prompts(
     seed: int | str,
     total: int,
     tasks: Sequence[str] = TASKS,
     excluded: Sequence[Prompt] = (),
     taken: Sequence[Prompt] = (),
-) -> tuple[list[Prompt], Report]:
-    """`total` prompts, shuffled, as many of each task as of any other; a pure function of its arguments.
+) -> tuple[list[Prompt], Counter[str]]:
+    """(`total` prompts, shuffled, as many of each task as of any other; candidates of each that were excluded).
 
     Where a task has fewer ("a photo of a <noun>" has as many as there are nouns) the later ones have more.
 
     Args:
-        seed: anything; another one gives other prompts.
-        total: from 1.
         tasks: of TASKS and MORE_TASKS, the scarce ones first.
         excluded: prompts that must not come up, in no wording.
-        taken: the same, but that they count as repeats and not as leaks.
+        taken: the same, but that they are not counted.
 
     Raises:
         UserError: there are no `total` prompts.
     """
-    report, prompts = Report(), []
+    prompts, leaks = [], set()
     barred, seen = ({key for prompt in some for key in _keys(prompt)} for some in (excluded, taken))
     for i, task in enumerate(tasks):
-        wanted = -(-(total - len(prompts)) // (len(tasks) - i))
-        dropped = Report()  # since the last prompt that was kept
+        wanted, misses = len(prompts) + math.ceil((total - len(prompts)) / (len(tasks) - i)), 0
         for candidate in _candidates(task, random.Random(f"{seed}/{task}")):
-            if report.kept[task] == wanted or sum((dropped.repeats + dropped.leaks).values()) == _MISSES:
+            if len(prompts) == wanted or misses == _MISSES:
                 break
             keys = _keys(candidate)
+            misses += 1
             if not barred.isdisjoint(keys):
-                dropped.leaks[task] += 1
-            elif not seen.isdisjoint(keys):
-                dropped.repeats[task] += 1
-            else:
+                leaks.add((task, candidate.text))
+            elif seen.isdisjoint(keys):
                 seen |= keys
                 prompts.append(candidate)
-                report.kept[task] += 1
-                report.leaks += dropped.leaks
-                report.repeats += dropped.repeats
-                dropped = Report()
+                misses = 0
     if len(prompts) < total:
         raise UserError(f"only {len(prompts)} of {total} prompts of {', '.join(tasks)} exist; ask for fewer")
     random.Random(f"{seed}/order").shuffle(prompts)
-    return prompts, report
+    return prompts, Counter(task for task, _ in leaks)
 
 
 def _keys(prompt: Prompt) -> set:
@@ -231,61 +213,26 @@ _MAKERS: dict[str, Callable[[_Decks], Prompt]] = {
 # ----- files and report
 
 
-def write_files(rl: Sequence[Prompt], cold_start: Sequence[Prompt], out_dir: Path) -> list[Path]:
-    """Write GRPO's .txt and .jsonl, line by line the same prompts, and the cold start's .jsonl; returns the paths."""
-    files = {f"{RL_STEM}.txt": [prompt.text for prompt in rl]}
-    for name, prompts in ((f"{RL_STEM}.jsonl", rl), (COLD_START, cold_start)):
-        files[name] = [json.dumps(dump_prompt(prompt)) for prompt in prompts]
-    out_dir.mkdir(parents=True, exist_ok=True)
-    for name, lines in files.items():
-        (out_dir / name).write_bytes("".join(f"{line}\n" for line in lines).encode())
-    return [out_dir / name for name in files]
-
-
-def evenness(prompts: Sequence[Prompt]) -> str:
-    """How often the least and the most used object, colour and number come up."""
-    uses = {
-        "objects": Counter(dict.fromkeys(words.NOUNS, 0)),
-        "colours": Counter(dict.fromkeys(COLORS, 0)),
-        "numbers": Counter(dict.fromkeys(words.COUNTS, 0)),
-        "relations": Counter(dict.fromkeys((*words.RELATIONS_2D, *words.RELATIONS_3D), 0)),
-    }
-    for prompt in prompts:
-        uses["objects"].update(prompt.nouns)
-        uses["colours"].update(color for name in prompt.attr_nouns if (color := name.split()[0]) in COLORS)
-        uses["numbers"].update(number for _, number in prompt.counts)
-        uses["relations"].update([prompt.spatial[1]] if prompt.spatial else [])
-    used = {name: [n for n in use.values() if n] or [0] for name, use in uses.items()}
-    return "; ".join(
-        f"{len(times)} of {len(uses[name])} {name}, {min(times)} to {max(times)} times" for name, times in used.items()
-    )
-
-
-def table(rl: Report, cold_start: Report) -> str:
-    """Prompts of each task, and the candidates that were dropped."""
-    rows = [("task", "GRPO", "cold start", "repeats", "leaks")]
-    for task in (*TASKS, *MORE_TASKS):
-        dropped = (rl.repeats[task] + cold_start.repeats[task], rl.leaks[task] + cold_start.leaks[task])
-        rows.append((task, rl.kept[task], cold_start.kept[task], *dropped))
-    rows.append(("all", *(sum(column) for column in list(zip(*rows[1:], strict=True))[1:])))
-    return "\n".join(f"{task:<14}" + "".join(f"{n:>12}" for n in numbers) for task, *numbers in rows)
-
-
 def make(options: PromptOptions) -> None:
-    """Write the files and print the report.
-
-    Raises:
-        UserError: a bad option, a benchmark file that cannot be read, or more prompts than exist.
-    """
+    """Write the files and print the report; UserError as from `load_prompts` and `make_prompts`."""
     excluded = [prompt for path in options.exclude for prompt in load_prompts(path)]
-    rl, for_rl = make_prompts(f"{options.seed}/rl", options.rl, TASKS, excluded)
     everything = (*TASKS, *MORE_TASKS)
-    cold, for_cold = make_prompts(f"{options.seed}/cold start", options.cold_start, everything, excluded, rl)
-    for path in write_files(rl, cold, Path(options.out_dir)):
-        print(f"wrote {path}")
-    print(table(for_rl, for_cold))
-    print(f"leaks are of {len(excluded)} benchmark prompts; repeats of the cold start are of either file")
-    print(f"GRPO: {evenness(rl)}\ncold start: {evenness(cold)}")
+    rl, leaks = make_prompts(f"{options.seed}/rl", options.rl, TASKS, excluded)
+    cold, more_leaks = make_prompts(f"{options.seed}/cold start", options.cold_start, everything, excluded, rl)
+    files = {f"{RL_STEM}.txt": [prompt.text for prompt in rl]}
+    for name, prompts in ((f"{RL_STEM}.jsonl", rl), (COLD_START, cold)):
+        files[name] = [json.dumps(dump_prompt(prompt)) for prompt in prompts]
+    folder = Path(options.out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, lines in files.items():
+        (folder / name).write_bytes("".join(f"{line}\n" for line in lines).encode())
+        print(f"wrote {folder / name}")
+    columns = [Counter(prompt.task for prompt in rl), Counter(prompt.task for prompt in cold), leaks + more_leaks]
+    rows = [(task, *(column[task] for column in columns)) for task in everything]
+    rows.append(("all", *(column.total() for column in columns)))
+    for task, *numbers in [("task", "GRPO", "cold start", "leaks"), *rows]:
+        print(f"{task:<14}" + "".join(f"{number:>12}" for number in numbers))
+    print(f"leaks are candidates that asked for one of {len(excluded)} benchmark prompts")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,10 +11,9 @@ import re
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
-from charset_normalizer import from_bytes
 
 from errors import UserError, one_line
 
@@ -68,24 +67,11 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path} cannot be read ({error.strerror}): check the path") from error
     except UnicodeDecodeError as error:
         line = 1 + len(re.findall(rb"\r\n?|\n", content[: error.start]))
-        raise UserError(f"{path}, line {line}, byte {error.start}: {_advice(path, content, error)}") from error
+        raise UserError(f"{path}, line {line}, byte {error.start}: no {error.encoding}: save it as UTF-8") from error
     if found := re.search("[\0\ufffe]", text):  # U+FFFE is a BOM in the other byte order
         line = 1 + text.count("\n", 0, found.start())
         raise UserError(f"{path}, line {line}: holds {found[0]!a}, which is no text: save all of it as UTF-8")
     return visible(text)
-
-
-def _advice(path: Path, content: bytes, error: UnicodeDecodeError) -> str:
-    valid = content.decode("utf-8", "ignore")
-    broken = len(content.decode("utf-8", "replace")) - len(valid)
-    if error.encoding != "utf-8" or broken < len(re.findall(r"[^\0-\x7f]", valid)):
-        return f"not {error.encoding} as the rest is: it was cut, or joined from files in two encodings: correct it"
-    guess, high = from_bytes(content[:100_000]).best(), len(re.findall(rb"[^\0-\x7f]", content))
-    if guess is None or b"\0" in content:
-        return "not text, or UTF-16 without BOM: unpack it, or save it as text in UTF-8"
-    latin = high <= len(content) / 3  # too little of a language to tell it by
-    name = "cp1252" if latin else guess.encoding.replace("_", "-")
-    return f"not UTF-8, probably {name}: iconv -f {name} -t utf-8 '{path}' > '{path.stem}_utf8{path.suffix}'"
 
 
 def text_lines(path: Path) -> list[tuple[int, str]]:
@@ -107,9 +93,9 @@ def json_rows(path: Path, *texts: str) -> Iterator[tuple[str, Any]]:
 
 
 def json_value(text: str, place: str) -> Any:
-    """The value of a JSON text, visible in all its texts; UserError also for NaN, a key that comes twice, a NUL."""
+    """The value of a JSON text, visible in all its texts; UserError also for a key that comes twice or a NUL."""
     try:
-        return _seen(json.loads(text, object_pairs_hook=_object, parse_constant=_no_number))
+        return _seen(json.loads(text, object_pairs_hook=_object))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: not JSON ({one_line(error)}): correct it") from error
 
@@ -127,10 +113,6 @@ def _seen(value: Any) -> Any:
             raise ValueError(f"{found[0]!a} in {value[:40]!a}: a NUL or half a surrogate pair is no text")
         return visible(value)
     return [_seen(one) for one in value] if isinstance(value, list) else value
-
-
-def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
 
 
 def read_yaml(path: str | Path, flag: str = "--config") -> dict[str, Any]:

@@ -16,8 +16,8 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import combinations, permutations
+from typing import NamedTuple
 
 from PIL import Image
 
@@ -61,19 +61,16 @@ Write all of that inside <think></think>. Then write the verdict and nothing els
 )
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """Two pictures to compare.
+class _Pair(NamedTuple):
+    """Two pictures to compare; the second may be an anchor, which belongs to no sample and may be None.
 
-    Attributes:
-        prompt: that both were drawn for.
-        rows: the samples that the pictures belong to; one row if the second picture is an anchor.
-        pictures: the second is an anchor, None if that could not be drawn, or another's from the same seed.
+    `orders` are those in which they (0 and 1) are shown, none if there is nothing to ask.
     """
 
     prompt: Prompt
     rows: tuple[int, ...]
     pictures: tuple[Image.Image, Image.Image | None]
+    orders: list[tuple[int, int]]
 
 
 class Preference(Reward):
@@ -114,13 +111,10 @@ class Preference(Reward):
             ValueError: a sample without pictures or with one that failed; samples of a group, or a sample and its
                 anchors, that differ in number of pictures.
         """
-        pairs, orders, questions = self._questions(samples)
+        pairs, questions = self._questions(samples)
         verdicts = self.client.ask(questions)
         answers = iter(verdicts)
-        points = [
-            _points(pair, [_vote(next(answers), order) for order in some])
-            for pair, some in zip(pairs, orders, strict=True)
-        ]
+        points = [_points(pair, [_vote(next(answers), order) for order in pair.orders]) for pair in pairs]
         self.metrics = self._metrics(points, verdicts)
         return _win_rates(len(samples), pairs, points)
 
@@ -128,19 +122,14 @@ class Preference(Reward):
         """Ask about these whole groups already; the next call finds the verdicts there."""
         self.client.prefetch(self._questions(samples)[-1])
 
-    def _questions(self, samples: Sequence[Sample]) -> tuple[list[_Pair], list[list[tuple[int, int]]], list[Question]]:
-        """All comparisons, in which orders each is shown, and the questions that come of that, in their order."""
+    def _questions(self, samples: Sequence[Sample]) -> tuple[list[_Pair], list[Question]]:
+        """All comparisons, and the questions that come of them, in their order."""
         check_pictures(samples, self.name)
         pictures = {id(image): image for sample in samples for image in (*sample.images, *sample.baseline_images)}
         hashes = {key: picture_hash(image) for key, image in pictures.items() if image is not None}
         pairs = list(self._pairs(samples, hashes))
-        orders = [self._orders(pair, hashes) for pair in pairs]
-        questions = [
-            Question(TEMPLATE, pair.prompt.text, tuple(pair.pictures[k] for k in order))
-            for pair, some in zip(pairs, orders, strict=True)
-            for order in some
-        ]
-        return pairs, orders, questions
+        shown = [(pair.prompt.text, tuple(pair.pictures[k] for k in order)) for pair in pairs for order in pair.orders]
+        return pairs, [Question(TEMPLATE, text, images) for text, images in shown]
 
     def _pairs(self, samples: Sequence[Sample], hashes: Mapping[int, str]) -> Iterator[_Pair]:
         groups: dict[str, list[int]] = {}
@@ -159,7 +148,8 @@ class Preference(Reward):
                         f"prompt {prompt.id} ({prompt.text!r}): {len(left)} pictures cannot be compared with "
                         f"{len(right)}: draw all of a group, and as many anchors if pairs='anchor'"
                     )
-                yield from (_Pair(prompt, rows, both) for both in zip(left, right, strict=True))
+                for both in zip(left, right, strict=True):
+                    yield _Pair(prompt, rows, both, self._orders(prompt, *(hashes.get(id(image)) for image in both)))
 
     def _partners(
         self, samples: Sequence[Sample], group: Sequence[int], hashes: Mapping[int, str]
@@ -179,14 +169,11 @@ class Preference(Reward):
         places += [(p, p + size // 2) for p in range((size + 1) // 2)] if odd else []
         return [(circle[p], circle[q % size]) for p, q in places]
 
-    def _orders(self, pair: _Pair, hashes: Mapping[int, str]) -> list[tuple[int, int]]:
-        """In which orders the pair's pictures (0 and 1) are shown; none if there is nothing to ask."""
-        if pair.pictures[1] is None:
+    def _orders(self, prompt: Prompt, one: str, two: str | None) -> list[tuple[int, int]]:
+        """In which orders pictures of these hashes are shown."""
+        if two is None or one == two:
             return []
-        one, two = (hashes[id(image)] for image in pair.pictures)
-        if one == two:
-            return []
-        heads = self._draw(pair.prompt, *sorted((one, two)))[0] % 2 == 0
+        heads = self._draw(prompt, *sorted((one, two)))[0] % 2 == 0
         order = (0, 1) if heads == (one < two) else (1, 0)
         return [order, order[::-1]] if self.both_orders else [order]
 
@@ -211,12 +198,7 @@ class Preference(Reward):
 
 def _vote(verdict: str | float | None, order: tuple[int, int]) -> float | None:
     """Points for picture 0 from a verdict on the pictures as they were shown."""
-    if verdict is None:
-        return None
-    if verdict == TIE:
-        return 0.5
-    winner = order[0] if verdict == FIRST else order[1]
-    return 1.0 - winner
+    return {None: None, TIE: 0.5, FIRST: 1.0 - order[0], SECOND: 1.0 - order[1]}[verdict]
 
 
 def _points(pair: _Pair, votes: Sequence[float | None]) -> float | None:

@@ -28,7 +28,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -51,7 +51,7 @@ from rendering import RenderOptions, load_renderer, renderer_contents
 from rewards import REWARDS, RewardContext, RewardOptions, build, check, reward_contents
 from rewards.offload import describe
 from run.files import append_line, atomic_write, complete_lines, differences
-from run.options import SEED, SHARE, may_differ, option, parse, run_main
+from run.options import SEED, may_differ, option, parse, run_main
 from scoring.drawing import Drawer
 from scoring.rollouts import Scorer, weighted_total
 
@@ -71,6 +71,7 @@ _REFUSAL = re.compile(
     r"|(?:i'm|i am) (?:not|unable))\b",
 )
 ATTEMPTS = 6  # at one call of the teacher's API
+SKILL = 0.35  # share of what the miniature's writer writes with care
 PATIENCE = 20  # prompts in a row without any score before the run stops
 
 Teacher = Callable[[Prompt, int], Awaitable[dict]]  # prompt, sampling seed -> an answer as `read` returns it
@@ -97,9 +98,6 @@ class Options:
     max_new_tokens: int = option(2048, "Of one answer; a longer one is dropped.", changes="run", least=1)
     price_in: float = option(0.0, "Of a million tokens read.", changes="nothing", least=0)
     price_out: float = option(0.0, "Of a million tokens written.", changes="nothing", least=0)
-    skill: float = option(
-        0.35, "Share of what the miniature's writer means to write with care.", changes="run", **SHARE
-    )
     best_of: int = option(1, "Answers a prompt, of which the best is kept; needs rewards.", changes="run", least=1)
     rewards: list[str] = option([], f"Of: {', '.join(REWARDS)}.", changes="run")
     reward_weights: list[float] = option([], "One for each reward; unset: 1 each.", changes="run")
@@ -129,11 +127,9 @@ async def chat_teacher(client: ChatClient, **sampling: float) -> AsyncIterator[T
 
 
 def read(reply: ChatCompletion) -> dict:
-    """The answer in a chat completion, or why it is of no use ("drop").
+    """The answer in a chat completion, or why it is of no use ("drop"), with its beginning ("text").
 
-    Returns:
-        {"drop": "", "reasoning", "rewrite", "tokens"} or {"drop", "text", "tokens"}; tokens are (read, written) as the
-        API counts them, None if it does not say.
+    "tokens" are (read, written) as the API counts them, None if it does not say.
     """
     choice, usage = reply.choices[0], reply.usage
     tokens = (usage.prompt_tokens, usage.completion_tokens) if usage else None
@@ -156,23 +152,21 @@ def read(reply: ChatCompletion) -> dict:
 
 
 @asynccontextmanager
-async def miniature_teacher(skill: float) -> AsyncIterator[Teacher]:
-    """The miniature's own writer, right in content `skill` of the time; an answer is a function of prompt and seed."""
+async def miniature_teacher() -> AsyncIterator[Teacher]:
+    """The miniature's own writer, right in content SKILL of the time; an answer is a function of prompt and seed."""
     from miniature import world
 
-    looks = {f"{color} {shape}" for color in world.COLORS for shape in world.SHAPES}
-
     def can_be_drawn(prompt: Prompt) -> bool:
-        number = sum(number for _, number in prompt.counts) or len(prompt.nouns)
-        known = {*prompt.nouns} <= {*world.SHAPES} and {*prompt.attr_nouns} <= looks
+        words = {word for name in (*prompt.nouns, *prompt.attr_nouns) for word in name.split()}
         related = prompt.spatial is None or prompt.spatial[1] in world.RELATIONS
-        return known and related and 0 < number <= world.MAX_THINGS
+        number = sum(number for _, number in prompt.counts) or len(prompt.nouns)
+        return words <= {*world.SHAPES, *world.COLORS} and related and 0 < number <= world.MAX_THINGS
 
     async def draft(prompt: Prompt, seed: int) -> dict:
         await asyncio.sleep(0)  # so that Ctrl-C is heard
         if not can_be_drawn(prompt):
             return {"drop": FOREIGN, "tokens": None}
-        reasoning, rewrite = world.lesson(prompt, random.Random(seed), skill)
+        reasoning, rewrite = world.lesson(prompt, random.Random(seed), SKILL)
         return {"drop": "", "reasoning": reasoning, "rewrite": rewrite, "tokens": None}
 
     yield draft
@@ -181,15 +175,10 @@ async def miniature_teacher(skill: float) -> AsyncIterator[Teacher]:
 def open_teacher(options: Options) -> AbstractAsyncContextManager[Teacher]:
     """The teacher that the options name; a URL that cannot work is a UserError at once."""
     if options.teacher == "miniature":
-        return miniature_teacher(options.skill)
+        return miniature_teacher()
     limits = {"concurrency": options.teacher_concurrency, "call_timeout": options.teacher_timeout}
     client = ChatClient("teacher", options.teacher_url, options.teacher_model, attempts=ATTEMPTS, **limits)
     return chat_teacher(client, temperature=options.temperature, max_tokens=options.max_new_tokens)
-
-
-def sampling_seed(seed: int, prompt: Prompt, slot: int, attempt: int) -> int:
-    """Of one attempt at one answer, in [0, 2**31)."""
-    return int(hashlib.sha256(f"{seed}/{prompt.id}/{slot}/{attempt}".encode()).hexdigest()[:8], 16) >> 1
 
 
 async def ask(options: Options, teacher: Teacher, prompt: Prompt) -> list[dict]:
@@ -200,7 +189,8 @@ async def ask(options: Options, teacher: Teacher, prompt: Prompt) -> list[dict]:
         unchecked = {} if can_check(prompt) else {"unchecked": True}
         while len(answers) < options.attempts and (not answers or answers[-1]["drop"]):
             attempt = len(answers)
-            answer = await teacher(prompt, sampling_seed(options.seed, prompt, slot, attempt))
+            digest = hashlib.sha256(f"{options.seed}/{prompt.id}/{slot}/{attempt}".encode()).hexdigest()
+            answer = await teacher(prompt, int(digest[:8], 16) >> 1)
             if not answer["drop"] and (gone := lost(prompt, answer["rewrite"])):
                 answer |= {"drop": INTENT if options.intent else "", "lost": gone}
             answers.append({"slot": slot, "attempt": attempt, **unchecked, **answer})
@@ -220,12 +210,6 @@ def load_scorer(options: Options, render: RenderOptions, reward: RewardOptions, 
     rewards = build(options.rewards, reward, context)
     print(*(describe(one, prompts) for one in rewards), sep="\n", flush=True)
     return Scorer(drawer, rewards, {prompt.id: prompt for prompt in prompts})
-
-
-def score(scorer: Scorer, prompt: Prompt, answers: Sequence[dict]) -> list[dict[str, float | None]]:
-    """The scores of each answer to a prompt that was kept, by reward."""
-    texts = [completion(answer["reasoning"], answer["rewrite"]) for answer in answers if not answer["drop"]]
-    return [scored.parts for scored in scorer.score(texts, [prompt.id] * len(texts), step=0)] if texts else []
 
 
 def row_of(options: Options, prompt: Prompt, answers: list[dict], parts: Sequence[dict]) -> dict | None:
@@ -256,15 +240,8 @@ def row_of(options: Options, prompt: Prompt, answers: list[dict], parts: Sequenc
 class Output:
     """FILE and FILE.dropped, with a row for each prompt that is done; one process at a time holds them.
 
-    Args:
-        out: FILE.
-        settings: all that a row depends on, as JSON has it.
-
-    Attributes:
-        rows: prompt id -> its row; one with "why" belongs to FILE.dropped.
-
-    Raises:
-        UserError: the files are in use, or belong to other settings or another program.
+    `rows` are by the id of their prompts; one with "why" belongs to FILE.dropped. Files that are in use, or belong to
+    other settings or another program, are a UserError. Until `record` is closed no other process gets them.
     """
 
     def __init__(self, out: Path, settings: dict[str, Any]):
@@ -274,24 +251,20 @@ class Output:
             raise UserError(f"--out {out} was not made by this program: name another")
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
-            self._record = open(record, "a+", encoding="utf-8")
-            fcntl.flock(self._record, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError if another run has it
-            self._record.seek(0)
+            self.record = open(record, "a+", encoding="utf-8")
+            fcntl.flock(self.record, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError if another run has it
+            self.record.seek(0)
             lines = [line for path in (out, self.dropped) if path.exists() for line in complete_lines(path, cut=True)]
             self.rows = {row["id"]: row for row in map(json.loads, lines)}
-            changed = differences(json.loads(self._record.read()), settings) if self.rows else ""
+            changed = differences(json.loads(self.record.read()), settings) if self.rows else ""
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"--out {out} cannot be continued ({one_line(error)}): name another file") from error
         if changed:
             raise UserError(f"--out {out} was begun with other settings ({changed}): use those, or name another")
         if not self.rows:
-            self._record.truncate(0)
-            self._record.write(json.dumps(settings))
-            self._record.flush()
-
-    def close(self) -> None:
-        """Let other processes have the files."""
-        self._record.close()
+            self.record.truncate(0)
+            self.record.write(json.dumps(settings))
+            self.record.flush()
 
     def add(self, row: dict) -> None:
         """Append a row; raises Stopped where there is no room for it."""
@@ -353,8 +326,10 @@ async def make(
                 failures[str(error)] += 1
                 return
             async with scoring:
-                parts = await asyncio.to_thread(score, scorer, prompt, answers) if scorer else []
-        row = row_of(options, prompt, answers, parts)
+                texts = [completion(one["reasoning"], one["rewrite"]) for one in answers if not one["drop"]]
+                ids = [prompt.id] * len(texts)
+                scored = await asyncio.to_thread(scorer.score, texts, ids, 0) if scorer and texts else []
+        row = row_of(options, prompt, answers, [one.parts for one in scored])
         unscored = unscored + 1 if row is None else 0
         if row is not None:
             output.add(row)
@@ -370,12 +345,20 @@ async def make(
 
 def run(options: Options, render: RenderOptions, reward: RewardOptions) -> int:
     """The exit code; see the head of this file."""
+    if options.teacher == "chat" and not (options.teacher_url and options.teacher_model):
+        raise UserError("give --teacher_url and --teacher_model, or --teacher miniature")
+    if not options.rewards and options.best_of > 1:
+        raise UserError("--best_of chooses by a score: name --rewards")
+    options.reward_weights = options.reward_weights or [1.0] * len(options.rewards)
+    if len(options.reward_weights) != len(options.rewards):
+        raise UserError(f"--reward_weights {options.reward_weights}: give one for each of --rewards {options.rewards}")
     check(options.rewards, reward)
     render.settle("auto")
     reward.settle(render.render_device or "auto")
     prompts = load_prompts(options.data)[: options.limit]
     teacher = open_teacher(options)
-    with closing(Output(Path(options.out), _settings(options, render, reward, prompts))) as output:
+    output = Output(Path(options.out), _settings(options, render, reward, prompts))
+    with output.record:
         todo = [prompt for prompt in prompts if prompt.id not in output.rows]
         scorer = load_scorer(options, render, reward, prompts) if options.rewards and todo else None
         failures = asyncio.run(make(options, teacher, scorer, todo, output))
@@ -401,25 +384,11 @@ def _settings(options: Options, render: RenderOptions, reward: RewardOptions, pr
     return {**settings, "contents": contents, "prompts": f"{len(prompts)}: {ids}", "instructions": told}
 
 
-def parse_options(argv: Sequence[str]) -> tuple[Options, RenderOptions, RewardOptions]:
-    """The command line; UserError for options that do not go together."""
-    options, render, reward = parse((Options, RenderOptions, RewardOptions), None, argv)
-    if options.teacher == "chat" and not (options.teacher_url and options.teacher_model):
-        raise UserError("give --teacher_url and --teacher_model, or --teacher miniature")
-    if not options.rewards and options.best_of > 1:
-        raise UserError("--best_of chooses by a score: name --rewards")
-    if options.reward_weights and len(options.reward_weights) != len(options.rewards):
-        raise UserError(
-            f"--reward_weights {options.reward_weights} for --rewards {options.rewards}: give one for each"
-        )
-    options.reward_weights = options.reward_weights or [1.0] * len(options.rewards)
-    return options, render, reward
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: see the head of this file."""
     try:
-        return run_main("make_sft", lambda: run(*parse_options(sys.argv[1:] if argv is None else argv)))
+        words = sys.argv[1:] if argv is None else argv
+        return run_main("make_sft", lambda: run(*parse((Options, RenderOptions, RewardOptions), None, words)))
     except KeyboardInterrupt:
         print("interrupted: what is done is kept, run the same command again to go on", file=sys.stderr)
         return 130

@@ -40,7 +40,7 @@ PROGRAMS = {  # program -> (what it needs, flags with a bad value, the last word
         "--guidance nan", "--out ",
     ]),
     "scripts.make_sft": ("--data x --out {out} --teacher miniature", [
-        "--seed -1", "--limit 0", "--attempts 0", "--teacher_concurrency 0", "--teacher_timeout nan", "--skill 2",
+        "--seed -1", "--limit 0", "--attempts 0", "--teacher_concurrency 0", "--teacher_timeout nan",
         "--temperature -1", "--images_per_rewrite 0", "--best_of 0", "--price_in -1", "--render_steps 0",
     ]),
     "scripts.demo": ("--outdir {out}", ["--seed -1", "--samples 0", "--render_steps 0", "--resolution 50"]),

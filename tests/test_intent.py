@@ -153,11 +153,6 @@ AS_A_TEACHER_WRITES = [
         "goldfish hovers above the rocket against a clear blue sky. Soft studio light.",
     ),
     (
-        "a photo of a black fishing rod and an orange cupcake",
-        "A crisp studio photograph of a sleek black fishing rod leaning diagonally on the left, beside a "
-        "single orange cupcake with swirled orange frosting on the right, on a plain white table.",
-    ),
-    (
         "a photo of a desk lamp right of a mug",
         "A cozy desk scene: a white ceramic mug stands on the left, and a black desk lamp stands to its "
         "right, casting warm light.",
@@ -168,27 +163,13 @@ AS_A_TEACHER_WRITES = [
         "soccer cleat is placed on the right side of the image, right next to the camera.",
     ),
     (
-        "a photo of an orange trophy and a pink boomerang",
-        "A shiny orange trophy cup on a pedestal and, beside it, a smooth pink boomerang, both clearly "
-        "visible against a gray background.",
-    ),
-    (
         "a photo of a watering can below a pillow",
         "A fluffy white pillow floats in the upper center; beneath it, a metal watering can rests on the floor.",
-    ),
-    (
-        "a photo of five brooms",
-        "Five wooden brooms leaning side by side against a white wall, evenly spaced, all five brooms fully visible.",
     ),
     (
         "a photo of a pillow below a doorbell",
         "A close-up of a front door with a brass doorbell mounted on the wall at the top; below the doorbell,"
         " on a wooden bench, lies a soft blue pillow.",
-    ),
-    (
-        "a photo of four cellos",
-        "Four cellos stand upright in a row on a concert stage, each with a bow resting beside it, all "
-        "identical brown cellos.",
     ),
     (
         "a photo of a cat left of a dog",

@@ -208,14 +208,6 @@ def test_a_batch_ends_at_its_deadline_with_what_it_has():
     assert client.metrics["failed"] == 7
 
 
-def test_a_dead_port_is_absent_and_refused_by_the_check(caplog):
-    client = VLMClient(f"http://127.0.0.1:{closed_port()}/v1", MODEL)
-    assert client.ask(questions(*range(40))) == [None] * 40
-    assert "40 of 40 judge calls failed" in caplog.text
-    with pytest.raises(UserError, match="http://127.*judge_url"):
-        client.check()
-
-
 def test_the_circuit_opens_probes_and_closes_again(monkeypatch):
     monkeypatch.setattr(chat, "TRIP", 3)
     server = JudgeServer(score, fail_share=1)
@@ -398,7 +390,7 @@ def test_a_file_that_is_no_cache_is_refused_and_one_that_breaks_later_costs_only
         client = VLMClient(url, MODEL, cache=path)
         path.write_text("dear diary, this is no database " * 50)
         assert client.ask(questions(51)) == grades(51)
-    assert "were not added" in caplog.text
+    assert str(path) in caplog.text
 
 
 # ----- what is sent
@@ -511,6 +503,8 @@ def test_plain_http_is_for_this_machine_or_those_who_ask_for_it(monkeypatch):
 
 
 def test_the_check_passes_for_a_judge_that_is_there_and_names_the_option_otherwise():
+    with pytest.raises(UserError, match="http://127.*judge_url"):
+        VLMClient(f"http://127.0.0.1:{closed_port()}/v1", MODEL).check()
     with JudgeServer(score) as url:
         VLMClient(url, MODEL).check()
         with pytest.raises(UserError, match="'UnifiedReward'.*--judge_model"):

@@ -1,7 +1,6 @@
 """Claims about reading: every program reads other people's files in one way and compares texts in one normal form."""
 
 import re
-import subprocess
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 
 import pytest
@@ -80,39 +79,22 @@ def test_what_cannot_be_seen_changes_no_prompt_and_what_can_be_seen_stays(mark):
     assert visible(f"{SHAPED}A  B. \t-- {mark}'y' & {{z}}~") == f"{SHAPED}A  B. \t-- 'y' & {{z}}~"
 
 
-@pytest.mark.parametrize(
-    ("text", "encoding"),
-    [
-        ("a café", "latin1"),
-        ("a cat’s “bed”", "cp1252"),
-        ("一只红色的猫", "gb18030"),
-        ("テーブルの上の赤い猫", "cp932"),
-    ],
-)
-def test_another_encoding_is_refused_with_the_command_that_mends_it(tmp_path, text, encoding):
-    (tmp_path / "p.txt").write_text(f"a cat\n{text}\n", encoding)
-    with pytest.raises(UserError, match=r"p\.txt, line 2, byte \d+: ") as refused:
-        read_text(tmp_path / "p.txt")
-    subprocess.run(re.search(r"iconv .*", str(refused.value))[0], shell=True, cwd=tmp_path, check=True)
-    assert read_text(tmp_path / "p_utf8.txt") == f"a cat\n{text}\n"
-
-
 @pytest.mark.parametrize("content", [
     "élan, naïve\ncafé\n".encode() + b"caf\xe9\n", "élan, naïve, café".encode()[:-1], b"\x1f\x8b" + bytes(range(256)),
     "a cat\n".encode("utf-16")[:-1], "a cat\n".encode("utf-16") + BOM_UTF16_BE + "a dog\n".encode("utf-16-be"),
-    b"a cat\n" + "a dog".encode("utf-16"), "一只猫\n两只狗".encode("utf-16-le"),
+    b"a cat\n" + "a dog".encode("utf-16"), "一只猫\n两只狗".encode("utf-16-le"), "café".encode("latin1"),
+    "a cat’s “bed”".encode("cp1252"), "一只红色的猫".encode("gb18030"), "テーブルの上の赤い猫".encode("cp932"),
 ])  # fmt: skip
-def test_what_a_conversion_would_spoil_is_refused_without_a_command(tmp_path, content):
+def test_another_encoding_is_refused_without_a_command_that_could_spoil_it(tmp_path, content):
     (tmp_path / "p.txt").write_bytes(content)
-    with pytest.raises(UserError, match=r"p\.txt, line \d+") as refused:
+    with pytest.raises(UserError, match=r"p\.txt, line \d+"):
         read_text(tmp_path / "p.txt")
-    assert "iconv" not in str(refused.value)
 
 
 @pytest.mark.parametrize("row", [
-    '{"prompt": "a", "prompt": "b"}', '{"prompt": "a", "noun": ["a"]}', '{"prompt": "a", "num": NaN}', "[1]", "null",
+    '{"prompt": "a", "prompt": "b"}', '{"prompt": "a", "noun": ["a"]}', "[1]", "null",
     '{"prompt": "a",}', '{"prompt": "a"},', '{"prompt": "a\\u0000"}', '{"prompt": "\\u200b"}', '{"Prompt": "a"}',
-    '{"prompt": "a", "x": -Infinity}', '{"prompt": "a"} {"prompt": "b"}', "{'prompt': 'a'}", '{"prompt": "a"',
+    '{"prompt": "a"} {"prompt": "b"}', "{'prompt': 'a'}", '{"prompt": "a"',
 ])  # fmt: skip
 def test_a_bad_row_is_refused_with_file_and_line(tmp_path, row):
     (tmp_path / "p.jsonl").write_text(f'\n{{"prompt": "a cat"}}\n\n{row}\n')
