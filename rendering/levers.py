@@ -132,20 +132,14 @@ def _quantize(denoiser: torch.nn.Module, name: str, device: torch.device) -> Non
     if name == "nf4":
         _to_nf4(denoiser, device)
         return
-    from torchao.quantization import (
-        Float8DynamicActivationFloat8WeightConfig,
-        Float8WeightOnlyConfig,
-        Int8WeightOnlyConfig,
-        PerRow,
-        quantize_,
-    )
+    from torchao import quantization
 
     made = {
-        "fp8": lambda: Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()),
-        "fp8_weights": Float8WeightOnlyConfig,
-        "int8": Int8WeightOnlyConfig,
+        "fp8": lambda: quantization.Float8DynamicActivationFloat8WeightConfig(granularity=quantization.PerRow()),
+        "fp8_weights": quantization.Float8WeightOnlyConfig,
+        "int8": quantization.Int8WeightOnlyConfig,
     }
-    quantize_(denoiser, made[name](), filter_fn=lambda part, _: _wide(part), device=device)
+    quantization.quantize_(denoiser, made[name](), filter_fn=lambda part, _: _wide(part), device=device)
 
 
 def _wide(part: torch.nn.Module) -> bool:

@@ -40,7 +40,7 @@ from rendering.settings import call_settings, guidance_name
 from run.signals import leaving
 
 logger = logging.getLogger(__name__)
-# Pipelines print every text that they cut, padding included; `LocalRenderer.truncated` counts them and warns once.
+# Pipelines print every text that they cut, padding included; `LocalRenderer` warns once.
 logging.getLogger("diffusers.pipelines").setLevel(logging.ERROR)
 
 TRIAL_TEXT = "a photo of {} things, of no importance whatever"
@@ -60,7 +60,6 @@ class LocalRenderer:
     Attributes:
         failures: why rows came back as None, one count per row ("blank text", "safety checker", "black picture",
             "non-finite pixels", "out of memory", "told to leave").
-        truncated: texts longer than `max_tokens` that were drawn all the same, their ends unread.
         chunk_size: rows drawn at once; halved for good when the device runs out of memory. A last chunk is filled up
             by repeating its last row, which costs time; for single pictures choose 1.
 
@@ -77,7 +76,7 @@ class LocalRenderer:
         self._tokenizer = _longest_tokenizer(self.pipe)
         self.chunk_size = options.render_batch_size
         self.failures: Counter[str] = Counter()
-        self.truncated = 0
+        self._has_warned = False  # of a text that is cut
         self._encoded: dict[str, tuple] = {}
         self._texts: list[str] = []  # of this call
         self._lone: tuple | None = None  # what `encode_prompt` returns for one row
@@ -92,13 +91,7 @@ class LocalRenderer:
     ) -> list[Image.Image | None]:
         """Draw `texts[i]` from noise `seeds[i]`, once per distinct pair; equal rows share one picture object.
 
-        Args:
-            texts: B texts of any length.
-            seeds: B seeds in [-2**63, 2**64).
-            on_image: called with index and picture of each row after its chunk.
-
-        Returns:
-            B RGB pictures; None where a row could not be drawn, with the reason counted in `failures`.
+        A seed is in [-2**63, 2**64). None is a row that could not be drawn; the reason is counted in `failures`.
         """
         return draw_distinct(texts, seeds, on_image, self.failures, self._draw_all)
 
@@ -176,29 +169,27 @@ class LocalRenderer:
         """The tokenizer of `count_tokens` as a tokenizer.json; None if it has no such form."""
         return self._tokenizer.backend_tokenizer.to_str() if self._tokenizer.is_fast else None
 
-    def _count_truncated(self) -> None:
-        lengths = [self.count_tokens(text) for text in self._texts]
-        cut = sum(length > self.max_tokens for length in lengths)
-        if cut and not self.truncated:
-            logger.warning(
-                "a text of %d tokens is longer than the %d that the renderer reads: its end is not drawn. Raise "
-                "--max_sequence_length or ask for shorter rewrites. From now on only counted.",
-                max(lengths),
-                self.max_tokens,
-            )
-        self.truncated += cut
-
     def _draw_all(self, rows: list[Row], on_row: OnRow) -> dict[Row, Outcome]:
         """The outcome of distinct rows; stops between chunks when the run must leave."""
         self._texts = list(dict.fromkeys(text for text, _ in rows))
-        self._count_truncated()
+        longest = max(map(self.count_tokens, self._texts))
+        if longest > self.max_tokens and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "a text of %d tokens is longer than the %d that the renderer reads: its end is not drawn. Raise "
+                "--max_sequence_length or ask for shorter rewrites. Further ones are not reported.",
+                longest,
+                self.max_tokens,
+            )
         outcomes: dict[Row, Outcome] = {}
         try:
             while len(outcomes) < len(rows) and not leaving():
                 chunk = rows[len(outcomes) : len(outcomes) + self.chunk_size]
                 pictures = self._draw_chunk(chunk)
                 if pictures is None and self.chunk_size > 1:
-                    self._halve_chunk()
+                    was, self.chunk_size = self.chunk_size, self.chunk_size // 2
+                    told = "out of memory drawing %d pictures at once: from now on %d (--render_batch_size)"
+                    logger.warning(told, was, self.chunk_size)
                     continue
                 for row, picture in zip(chunk, pictures or ["out of memory"], strict=True):
                     outcomes[row] = picture
@@ -207,16 +198,6 @@ class LocalRenderer:
         finally:
             self._forget()
         return {row: outcomes.get(row, "told to leave") for row in rows}
-
-    def _halve_chunk(self) -> None:
-        half = self.chunk_size // 2
-        logger.warning(
-            "out of memory drawing %d pictures at once: from now on %d, as --render_batch_size would have it from the "
-            "start",
-            self.chunk_size,
-            half,
-        )
-        self.chunk_size = half
 
     def _draw_chunk(self, rows: list[Row], **changes: int) -> list[Outcome] | None:
         """At most `chunk_size` rows -> picture or reason each; None if the device ran out of memory.
@@ -265,7 +246,10 @@ class LocalRenderer:
         if new and self._away:
             new |= self._coming(rows[0])
         if new:
-            self._encode_new(new)
+            with on_device(self._away, self.device):
+                for start in range(0, len(new), self.chunk_size):
+                    some = dict(list(new.items())[start : start + self.chunk_size])
+                    self._encoded.update(zip(some, self._encode_rows(list(some.values())), strict=True))
         return tuple(_stack(values) for values in zip(*(self._encoded[key] for key in keys), strict=True))
 
     def _coming(self, row: dict) -> dict[str, dict]:
@@ -278,14 +262,6 @@ class LocalRenderer:
         same = [name for name, value in row.items() if isinstance(value, list) and value == row["prompt"]]
         rows = [{**row, **dict.fromkeys(same, [text])} for text in self._texts]
         return {key: other for other in rows if (key := repr(other)) not in self._encoded}
-
-    def _encode_new(self, new: dict[str, dict]) -> None:
-        """Encode and remember rows by their keys, `chunk_size` of them at a time."""
-        keys = list(new)
-        with on_device(self._away, self.device):
-            for start in range(0, len(keys), self.chunk_size):
-                some = keys[start : start + self.chunk_size]
-                self._encoded.update(zip(some, self._encode_rows([new[key] for key in some]), strict=True))
 
     def _encode_rows(self, rows: list[dict]) -> list[tuple]:
         """Each row's values as if it had been encoded alone, from one pass over `chunk_size` rows where that is safe.
@@ -392,7 +368,11 @@ def load_pipeline(
 
 def find_pipeline(path: str) -> Path:
     """The folder of the pipeline at `path`, downloaded if it must be; see `hub.resolve`."""
-    return resolve(path, ("model_index.json",), download=_download)
+    return resolve(
+        path,
+        ("model_index.json",),
+        download=lambda repo, revision: DiffusionPipeline.download(repo, revision=revision, use_safetensors=True),
+    )
 
 
 def _load(path: str, dtype: torch.dtype) -> DiffusionPipeline:
@@ -410,7 +390,3 @@ def _load(path: str, dtype: torch.dtype) -> DiffusionPipeline:
     except (OSError, ValueError) as error:
         hint = "copy or save the folder again" if Path(path).is_dir() else f"fetch it with: {locked(path).command}"
         raise UserError(f"renderer {path} cannot be loaded ({one_line(error)}): {hint}") from error
-
-
-def _download(repo: str, revision: str | None) -> str:
-    return DiffusionPipeline.download(repo, revision=revision, use_safetensors=True)

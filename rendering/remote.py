@@ -8,8 +8,8 @@ batches. A batch never raises because of a server: a picture that could not be h
     one request   at most `render_timeout` seconds
     one row       tried again, elsewhere first; absent after ATTEMPTS failures at each server that works. A refusal of
                   the text (400, 413, 422) is final; a server that is gone or busy does not count
-    one server    left out after TRIP failures in a row; then every PAUSE seconds a copy of a waiting row probes it.
-                  The row itself waits for other servers, so a probe that hangs delays nothing
+    one server    left out after TRIP failures in a row; then every PAUSE seconds a copy of a row probes it. The row
+                  itself goes to other servers, so a probe that hangs delays nothing
     all servers   left out for `render_timeout` seconds: the waiting rows are absent
     one batch     at most `render_batch_timeout` seconds; what is unfinished then is absent
 
@@ -28,6 +28,7 @@ import asyncio
 import base64
 import hashlib
 import io
+import itertools
 import json
 import logging
 import random
@@ -35,7 +36,7 @@ import struct
 import time
 import zlib
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -44,7 +45,17 @@ from PIL import Image
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from clients.http import CHECK_TIMEOUT, CONNECT_TIMEOUT, Circuit, back_off, checked_key, checked_url
+from clients.http import (
+    ALIVE,
+    CHECK_TIMEOUT,
+    CONNECT_TIMEOUT,
+    CallFailed,
+    Circuit,
+    back_off,
+    checked_key,
+    checked_url,
+    finished,
+)
 from errors import UserError, one_line
 from interfaces import OnImage
 from models.weights import locked
@@ -56,31 +67,15 @@ logger = logging.getLogger(__name__)
 
 ATTEMPTS = 3  # of one row at one server
 TRIP, PAUSE = 3, 5.0  # failures in a row that open a server's circuit; seconds between probes
-TICK = 0.05  # seconds between looks at clock, signals and circuits
+TICK = 0.05  # seconds between looks at clock and circuits of a row that finds no room
 CONCURRENCY = 16  # requests in flight at a server that does not say how many it can use
 FOREIGN_SEED_BITS = 31
 UNLIMITED = 10**6  # tokens; transformers gives far more for a tokenizer without a limit
-REFUSED = {400, 413, 422}  # statuses: this text cannot be drawn, there or elsewhere
-GONE = {429, 502, 503, 504}  # statuses: nobody there, or nobody free
+GONE = {0, 429, 502, 503, 504}  # statuses: no answer, nobody there, or nobody free
 BROKEN = (  # what a broken reply makes JSON, base64 or Pillow raise
     OSError, SyntaxError, ValueError, LookupError, TypeError, EOFError, struct.error, zlib.error,
     Image.DecompressionBombError,
 )  # fmt: skip
-
-
-class _Failed(Exception):
-    """A request gave no picture.
-
-    Args:
-        reason: as it is counted.
-        final: no server can draw this row.
-        server_works: it says nothing against the server.
-        counts: it counts against the row.
-    """
-
-    def __init__(self, reason: str, *, final: bool = False, server_works: bool = False, counts: bool = True):
-        super().__init__(reason)
-        self.final, self.server_works, self.counts = final, server_works, counts
 
 
 @dataclass(eq=False)
@@ -90,10 +85,8 @@ class Server:
     url: str
     loopback: bool  # whether it is on this machine
     slots: int  # requests in flight at most
+    in_flight: int = 0
     circuit: Circuit = field(default_factory=lambda: Circuit(TRIP, PAUSE))  # open while it is left out
-
-
-Request = Callable[[Server, Row], Awaitable[Image.Image]]  # one picture from one server; raises _Failed
 
 
 class RemoteRenderer:
@@ -109,7 +102,6 @@ class RemoteRenderer:
 
     Attributes:
         failures: why rows came back as None, one count per row.
-        truncated: texts longer than `max_tokens` that were sent all the same, their ends unread.
         max_tokens: tokens of a text that are read.
         card_hash: of what the servers say of themselves: model, settings, and ours its weights.
 
@@ -126,7 +118,6 @@ class RemoteRenderer:
         slots = options.render_concurrency or max(1, CONCURRENCY // processes)
         self.servers = [Server(url, loopback, slots) for url, loopback in urls]
         self.failures: Counter[str] = Counter()
-        self.truncated = 0
         first, self.card = self._ask_all()
         self.card_hash = hashlib.sha256(json.dumps(self.card, sort_keys=True).encode()).hexdigest()[:16]
         self.request = {**_asked(options), **self.card.get("request", {})}
@@ -231,7 +222,6 @@ class RemoteRenderer:
     # ----- one batch
 
     def _draw(self, rows: list[Row], on_row: OnRow) -> dict[Row, Outcome]:
-        self.truncated += sum(self.count_tokens(text) > self.max_tokens for text in {text for text, _ in rows})
         outcomes = asyncio.run(self._draw_all(rows, on_row))
         reasons = [outcome for outcome in outcomes.values() if isinstance(outcome, str)]
         if reasons:
@@ -239,156 +229,102 @@ class RemoteRenderer:
         return outcomes
 
     async def _draw_all(self, rows: list[Row], on_row: OnRow) -> dict[Row, Outcome]:
-        common = {
-            "headers": _headers(),
-            "timeout": httpx.Timeout(None, connect=CONNECT_TIMEOUT),  # `_request` has its own
-            "limits": httpx.Limits(max_connections=None),
-        }
-        async with httpx.AsyncClient(**common, trust_env=False) as direct, httpx.AsyncClient(**common) as proxied:
-
-            def request(server: Server, row: Row) -> Awaitable[Image.Image]:
-                return self._request(direct if server.loopback else proxied, server.url, row)
-
-            deadline = time.monotonic() + self.options.render_batch_timeout
-            return await _Batch(self.servers, rows, request, on_row).draw(self.options.render_timeout, deadline)
-
-    async def _request(self, client: httpx.AsyncClient, url: str, row: Row) -> Image.Image:
-        """One picture from one server; raises _Failed."""
-        text, seed = row
-        seed %= 2 ** self.card.get("seed_bits", FOREIGN_SEED_BITS)
-        fixed = {"model": self.card["model"], "n": 1, "response_format": "b64_json", "output_format": "png"}
-        body = {**fixed, "prompt": text, "seed": seed, **self.request}
-        timeout = self.options.render_timeout
-        try:
-            async with asyncio.timeout(timeout):
-                reply = await client.post(f"{url}/images/generations", json=body)
-        except TimeoutError as error:
-            raise _Failed(f"no answer within {timeout:g} s") from error
-        except httpx.HTTPError as error:
-            raise _Failed(one_line(error), counts=False) from error
-        if reply.status_code != 200:
-            words = f": {' '.join(reply.text.split())[:300]}" if reply.status_code < 500 else ""
-            raise _Failed(
-                f"HTTP {reply.status_code}{words}",
-                final=reply.status_code in REFUSED,
-                server_works=reply.status_code in REFUSED or reply.status_code == 429,
-                counts=reply.status_code not in GONE,
-            )
-        return _picture(reply.content, self.request.get("size"))
-
-
-@dataclass(eq=False)
-class _Job:
-    """One row on its way, or a copy of it that probes a server."""
-
-    row: Row
-    is_probe: bool = False
-    failures: Counter[Server] = field(default_factory=Counter)  # those that count
-    tries: int = 0  # that failed, for whatever reason
-    after: float = 0.0  # it may be sent again, of time.monotonic
-    reason: str = ""  # of the last failure
+        deadline = time.monotonic() + self.options.render_batch_timeout
+        async with httpx.AsyncClient(
+            headers=_headers(),
+            timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT),  # `_request` has its own
+            limits=httpx.Limits(max_connections=None),
+            mounts={server.url: None for server in self.servers if server.loopback},  # without a proxy
+        ) as client:
+            batch = _Batch(self, client, on_row)
+            calls = {row: asyncio.create_task(batch.outcome(row)) for row in rows}
+            outcomes = await finished(calls, deadline)
+            await finished(dict(enumerate(batch.probes)), deadline=0.0)  # cancels those that hang
+        late = "told to leave" if leaving() else "unfinished at the batch's end"
+        return {row: outcomes.get(row, late) for row in rows}
 
 
 class _Batch:
-    """Servers take rows as they have room, until every row has an outcome; their circuits outlive the batch."""
+    """The rows of one call, each on its way to a server with room; the servers' circuits outlive it."""
 
-    def __init__(self, servers: Sequence[Server], rows: Sequence[Row], request: Request, on_row: OnRow):
-        self.servers = random.SystemRandom().sample(servers, len(servers))  # or all processes begin with the same one
-        self.rows, self.request, self.on_row = rows, request, on_row
-        self.waiting = [_Job(row) for row in rows]
-        self.probed: set[Server] = set()
-        self.outcomes: dict[Row, Outcome] = {}
+    def __init__(self, renderer: RemoteRenderer, client: httpx.AsyncClient, on_row: OnRow):
+        self.renderer, self.client, self.on_row = renderer, client, on_row
+        self.servers = renderer.servers
+        self.room = asyncio.Semaphore(sum(server.slots for server in self.servers))
+        self.worked = time.monotonic()  # when a server was last not left out
+        self.probes: list[asyncio.Task] = []
 
-    @property
-    def is_finished(self) -> bool:
-        return len(self.outcomes) == len(self.rows)
+    async def outcome(self, row: Row) -> Outcome:
+        """A picture, or why no server is left for this row."""
+        failures: Counter[Server] = Counter()  # those that count
+        reason = ""
+        for attempt in itertools.count(1):
+            async with self.room:
+                server = await self._server_for(row, failures)
+                if server is None:
+                    return reason or self.servers[0].circuit.reason
+                answer = await self._ask(server, row)
+            if not isinstance(answer, CallFailed):
+                self.on_row(row, answer)
+                return answer
+            reason = str(answer)
+            if answer.status in ALIVE - GONE:
+                return reason
+            failures[server] += answer.status not in GONE
+            await asyncio.sleep(back_off(attempt))
 
-    async def draw(self, patience: float, deadline: float) -> dict[Row, Outcome]:
-        """The outcome of every row.
-
-        Args:
-            patience: seconds for which rows wait while no server works.
-            deadline: of time.monotonic.
-        """
-        slots = [(slot, server) for server in self.servers for slot in range(server.slots)]
-        in_turn = sorted(slots, key=lambda one: one[0])  # so that few rows are spread over all servers
-        workers = [asyncio.create_task(self._work(server)) for _, server in in_turn]
-        worked = time.monotonic()
-        try:
-            while not self.is_finished and not leaving() and (now := time.monotonic()) < deadline:
-                if any(not server.circuit.is_open for server in self.servers):
-                    worked = now
-                self._give_up(no_server=now - worked >= patience)
-                ended, _ = await asyncio.wait(workers, timeout=TICK, return_when=asyncio.FIRST_COMPLETED)
-                for worker in ended:
-                    worker.result()  # raises what is no failure of a request, a bug
-        finally:
-            for worker in workers:
-                worker.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
-        late = "told to leave" if leaving() else "unfinished at the batch's end"
-        return {row: self.outcomes.get(row, late) for row in self.rows}
-
-    async def _work(self, server: Server) -> None:
-        """Fill one slot of a server."""
-        while not self.is_finished:
-            job = self._next(server)
-            if job is None:
-                await asyncio.sleep(TICK)
-                continue
-            try:
-                picture = await self.request(server, job.row)
-            except _Failed as error:
-                self._note_failure(error, job, server)
-            else:
-                server.circuit.succeeded()
-                self._finish(job.row, picture)
-            if job.is_probe:
-                self.probed.remove(server)
-
-    def _next(self, server: Server) -> _Job | None:
-        """A row to send to this server now; to one that is left out a copy, as a probe."""
-        if server.circuit.is_open:
-            if not self.waiting or server in self.probed or not server.circuit.lets_through():
+    async def _server_for(self, row: Row, failures: Counter[Server]) -> Server | None:
+        """The emptiest server among those where the row failed least, as soon as it has room; None if none is left."""
+        while True:
+            for server in self.servers:
+                if server.circuit.is_open and not server.in_flight and server.circuit.lets_through():
+                    self.probes.append(asyncio.create_task(self._ask(server, row)))  # its picture is not used
+            working = [server for server in self.servers if not server.circuit.is_open]
+            if working:
+                self.worked = time.monotonic()
+            left = [server for server in working if failures[server] < ATTEMPTS]
+            failed = any(count >= ATTEMPTS for count in failures.values())
+            if not left and (failed or time.monotonic() - self.worked >= self.renderer.options.render_timeout):
                 return None
-            self.probed.add(server)
-            return _Job(self.waiting[0].row, is_probe=True)
-        now, working = time.monotonic(), [one for one in self.servers if not one.circuit.is_open]
-        for job in self.waiting:
-            if job.after <= now and job.failures[server] == min(job.failures[one] for one in working):
-                self.waiting.remove(job)
-                return job
-        return None
+            least = min((failures[server] for server in left), default=0)
+            free = [server for server in left if failures[server] == least and server.in_flight < server.slots]
+            if free:  # by chance, or all processes would begin with the same one
+                return min(free, key=lambda server: (server.in_flight, random.SystemRandom().random()))
+            await asyncio.sleep(TICK)
 
-    def _note_failure(self, error: _Failed, job: _Job, server: Server) -> None:
-        if error.server_works:
-            server.circuit.succeeded()
+    async def _ask(self, server: Server, row: Row) -> Image.Image | CallFailed:
+        """What a server answers, noted in its circuit."""
+        server.in_flight += 1
+        try:
+            answer = await self._request(server, row)
+        except CallFailed as error:
+            answer = error
+        finally:
+            server.in_flight -= 1
+        if isinstance(answer, CallFailed) and answer.status not in ALIVE:
+            server.circuit.failed(str(answer))
         else:
-            server.circuit.failed(str(error))
-        if error.final:
-            self._finish(job.row, str(error))
-        elif not job.is_probe and job.row not in self.outcomes:
-            job.reason = str(error)
-            job.failures[server] += error.counts
-            job.tries += 1
-            job.after = time.monotonic() + back_off(job.tries)
-            self.waiting.append(job)
+            server.circuit.succeeded()
+        return answer
 
-    def _give_up(self, no_server: bool) -> None:
-        """Finish the waiting rows that no server is left for."""
-        for job in list(self.waiting):
-            failed = {server for server in self.servers if job.failures[server] >= ATTEMPTS}
-            left = [server for server in self.servers if server not in failed and not server.circuit.is_open]
-            if no_server or (failed and not left):
-                self._finish(job.row, job.reason or self.servers[0].circuit.reason)
-
-    def _finish(self, row: Row, outcome: Outcome) -> None:
-        """Note the first outcome of a row; a probe and the row itself may both have one."""
-        if row not in self.outcomes:
-            self.outcomes[row] = outcome
-            self.waiting = [job for job in self.waiting if job.row != row]
-            if not isinstance(outcome, str):
-                self.on_row(row, outcome)
+    async def _request(self, server: Server, row: Row) -> Image.Image:
+        """One picture; raises CallFailed, with a status that says whose fault it is."""
+        text, seed = row
+        seed %= 2 ** self.renderer.card.get("seed_bits", FOREIGN_SEED_BITS)
+        fixed = {"model": self.renderer.card["model"], "n": 1, "response_format": "b64_json", "output_format": "png"}
+        body = {**fixed, "prompt": text, "seed": seed, **self.renderer.request}
+        timeout = self.renderer.options.render_timeout
+        try:
+            async with asyncio.timeout(timeout):
+                reply = await self.client.post(f"{server.url}/images/generations", json=body)
+        except TimeoutError as error:
+            raise CallFailed(f"no answer within {timeout:g} s", status=408) from error
+        except httpx.HTTPError as error:
+            raise CallFailed(one_line(error)) from error
+        if reply.status_code != 200:
+            words = f": {' '.join(reply.text.split())[:300]}" if reply.status_code < 500 else ""
+            raise CallFailed(f"HTTP {reply.status_code}{words}", status=reply.status_code)
+        return _picture(reply.content, self.renderer.request.get("size"))
 
 
 # ----- requests and replies
@@ -425,24 +361,16 @@ def _get(server: Server, path: str, timeout: float) -> httpx.Response:
 
 
 def _picture(reply: bytes, size: str | None) -> Image.Image:
-    """The RGB picture in a reply of the images API, JSON with a base64 PNG.
-
-    Args:
-        reply: of the server.
-        size: "WIDTHxHEIGHT" that it must have, None for any.
-
-    Raises:
-        _Failed: there is none, it has another size, or it is black (a safety checker's).
-    """
+    """The RGB picture in a JSON reply with a base64 PNG, of that "WIDTHxHEIGHT" if given; raises CallFailed."""
     try:
         content = base64.b64decode(json.loads(reply)["data"][0]["b64_json"], validate=True)
         image = Image.open(io.BytesIO(content), formats=["PNG"])
         found = f"{image.width}x{image.height}"
         if size not in (None, found):
-            raise _Failed(f"a picture of {found}, not {size}")
+            raise CallFailed(f"a picture of {found}, not {size}", status=200)
         image = image.convert("RGB")
     except BROKEN as error:
-        raise _Failed("a reply without a whole PNG picture") from error
+        raise CallFailed("a reply without a whole PNG picture", status=200) from error
     if image.getbbox() is None:
-        raise _Failed("black picture", final=True, server_works=True)
+        raise CallFailed("black picture", status=422)  # a safety checker's
     return image

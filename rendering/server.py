@@ -36,7 +36,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,6 +54,7 @@ from PIL import Image
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
@@ -70,6 +70,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SEED_BITS = 63
+SETTINGS = ("size", "num_inference_steps", "guidance_scale", "max_sequence_length", "drawing")  # of a request
 MOST_BATCHES = 64  # that Serve may hand to a replica, so that /health and /v1/models need not wait for pictures
 WARM_UP = "a photo of a red circle"  # drawn before the first request
 
@@ -86,23 +87,6 @@ class ServerOptions:
     batch_wait: float = option(
         0.05, "Seconds that a batch waits for more pictures after its first.", changes="nothing", least=0
     )
-    temp_dir: str | None = option(
-        None, "Folder of Ray's own files, a short path; unset: one that is removed at the end.", changes="nothing"
-    )
-
-
-class Refused(Exception):
-    """A request that is answered with an error."""
-
-    def __init__(self, status: int, message: str):
-        super().__init__(message)
-        self.status = status
-
-    @property
-    def reply(self) -> JSONResponse:
-        """In the shape of OpenAI's errors."""
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        return JSONResponse({"error": {"message": str(self), "type": kind, "param": None, "code": None}}, self.status)
 
 
 class Renderers:
@@ -136,84 +120,57 @@ class Renderers:
         }
 
     def check_health(self) -> None:
-        """Called by Ray Serve every few seconds.
+        """Called by Ray Serve every few seconds; raises RuntimeError once the renderer raised.
 
-        Raises:
-            RuntimeError: the renderer raised. A device that failed goes on failing, and at once, so that most requests
-                would come to this replica.
+        A device that failed goes on failing, and at once, so that most requests would come to this replica.
         """
         if self.is_broken:
             raise RuntimeError("the last pictures could not be drawn: this replica must be started anew")
 
     async def __call__(self, request: Request) -> Response:
         """Answer one request."""
-        routes = {
-            ("GET", "/health"): self.health,
-            ("GET", "/v1/models"): self.models,
-            ("GET", "/v1/tokenizer"): self.tokenizer,
-            ("POST", "/v1/images/generations"): self.image,
-        }
-        route = routes.get((request.method, request.url.path))
+        route = f"{request.method} {request.url.path}"
         try:
-            if route != self.health:
-                self._admit(request)
-            if route is None:
-                raise Refused(404, f"no {request.method} {request.url.path}, only {[path for _, path in routes]}")
-            return await route(request)
-        except Refused as error:
-            return error.reply
-
-    def _admit(self, request: Request) -> None:
-        """Raise unless the caller has the key, if there is one."""
-        given = request.headers.get("authorization", "").encode()
-        if self.key and not hmac.compare_digest(given, f"Bearer {self.key}".encode()):
-            raise Refused(401, "wrong or no key: send RENDER_API_KEY as a bearer token")
-
-    async def health(self, request: Request) -> Response:
-        """It is there."""
-        return PlainTextResponse("ok")
-
-    async def models(self, request: Request) -> Response:
-        """The one model, and what its pictures depend on."""
-        card = {"id": self.name, "object": "model", "created": 0, "owned_by": "r1-prompter", "render": self.card}
-        return JSONResponse({"object": "list", "data": [card]})
-
-    async def tokenizer(self, request: Request) -> Response:
-        """The tokenizer with which texts are counted, as its tokenizer.json."""
-        text = self.renderer.tokenizer_json
-        if text is None:
-            raise Refused(404, "this renderer's tokenizer has no tokenizer.json")
-        return Response(text, media_type="application/json")
+            if route == "GET /health":
+                return PlainTextResponse("ok")
+            given = request.headers.get("authorization", "").encode()
+            if self.key and not hmac.compare_digest(given, f"Bearer {self.key}".encode()):
+                raise HTTPException(401, "wrong or no key: send RENDER_API_KEY as a bearer token")
+            if route == "GET /v1/models":
+                card = {"id": self.name, "object": "model", "created": 0, "owned_by": "r1-prompter"}
+                return JSONResponse({"object": "list", "data": [{**card, "render": self.card}]})
+            if route == "GET /v1/tokenizer" and self.renderer.tokenizer_json is not None:
+                return Response(self.renderer.tokenizer_json, media_type="application/json")
+            if route == "POST /v1/images/generations":
+                return await self.image(request)
+            raise HTTPException(404, f"there is no {route}")
+        except HTTPException as error:  # in the shape of OpenAI's errors
+            kind = "invalid_request_error" if error.status_code < 500 else "server_error"
+            said = {"message": error.detail, "type": kind, "param": None, "code": None}
+            return JSONResponse({"error": said}, error.status_code)
 
     async def image(self, request: Request) -> Response:
         """One picture."""
         outcome = await self.draw(self._row(await _json_of(request)))
         if isinstance(outcome, str):
             gone = self.is_broken or "out of memory" in outcome  # not the text's fault: to be asked for again
-            raise Refused(503 if gone else 422, f"could not be drawn: {outcome}")
+            raise HTTPException(503 if gone else 422, f"could not be drawn: {outcome}")
         content = await asyncio.to_thread(_png, outcome)  # 0.1 s at 1024 px, in which others are answered
         return JSONResponse({"created": int(time.time()), "output_format": "png", "data": [{"b64_json": content}]})
 
     def _row(self, body: dict) -> Row:
-        """Text and seed of a request.
-
-        Raises:
-            Refused: it asks for what is not served here.
-        """
+        """Text and seed of a request; raises HTTPException for what is not served here."""
         text, seed = body.get("prompt"), body.get("seed")
         if not isinstance(text, str) or not text.strip():
-            raise Refused(400, "prompt must be a text that is not blank")
+            raise HTTPException(400, "prompt must be a text that is not blank")
         if type(seed) is not int or not 0 <= seed < 2**SEED_BITS:
-            raise Refused(400, f"seed is {seed!r}, must be a whole number from 0 to 2**{SEED_BITS} - 1")
-        if body.get("model") not in (None, self.name):
-            raise Refused(404, f"no model {body['model']!r} here, only {self.name!r}")
-        for name, value in {"n": 1, "response_format": "b64_json", "output_format": "png"}.items():
+            raise HTTPException(400, f"seed is {seed!r}, must be a whole number from 0 to 2**{SEED_BITS} - 1")
+        fixed = {"model": self.name, "n": 1, "response_format": "b64_json", "output_format": "png"}
+        for name, value in (fixed | dict.fromkeys(SETTINGS) | self.card["request"]).items():
             if body.get(name) not in (None, value):
-                raise Refused(400, f"{name} is {body[name]!r}, here it can only be {value!r}")
-        for name in ("size", "num_inference_steps", "guidance_scale", "max_sequence_length", "drawing"):
-            value = self.card["request"].get(name)
-            if body.get(name) not in (None, value):
-                raise Refused(409, f"{name} is {body[name]!r}, this server draws with {value!r}: start it with yours")
+                raise HTTPException(
+                    409, f"{name} is {body[name]!r}, this server draws with {value!r}: start it with yours"
+                )
         return well_formed(text), seed
 
     async def draw(self, row: Row) -> Outcome:
@@ -233,6 +190,8 @@ class Renderers:
             while len(jobs) < self.renderer.chunk_size and not self.waiting.empty():
                 jobs.append(self.waiting.get_nowait())
             jobs = [job for job in jobs if not job[1].cancelled()]  # the client has left
+            if not jobs:
+                continue
             try:
                 outcomes = await asyncio.to_thread(self._outcomes, [row for row, _ in jobs])
             except Exception as error:  # of any kind: Ray Serve starts this replica anew
@@ -244,8 +203,6 @@ class Renderers:
                     future.set_result(outcome)
 
     def _outcomes(self, rows: list[Row]) -> list[Outcome]:
-        if not rows:
-            return []
         before = self.renderer.failures.copy()
         pictures = self.renderer(*map(list, zip(*rows, strict=True)))
         why = ", ".join(self.renderer.failures - before)
@@ -260,16 +217,13 @@ def _drawing(options: RenderOptions) -> dict[str, Any]:
 
 
 async def _json_of(request: Request) -> dict:
-    """The object in a request's body; raises Refused."""
+    """The object in a request's body; raises HTTPException."""
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-        raise Refused(415, "send application/json")  # which a foreign web page may not
+        raise HTTPException(415, "send application/json")  # which a foreign web page may not
     try:
-        body = await request.json()
-    except ValueError as error:
-        raise Refused(400, f"not JSON: {one_line(error)}") from error
-    if not isinstance(body, dict):
-        raise Refused(400, "not a JSON object")
-    return body
+        return dict(await request.json())
+    except (ValueError, TypeError) as error:
+        raise HTTPException(400, f"not a JSON object: {one_line(error)}") from error
 
 
 def _png(image: Image.Image) -> str:
@@ -279,32 +233,6 @@ def _png(image: Image.Image) -> str:
 
 
 # ----- the program
-
-
-def deploy(server: ServerOptions, render: RenderOptions) -> None:
-    """Start replicas on the Ray that is running here; returns when all can draw.
-
-    Raises:
-        RuntimeError: they did not start; the log says why.
-    """
-    gpus = torch.cuda.device_count() if render.render_device is None else 0
-    replicas, batch = server.replicas or gpus or 1, render.render_batch_size
-    model = render.render_model or Path(render.sdmodel_name).name
-    deployment = serve.deployment(
-        Renderers,
-        name="Renderers",
-        num_replicas=replicas,
-        ray_actor_options={"num_cpus": 1, "num_gpus": 1 if gpus else 0},
-        max_ongoing_requests=MOST_BATCHES * batch,
-        graceful_shutdown_timeout_s=2,
-        health_check_period_s=2,
-        logging_config={"enable_access_log": False},
-    )
-    device = "cuda" if gpus else "cpu"
-    concurrency = 2 * batch * replicas  # one batch drawn, one filled
-    application = deployment.bind(render, model, device, concurrency, server.batch_wait)
-    serve.start(http_options=HTTPOptions(host=server.host, port=server.port, location="HeadOnly"))
-    serve.run(application, name="renderers", route_prefix="/")
 
 
 def check(server: ServerOptions, render: RenderOptions) -> None:
@@ -328,12 +256,30 @@ def check(server: ServerOptions, render: RenderOptions) -> None:
 
 
 def run(server: ServerOptions, render: RenderOptions, temp_dir: str) -> None:
-    """Serve until a signal says to stop."""
+    """Serve until a signal says to stop; raises RuntimeError if replicas did not start, the log says why."""
+    gpus = torch.cuda.device_count() if render.render_device is None else 0
+    replicas, batch = server.replicas or gpus or 1, render.render_batch_size
+    deployment = serve.deployment(
+        Renderers,
+        name="Renderers",
+        num_replicas=replicas,
+        ray_actor_options={"num_cpus": 1, "num_gpus": 1 if gpus else 0},
+        max_ongoing_requests=MOST_BATCHES * batch,
+        graceful_shutdown_timeout_s=2,
+        health_check_period_s=2,
+        logging_config={"enable_access_log": False},
+    )
+    application = deployment.bind(
+        render,
+        render.render_model or Path(render.sdmodel_name).name,
+        "cuda" if gpus else "cpu",
+        2 * batch * replicas,  # one batch drawn, one filled
+        server.batch_wait,
+    )
     ray.init(
         address="local",
-        num_cpus=(server.replicas or torch.cuda.device_count() or 1) + 1,
+        num_cpus=replicas + 1,
         include_dashboard=False,
-        log_to_driver=True,
         configure_logging=False,
         _node_ip_address="127.0.0.1",
         _temp_dir=temp_dir,
@@ -341,7 +287,8 @@ def run(server: ServerOptions, render: RenderOptions, temp_dir: str) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
     try:
-        deploy(server, render)
+        serve.start(http_options=HTTPOptions(host=server.host, port=server.port, location="HeadOnly"))
+        serve.run(application, name="renderers", route_prefix="/")
         shown = f"[{server.host}]" if ":" in server.host else server.host
         print(f"rendering at http://{shown}:{server.port}/v1", flush=True)
         while True:
@@ -360,9 +307,8 @@ def start(argv: Sequence[str]) -> None:
     """
     server, render = parse((ServerOptions, RenderOptions), None, argv)
     check(server, render)
-    own = tempfile.TemporaryDirectory(prefix="render_", ignore_cleanup_errors=True)
     try:
-        with own if server.temp_dir is None else nullcontext(server.temp_dir) as folder:
+        with tempfile.TemporaryDirectory(prefix="render_", ignore_cleanup_errors=True) as folder:
             run(server, render, folder)
     except (RayError, RuntimeError, OSError, ValueError) as error:
         raise Stopped(one_line(error, 600)) from error
