@@ -76,9 +76,9 @@ class Benchmark(Protocol):
         ...
 
     def judge(self, items: Sequence[Item], images: Sequence[Image.Image]) -> list[Verdict]:
-        """A verdict per (item, image), in order; batched. Never raises for what one picture is like."""
+        """A verdict per (item, upright RGB image), in order; batched. Never raises for what one picture is like."""
         ...
 
-    def overall(self, means: Mapping[str, float], points: Mapping[str, int]) -> float:
-        """The headline number from each category's mean and its number of scores; absent categories are not in."""
+    def overall(self, means: Mapping[str, float]) -> float:
+        """The headline number from each category's mean; absent categories are not in."""
         ...

@@ -35,14 +35,15 @@ class BenchmarkOptions:
 
 
 def _geneval(options: BenchmarkOptions, reward: RewardOptions, device: str) -> Benchmark:
-    from evaluation.clip_colours import ClipColours
-    from evaluation.geneval import CLIP, DETECTOR, GenEval
-    from evaluation.mask2former import Mask2Former
+    from evaluation import clip_colours, mask2former
+    from evaluation.geneval import GenEval
 
-    detect = Mask2Former(options.detector_path or DETECTOR, device=device, batch_size=options.judge_batch_size)
-    colours = ClipColours(options.clip_path or CLIP, device=device)
+    detector = options.detector_path or mask2former.PUBLISHED.repo
+    clip = options.clip_path or clip_colours.PUBLISHED.repo
+    detect = mask2former.Mask2Former(detector, device=device, batch_size=options.judge_batch_size)
+    colours = clip_colours.ClipColours(clip, device=device)
     contents = contents_of({"detector_path": str(detect.folder), "clip_path": str(colours.folder)})
-    settings = {"detector": detect.settings, "colours": colours.settings, "contents": contents}
+    settings = {"colours": colours.settings, "contents": contents}
     return GenEval(detect, colours, title="GenEval-HF", settings=settings)
 
 
@@ -75,19 +76,19 @@ def _judge(reward: RewardOptions) -> VLMClient:
 def _unigenbench(options: BenchmarkOptions, reward: RewardOptions, device: str) -> Benchmark:
     from evaluation.unigenbench import UniGenBench
 
-    return UniGenBench(_judge(reward), revision=options.judge_revision)
+    return UniGenBench(_judge(reward))
 
 
 def _wise(options: BenchmarkOptions, reward: RewardOptions, device: str) -> Benchmark:
     from evaluation.wise import WISE
 
-    return WISE(_judge(reward), version=options.wise_version, revision=options.judge_revision)
+    return WISE(_judge(reward), version=options.wise_version)
 
 
 def _dpg(options: BenchmarkOptions, reward: RewardOptions, device: str) -> Benchmark:
     from evaluation.dpg import DPG
 
-    return DPG(_judge(reward), revision=options.judge_revision)
+    return DPG(_judge(reward))
 
 
 def _geneval2(options: BenchmarkOptions, reward: RewardOptions, device: str) -> Benchmark:
@@ -95,7 +96,7 @@ def _geneval2(options: BenchmarkOptions, reward: RewardOptions, device: str) -> 
 
     if options.vlm_path:
         return GenEval2(LocalVLM(options.vlm_path, device=device, batch_size=options.judge_batch_size))
-    return GenEval2(ServedVLM(_judge(reward), revision=options.judge_revision))
+    return GenEval2(ServedVLM(_judge(reward)))
 
 
 Constructor = Callable[[BenchmarkOptions, RewardOptions, str], Benchmark]

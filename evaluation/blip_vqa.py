@@ -5,8 +5,8 @@
 The picture is squashed to 480x480 (bicubic); the question is lower-cased, loses `. ! " ( ) * # : ; ~`, is cut to 50
 words and 35 tokens, and its first token becomes [ENC]; the decoder is given [DEC] alone. Source: BLIPvqa_eval of
 github.com/Karine-Huang/T2I-CompBench, weights model_base_vqa_capfilt_large.pth; here transformers'
-`BlipForQuestionAnswering`, with the original's eps of 1e-6 in the layer norms of the vision tower and its 12 heads in
-the text model (the first published conversions said 8, transformers #22625).
+`BlipForQuestionAnswering`, with the original's eps of 1e-6 in the layer norms of the vision tower. The text model has
+12 heads, as the locked revision's config.json says; the first published conversions said 8 (transformers #22625).
 
 Not exact: transformers' conversion stored the 30x30 position embedding as 24x24 (its script builds the model for 384
 pixels), and here it is interpolated to 30x30 again. How far that moves scores was not measured.
@@ -24,7 +24,6 @@ from PIL import Image
 from torchvision.transforms import Compose, InterpolationMode, Normalize, Resize, ToTensor
 from transformers import AutoTokenizer, BlipConfig, BlipForQuestionAnswering
 
-from errors import UserError
 from models.frozen import batches, known_token, load
 from models.hub import read, resolve
 from models.weights import locked
@@ -58,14 +57,13 @@ class BlipVQA:
     def __init__(self, path: str | Path = PUBLISHED.repo, *, device: str | torch.device, batch_size: int = 32):
         self.device, self.batch_size = torch.device(device), batch_size
         self.folder = resolve(path, NEEDS, pickles=True)
-        self.model = _load(self.folder, self.device)
+        config = read(BlipConfig, self.folder)
+        config.vision_config.layer_norm_eps = 1e-6
+        self.model = load(BlipForQuestionAnswering, self.folder, self.device, config=config)
         self.tokenizer = read(AutoTokenizer, self.folder)
         self.dec = self.model.config.text_config.bos_token_id
         self.enc = self.dec + 1
         self.yes, self.no = (known_token(self.tokenizer, word, self.folder, "BLIP") for word in ("yes", "no"))
-        vision = self.model.config.vision_config
-        stored, asked = vision.image_size // vision.patch_size, SIDE // vision.patch_size
-        self.positions = f"{stored}x{stored}" + (f" interpolated to {asked}x{asked}" if stored != asked else "")
 
     @torch.inference_mode()
     def ask(self, rows: Sequence[tuple[Image.Image, Sequence[str]]]) -> list[list[float]]:
@@ -111,16 +109,3 @@ class BlipVQA:
         out = self.model.text_decoder(input_ids=start, encoder_hidden_states=states, use_cache=False)
         logits_QV = out.logits[:, 0]
         return torch.sigmoid(logits_QV[:, self.yes] - logits_QV[:, self.no]).tolist()
-
-
-def _load(folder: Path, device: torch.device) -> BlipForQuestionAnswering:
-    """The model of a folder, set as the original."""
-    config = read(BlipConfig, folder)
-    config.vision_config.layer_norm_eps = 1e-6
-    text = config.text_config
-    if text.hidden_size == 768 and text.num_attention_heads != 12:
-        raise UserError(
-            f"{folder}/config.json gives BLIP's text model {text.num_attention_heads} heads, it was trained with 12: "
-            "set text_config.num_attention_heads to 12 (the hub's current revision has it)"
-        )
-    return load(BlipForQuestionAnswering, folder, device, config=config)

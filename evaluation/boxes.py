@@ -12,7 +12,6 @@ that UniDet is given: the picture with its shorter side at 479 and its longer at
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,6 +20,7 @@ from torchvision.ops import batched_nms, box_convert
 from transformers import AutoTokenizer, Owlv2ForObjectDetection
 from transformers.models.owlv2.image_processing_pil_owlv2 import Owlv2ImageProcessorPil
 
+from evaluation.geneval import Detection
 from models.frozen import load
 from models.hub import read, resolve
 from models.weights import locked
@@ -34,21 +34,6 @@ NMS_IOU = 0.5
 FRAME_SHORT, FRAME_LONG = 479, 480  # pixels
 
 
-@dataclass(frozen=True)
-class LabelledBox:
-    """A thing that was seen.
-
-    Attributes:
-        label: what it is called.
-        score: 0 to 1.
-        box: left, top, right, bottom in pixels of the frame.
-    """
-
-    label: str
-    score: float
-    box: tuple[float, float, float, float]
-
-
 def frame_size(size: tuple[int, int]) -> tuple[int, int]:
     """(width, height) of the frame for a picture of `size`: torchvision's `Resize(479, max_size=480)`."""
     short, long = min(size), max(size)
@@ -59,7 +44,7 @@ def frame_size(size: tuple[int, int]) -> tuple[int, int]:
 
 
 class Owlv2:
-    """Labelled boxes of pictures, one by one, in float32 without TF32.
+    """Detections without masks, picture by picture, in float32 without TF32; boxes are in pixels of the frame.
 
     Args:
         path: a folder with an `Owlv2ForObjectDetection`, its tokenizer and image processor, or `PUBLISHED.repo`.
@@ -77,11 +62,11 @@ class Owlv2:
         self.longest = self.model.config.text_config.max_position_embeddings
 
     @torch.inference_mode()
-    def detect(self, rows: Sequence[tuple[Image.Image, Sequence[str]]]) -> list[list[LabelledBox] | None]:
+    def detect(self, rows: Sequence[tuple[Image.Image, Sequence[str]]]) -> list[list[Detection] | None]:
         """The boxes of each (picture, its distinct nouns), best first; None if the model's output is not finite."""
         return [self._detect(image, nouns) if nouns else [] for image, nouns in rows]
 
-    def _detect(self, image: Image.Image, nouns: Sequence[str]) -> list[LabelledBox] | None:
+    def _detect(self, image: Image.Image, nouns: Sequence[str]) -> list[Detection] | None:
         read = self.tokenizer(
             [QUERY.format(well_formed(noun)) for noun in nouns],
             padding="max_length",
@@ -107,4 +92,4 @@ class Owlv2:
         inside = ((boxes_N4[:, 2:] - boxes_N4[:, :2]) > 0).all(dim=1)  # the others lie in the padding
         rows = ((score_N > self.threshold) & inside).nonzero()[:, 0]
         kept = rows[batched_nms(boxes_N4[rows], score_N[rows], label_N[rows], NMS_IOU)].tolist()
-        return [LabelledBox(nouns[label_N[row]], score_N[row].item(), tuple(boxes_N4[row].tolist())) for row in kept]
+        return [Detection(nouns[label_N[row]], score_N[row].item(), tuple(boxes_N4[row].tolist())) for row in kept]

@@ -5,8 +5,8 @@
     colour      per colour the mean of three templates' unit features, made unit again; the highest cosine
 
 Source: GenEval, djghosh13/geneval (MIT), with open_clip's ViT-L-14 of OpenAI. Here transformers reads the same
-weights, because its checkpoint names the activation (these weights need QuickGELU), so it can be checked; in open_clip
-it depends on the name that the user picks. The original runs under autocast; here only pictures do, and only on CUDA.
+weights, because its checkpoint names the activation (these weights need QuickGELU). In open_clip it depends on the
+name that the user picks. The original runs under autocast; here only pictures do, and only on CUDA.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from torchvision import transforms
 from transformers import AutoTokenizer, CLIPModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from errors import UserError
-from evaluation.geneval import CLIP, COLORS, Detection, Question
+from evaluation.clip_score import text_features
+from evaluation.geneval import COLORS, Detection, Question
 from models.frozen import arithmetic, autocast, batches, load
 from models.hub import read, resolve
 from models.weights import locked
 
-PUBLISHED = locked(CLIP)
+PUBLISHED = locked("openai/clip-vit-large-patch14")
 FILES = ("config.json", "model.safetensors", "tokenizer_config.json")
 BACKGROUND = "#999"
 TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
@@ -47,8 +47,7 @@ def crop_of(image: Image.Image, detection: Detection) -> Image.Image | None:
 class ClipColours:
     """Questions -> colours; an instance goes into `GenEval` as `colours`.
 
-    `path` is the published repo, or a folder with a `CLIPModel` with QuickGELU in safetensors, and its tokenizer. A
-    batch is of crops, or of texts.
+    `path` is a folder with a `CLIPModel` in safetensors and its tokenizer, or `PUBLISHED.repo`; a batch is of crops.
     """
 
     def __init__(self, path: str | Path = PUBLISHED.repo, *, device: str | torch.device, batch_size: int = 64):
@@ -56,7 +55,6 @@ class ClipColours:
         self.dtype = arithmetic("float16" if self.device.type == "cuda" else "float32")
         self.folder = folder = resolve(path, FILES)
         self.model, self.tokenizer = load(CLIPModel, folder, self.device), read(AutoTokenizer, folder)
-        _check_activation(self.model, folder)
         side = self.model.config.vision_config.image_size
         self.transform = transforms.Compose(
             [
@@ -88,7 +86,7 @@ class ClipColours:
         """(colours, D) float32 unit rows for things of that class; made once per class."""
         if name not in self._classifiers:
             texts = [template.format(color=color, name=name) for color in COLORS for template in TEMPLATES]
-            features = torch.cat([self._encode_texts(some) for some in batches(texts, self.batch_size)])
+            features = text_features(self.model, self.tokenizer, texts)
             means = features.view(len(COLORS), len(TEMPLATES), -1).mean(dim=1)
             self._classifiers[name] = F.normalize(means, dim=-1)
         return self._classifiers[name]
@@ -100,17 +98,3 @@ class ClipColours:
         with autocast(self.device, self.dtype):
             out = self.model.get_image_features(pixel_values=pixels)
         return F.normalize(out.pooler_output.float(), dim=-1)
-
-    def _encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        read = self.tokenizer(list(texts), padding=True, padding_side="right", return_tensors="pt").to(self.device)
-        out = self.model.get_text_features(input_ids=read.input_ids, attention_mask=read.attention_mask)
-        return F.normalize(out.pooler_output.float(), dim=-1)
-
-
-def _check_activation(model: CLIPModel, folder: Path) -> None:
-    for part, config in (("text", model.config.text_config), ("vision", model.config.vision_config)):
-        if config.hidden_act != "quick_gelu":
-            raise UserError(
-                f"the {part} model in {folder} computes with {config.hidden_act}, GenEval's CLIP with quick_gelu: "
-                f"give {PUBLISHED.repo}"
-            )

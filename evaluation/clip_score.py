@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import AutoTokenizer, CLIPModel
+from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from models.frozen import batches, load
@@ -23,6 +23,20 @@ from prompting import well_formed
 
 PUBLISHED = locked("openai/clip-vit-base-patch32")
 NEEDS = ("config.json", "preprocessor_config.json", "tokenizer_config.json")
+
+
+def text_features(model: CLIPModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> torch.Tensor:
+    """(T, D) float32 unit features of texts, in one forward pass."""
+    read = tokenizer(
+        [well_formed(text) for text in texts],
+        padding=True,
+        truncation=True,
+        max_length=model.config.text_config.max_position_embeddings,
+        padding_side="right",
+        return_tensors="pt",
+    ).to(model.device)
+    out = model.get_text_features(input_ids=read.input_ids, attention_mask=read.attention_mask)
+    return F.normalize(out.pooler_output.float(), dim=-1)
 
 
 class ClipScore:
@@ -37,7 +51,6 @@ class ClipScore:
         self.model = load(CLIPModel, self.folder, self.device)
         self.tokenizer = read(AutoTokenizer, self.folder)
         self.processor = read(CLIPImageProcessorPil, self.folder)
-        self.longest = self.model.config.text_config.max_position_embeddings
 
     @torch.inference_mode()
     def cosines(self, rows: Sequence[tuple[Image.Image, str]]) -> list[float]:
@@ -46,21 +59,10 @@ class ClipScore:
             return []
         texts = list(dict.fromkeys(text for _, text in rows))
         place = {text: row for row, text in enumerate(texts)}
-        text_TD = torch.cat([self._read(some) for some in batches(texts, self.batch_size)])
+        read = [text_features(self.model, self.tokenizer, some) for some in batches(texts, self.batch_size)]
+        text_TD = torch.cat(read).cpu()
         image_ID = torch.cat([self._look(some) for some in batches([image for image, _ in rows], self.batch_size)])
         return (image_ID * text_TD[[place[text] for _, text in rows]]).sum(-1).tolist()
-
-    def _read(self, texts: Sequence[str]) -> torch.Tensor:
-        read = self.tokenizer(
-            [well_formed(text) for text in texts],
-            padding=True,
-            truncation=True,
-            max_length=self.longest,
-            padding_side="right",
-            return_tensors="pt",
-        ).to(self.device)
-        out = self.model.get_text_features(input_ids=read.input_ids, attention_mask=read.attention_mask)
-        return F.normalize(out.pooler_output, dim=-1).cpu()
 
     def _look(self, images: Sequence[Image.Image]) -> torch.Tensor:
         pixels = self.processor([image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]

@@ -31,8 +31,9 @@ from PIL import Image
 from data.text import text_lines
 from errors import UserError, listed
 from evaluation.benchmark import Benchmark, Item, Verdict
-from evaluation.boxes import NMS_IOU, QUERY, LabelledBox, Owlv2
+from evaluation.boxes import Owlv2
 from evaluation.depth import Depth
+from evaluation.geneval import Detection
 from evaluation.parses import HOW_TO_FREEZE, Parse, Source
 from interfaces import Prompt
 from models.hub import contents_of
@@ -104,7 +105,7 @@ def relation_of(prompt: str, relations: Sequence[str]) -> str | None:
     return next((relation for relation in relations if relation in prompt), None)
 
 
-def position_2d(relation: str | None, first: LabelledBox, second: LabelledBox) -> float:
+def position_2d(relation: str | None, first: Detection, second: Detection) -> float:
     """How far "first [is] relation second" holds, in [0, 1]; 0 for no known relation.
 
     Two things are near if their centres differ by less than 150 pixels of the frame along x or along y; else they get
@@ -124,7 +125,7 @@ def position_2d(relation: str | None, first: LabelledBox, second: LabelledBox) -
     return 1.0 if overlap < MOST_OVERLAP else MOST_OVERLAP / overlap
 
 
-def position_3d(relation: str | None, first: LabelledBox, second: LabelledBox, nearness: np.ndarray) -> float:
+def position_3d(relation: str | None, first: Detection, second: Detection, nearness: np.ndarray) -> float:
     """How far "first [is] relation second" holds, in [0, 1], by the mean nearness (H, W) in their boxes.
 
     The right thing must be nearer; then the score is IoU / 0.5, at most 1. A box without a pixel has no mean, and no
@@ -138,28 +139,26 @@ def position_3d(relation: str | None, first: LabelledBox, second: LabelledBox, n
     return min(iou(first.box, second.box) / FULL_OVERLAP, 1.0)
 
 
-def _mean_inside(nearness: np.ndarray, one: LabelledBox) -> float:
+def _mean_inside(nearness: np.ndarray, one: Detection) -> float:
     left, top, right, bottom = map(int, one.box)
     inside = nearness[top:bottom, left:right]
     return float(inside.mean(dtype=np.float64)) if inside.size else math.nan
 
 
-def score_2d(objects: Sequence[str], relation: str | None, found: Sequence[LabelledBox]) -> float:
-    """Score of a picture in [0, 1]: a label must be equal to the thing's name; below 0.5 the score is 0."""
-    own = [[one for one in found if one.label == name] for name in objects]
+def score_2d(objects: Sequence[str], relation: str | None, found: Sequence[Detection]) -> float:
+    """Score of a picture in [0, 1]: a detection must have the thing's own name; below 0.5 the score is 0."""
+    own = [[one for one in found if one.name == name] for name in objects]
     score = _pair_score(own, lambda a, b: position_2d(relation, a, b))
     return 0.0 if score < FLOOR else score
 
 
-def score_3d(
-    objects: Sequence[str], relation: str | None, found: Sequence[LabelledBox], nearness: np.ndarray
-) -> float:
-    """Score of a picture in [0, 1]: a label must contain the thing's name ("lamp" in "desk lamp")."""
-    own = [[one for one in found if name in one.label] for name in objects]
+def score_3d(objects: Sequence[str], relation: str | None, found: Sequence[Detection], nearness: np.ndarray) -> float:
+    """Score of a picture in [0, 1]: a detection's name must contain the thing's ("lamp" in "desk lamp")."""
+    own = [[one for one in found if name in one.name] for name in objects]
     return _pair_score(own, lambda a, b: position_3d(relation, a, b, nearness))
 
 
-def _pair_score(own: Sequence[Sequence[LabelledBox]], position: Callable[[LabelledBox, LabelledBox], float]) -> float:
+def _pair_score(own: Sequence[Sequence[Detection]], position: Callable[[Detection, Detection], float]) -> float:
     """0.25 for the score of each of two things, and 0.5 for their position; `own` has each thing's boxes, best first.
 
     Two things of one name have the same boxes: they are the two best of them, in the order that suits.
@@ -190,12 +189,12 @@ def counts_of(prompt: str, singulars: Mapping[str, str]) -> list[tuple[str, int]
     return counts
 
 
-def count_score(counts: Sequence[tuple[str, int]], found: Sequence[LabelledBox]) -> float:
+def count_score(counts: Sequence[tuple[str, int]], found: Sequence[Detection]) -> float:
     """Mean over the things of half for being there and half for the exact number.
 
-    A thing without a box of its name takes, for good, the boxes whose label contains it ("fish" takes a "fish tank").
+    A thing without a box of its name takes, for good, the boxes whose name contains it ("fish" takes a "fish tank").
     """
-    labels = [one.label for one in distinct(found)]
+    labels = [one.name for one in distinct(found)]
     score = 0.0
     for name, number in counts:
         if name not in labels:
@@ -204,12 +203,12 @@ def count_score(counts: Sequence[tuple[str, int]], found: Sequence[LabelledBox])
     return score / len(counts)
 
 
-def distinct(found: Sequence[LabelledBox]) -> list[LabelledBox]:
-    """The boxes, in order, without those that an earlier one of their label covers by more than 0.9 (IoU, or the share
+def distinct(found: Sequence[Detection]) -> list[Detection]:
+    """The boxes, in order, without those that an earlier one of their name covers by more than 0.9 (IoU, or the share
     of either)."""
-    kept: list[LabelledBox] = []
+    kept: list[Detection] = []
     for one in found:
-        if not any(one.label == other.label and _copies(one.box, other.box) for other in kept):
+        if not any(one.name == other.name and _copies(one.box, other.box) for other in kept):
             kept.append(one)
     return kept
 
@@ -229,7 +228,7 @@ def _copies(one: Sequence[float], other: Sequence[float]) -> bool:
 def verdict(
     meta: Mapping[str, Any],
     answers: Sequence[float] | None = None,
-    found: Sequence[LabelledBox] | None = None,
+    found: Sequence[Detection] | None = None,
     nearness: np.ndarray | None = None,
     cosine: float | None = None,
 ) -> Verdict:
@@ -264,9 +263,7 @@ def _attribute(questions: Sequence[str], answers: Sequence[float] | None) -> dic
     return {"score": attribute_score(answers), "answers": [*map(list, zip(questions, answers, strict=True))]}
 
 
-def _place(
-    meta: Mapping[str, Any], found: Sequence[LabelledBox] | None, nearness: np.ndarray | None
-) -> dict[str, Any]:
+def _place(meta: Mapping[str, Any], found: Sequence[Detection] | None, nearness: np.ndarray | None) -> dict[str, Any]:
     objects, relation, in_depth = meta["objects"], meta["relation"], meta["kind"] == "3d_spatial"
     if not objects and meta["kind"] == "complex":
         return {"score": 0.0, "reason": "the prompt has no two things around a place word"}
@@ -278,7 +275,7 @@ def _place(
     return {"score": score, "objects": objects, "relation": relation, "boxes": _plain(found)}
 
 
-def _number(counts: Sequence[tuple[str, int]], found: Sequence[LabelledBox] | None) -> dict[str, Any]:
+def _number(counts: Sequence[tuple[str, int]], found: Sequence[Detection] | None) -> dict[str, Any]:
     if not counts:
         return _none("the prompt counts nothing that new_objects.txt names")
     if found is None:
@@ -290,8 +287,8 @@ def _none(reason: str) -> dict[str, Any]:
     return {"score": None, "reason": reason}
 
 
-def _plain(found: Sequence[LabelledBox]) -> list[list]:
-    return [[one.label, round(one.score, 4), *(round(side, 1) for side in one.box)] for one in found]
+def _plain(found: Sequence[Detection]) -> list[list]:
+    return [[one.name, round(one.score, 4), *(round(side, 1) for side in one.box)] for one in found]
 
 
 # ----- files
@@ -438,15 +435,8 @@ class CompBench(Benchmark):
         self.categories = tuple(ROWS[category] for category in ROWS if category in categories)
         self.settings = {
             "contents": contents_of({f"{name}_path": str(judge.folder) for name, judge in judges.items()}),
-            "precision": "float32",
             "parses": parses.name if parses else "none",
-            "overall": "unweighted mean of the categories present; T2I-CompBench itself has no overall",
         }
-        if "blip" in judges:
-            self.settings["blip_positions"] = judges["blip"].positions
-        if "detector" in judges:
-            threshold = f"score > {judges['detector'].threshold}, not calibrated to UniDet"
-            self.settings["detector"] = f"{Owlv2.name}, {QUERY!r}, {threshold}, suppression at {NMS_IOU}"
 
     def load(self, path: Path) -> list[Item]:
         """See `load_items`."""
@@ -468,7 +458,7 @@ class CompBench(Benchmark):
         )
         return [verdict(item.meta, *one) for item, one in zip(items, seen, strict=True)]
 
-    def overall(self, means: Mapping[str, float], points: Mapping[str, int]) -> float:
+    def overall(self, means: Mapping[str, float]) -> float:
         """The unweighted mean of the categories that are there; the benchmark itself has no such number."""
         return sum(means.values()) / len(means)
 

@@ -38,8 +38,7 @@ class Depth:
         self.device, self.batch_size = torch.device(device), batch_size
         self.folder = resolve(path, ("config.json",), pickles=True)
         self.model = load(DPTForDepthEstimation, self.folder, self.device, unused=UNUSED)
-        if self.model.config.is_hybrid:
-            self.model.dpt.embeddings.image_size = (SIDE, SIDE)  # it checks its input against this and nothing more
+        self.model.dpt.embeddings.image_size = (SIDE, SIDE)  # it checks its input against this and nothing more
 
     @torch.inference_mode()
     def maps(self, images: Sequence[Image.Image]) -> list[np.ndarray | None]:

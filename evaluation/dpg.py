@@ -48,16 +48,16 @@ Answer by what can be seen, with one word and nothing else: yes or no.""",
 
 
 class DPG(Benchmark):
-    """DPG-graph, judged through `client`; `revision` is recorded."""
+    """DPG-graph, judged through `client`."""
 
     name = "dpg"
     categories = (SCORE, *CATEGORIES)
     images_per_prompt = 4
 
-    def __init__(self, client: VLMClient, *, revision: str = ""):
+    def __init__(self, client: VLMClient):
         self.client = client
         self.title = f"{SCORE} (judge={client.model})"
-        self.settings = settings_of(client, revision, question=TEMPLATE)
+        self.settings = settings_of(client, TEMPLATE)
 
     def load(self, path: Path) -> list[Item]:
         """The prompts of `dpg_bench.csv`, or of the folder that it is in."""
@@ -89,7 +89,7 @@ class DPG(Benchmark):
         answers = iter(ask(self.client, questions))
         return [verdict(item.meta["questions"], [next(answers) for _ in item.meta["questions"]]) for item in items]
 
-    def overall(self, means: Mapping[str, float], points: Mapping[str, int]) -> float:
+    def overall(self, means: Mapping[str, float]) -> float:
         """The mean over pictures."""
         return means[SCORE]
 

@@ -20,9 +20,7 @@ not, and nobody has compared the two; the 0.9 of "counting" may lie elsewhere on
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,17 +28,14 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from data.grammar import TASKS
 from data.prompts import read_geneval
 from data.text import json_rows
-from errors import UserError
 from evaluation.benchmark import Benchmark, Item, Verdict
 from evaluation.judged import items_of, required_texts
 
-DETECTOR = "facebook/mask2former-swin-small-coco-instance"
-CLIP = "openai/clip-vit-large-patch14"
 RULES = {  # as published
     "threshold": 0.3,  # a detection counts if its score is above
     "counting_threshold": 0.9,  # the same where the tag is "counting"
@@ -60,7 +55,6 @@ CLASS_NAMES = (  # COCO's 80 in COCO's order; GenEval renamed three: computer mo
     "tv", "laptop", "computer mouse", "tv remote", "computer keyboard", "cell phone", "microwave", "oven", "toaster",
     "sink", "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
 )  # fmt: skip
-FIELDS = {"include": ("class", "count", "color", "position"), "exclude": ("class", "count")}
 
 Box = tuple[float, float, float, float]
 
@@ -70,7 +64,7 @@ class Detection:
     """One thing that a detector saw.
 
     Attributes:
-        name: its class, as in CLASS_NAMES.
+        name: its class, as in CLASS_NAMES, or the noun that was sought.
         score: in [0, 1].
         box: left, top, right, bottom in pixels, y growing downward; right and bottom are outside.
         mask: (height, width) bool over the whole picture; None if the detector gives boxes only.
@@ -183,15 +177,13 @@ def _lack(
 def _item(row: Mapping[str, Any], number: int, class_names: Sequence[str]) -> Item:
     """The item of a row. Raises ValueError for a row by which a picture would be judged by less than its tag says."""
     (text,) = required_texts(row, "prompt")
-    _check_fields(row, ("tag", "prompt", *FIELDS))
     tag, include = row.get("tag"), row.get("include")
     if tag not in TASKS:
         raise ValueError(f"tag is {tag!r}, known are {', '.join(TASKS)}")
     if not include:
         raise ValueError(f"include is {include!r}, not a list of things")
-    for part, fields in FIELDS.items():
+    for part in ("include", "exclude"):
         for place, thing in enumerate(row.get(part) or ()):
-            _check_fields(thing, fields)
             _check_thing(thing, place, class_names)
     if tag == "counting" and not row.get("exclude"):
         raise ValueError("counting without exclude: any larger number would do")
@@ -202,16 +194,10 @@ def _item(row: Mapping[str, Any], number: int, class_names: Sequence[str]) -> It
     return Item(f"{number:05d}", read_geneval(text, row), tag, row)
 
 
-def _check_fields(row: Mapping[str, Any], known: Sequence[str]) -> None:
-    for name in set(row) - set(known):
-        raise ValueError(f"unknown field {name!r}, known are {', '.join(known)}")
-
-
 def _check_thing(thing: Mapping[str, Any], place: int, class_names: Sequence[str]) -> None:
     name, count = thing.get("class"), thing.get("count")
     if name not in class_names:
-        nearest = difflib.get_close_matches(str(name), class_names, n=1, cutoff=0.0)[0]
-        raise ValueError(f"class is {name!r}, did you mean {nearest!r}?")
+        raise ValueError(f"class is {name!r}, known are {', '.join(class_names)}")
     if type(count) is not int or count < 1:
         raise ValueError(f"count is {count!r}, not a whole number from 1")
     if "color" in thing and thing["color"] not in COLORS:
@@ -229,10 +215,9 @@ class GenEval(Benchmark):
     """GenEval's rules over a detector and a namer of colours.
 
     Args:
-        detect: pictures (RGB) -> their detections, None for a picture that it could not judge. Detections with scores
-            up to the lower of the two thresholds may be left out.
+        detect: pictures (RGB) -> their detections, None for a picture that it could not judge.
         colours: questions -> one of `COLORS` each, None where it could not be told.
-        title: as printed; "GenEval-HF" with the models of `mask2former.py` and `clip_colours.py`.
+        title: as printed.
         settings: of `detect` and `colours`, JSON-able.
         class_names: the classes that rows may name.
     """
@@ -255,18 +240,13 @@ class GenEval(Benchmark):
 
     def load(self, path: Path) -> list[Item]:
         """The prompts of a metadata file; an item's `meta` is its row, its id the row's number from 0: "00017"."""
-        items = items_of(json_rows(path), lambda row, number: _item(row, number, self.class_names))
-        text, times = Counter(item.prompt.text for item in items).most_common(1)[0]
-        if times > 1:
-            raise UserError(f"{path}: the prompt {text!r} comes {times} times: leave one row of each prompt")
-        return items
+        return items_of(json_rows(path), lambda row, number: _item(row, number, self.class_names))
 
     def judge(self, items: Sequence[Item], images: Sequence[Image.Image]) -> list[Verdict]:
         """A verdict per (item, image), in order: 1.0 or 0.0, None if the detector or CLIP had no answer."""
-        pictures = [ImageOps.exif_transpose(image).convert("RGB") for image in images]
         found = [
             None if detections is None else found_objects(detections, item.category)
-            for item, detections in zip(items, self.detect(pictures), strict=True)
+            for item, detections in zip(items, self.detect(images), strict=True)
         ]
         asked = [
             (number, place, detection)
@@ -274,13 +254,13 @@ class GenEval(Benchmark):
             if objects is not None
             for place, detection in colour_questions(items[number].meta, objects)
         ]
-        answers = self.colours([(pictures[number], detection) for number, _, detection in asked])
+        answers = self.colours([(images[number], detection) for number, _, detection in asked])
         colours: list[dict[int, list[str | None]]] = [{} for _ in items]
         for (number, place, _), answer in zip(asked, answers, strict=True):
             colours[number].setdefault(place, []).append(answer)
         return [_verdict(*one) for one in zip(items, found, colours, strict=True)]
 
-    def overall(self, means: Mapping[str, float], points: Mapping[str, int]) -> float:
+    def overall(self, means: Mapping[str, float]) -> float:
         """The unweighted mean of the tags' means, however many pictures each has."""
         return fmean(means.values())
 

@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -83,18 +82,17 @@ class ServedVLM:
         client: of the server.
         template: SOFT (probabilities) or HARD (1 for the right word, else 0); None: two questions, asked here and now,
             find out whether the server gives probabilities and the model answers with its first token.
-        revision: of the model and server, for the settings.
 
     Raises:
         UserError: those questions were not answered.
     """
 
-    def __init__(self, client: VLMClient, template: Template | None = None, *, revision: str = ""):
+    def __init__(self, client: VLMClient, template: Template | None = None):
         self.client, self.model = client, client.model
         self.template = template or _probe(client)
         soft = f"soft: probability, among those of the {TOP_TOKENS} likeliest first tokens"
         how = soft if self.template is SOFT else "hard: 1 for the right word, else 0"
-        self.settings = {**settings_of(client, revision, question=self.template), "scores": how}
+        self.settings = {**settings_of(client, self.template), "scores": how}
 
     def __call__(self, asked: Sequence[Asked]) -> list[Score]:
         read = _probability if self.template is SOFT else _match
@@ -108,11 +106,7 @@ class ServedVLM:
 class LocalVLM:
     """A VLM of transformers (Qwen3-VL, Qwen2.5-VL and others with a chat template for pictures), loaded here.
 
-    Args:
-        path: a folder with model and processor, or `PUBLISHED.repo`, from the hub's local cache.
-        device: where the model runs.
-        dtype: of weights and arithmetic; "bfloat16" as published.
-        batch_size: questions per forward pass.
+    `path` is a folder with model and processor, or `PUBLISHED.repo`; a batch is of questions.
     """
 
     def __init__(
@@ -133,8 +127,7 @@ class LocalVLM:
         self.settings = {
             "contents": contents_of({"vlm_path": str(folder)}),
             "dtype": dtype,
-            "transformers": transformers.__version__,
-            "template_versions": {"question": SOFT.version},
+            "template_version": SOFT.version,
             "scores": "soft: probability of the first token",
         }
 
@@ -145,18 +138,17 @@ class LocalVLM:
 
     def _ask(self, asked: Sequence[Asked]) -> list[float]:
         """p(answer) of each question. Padding is on the left, so that the answer follows the last column."""
-        chats = [self._chat(_question(SOFT, one.image, one.question).text) for one in asked]
+        texts = [_question(SOFT, one.image, one.question).text for one in asked]
+        turns = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}] for text in texts]
+        chats = [
+            self.processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns
+        ]
         images = [[one.image.convert("RGB")] for one in asked]
         inputs = self.processor(text=chats, images=images, padding=True, padding_side="left", return_tensors="pt")
         inputs = inputs.to(self.device, self.network.dtype)
         logits_QV = self.network(**inputs, logits_to_keep=1).logits[:, -1].float()
         chances_QV = logits_QV.softmax(dim=-1)
         return [row[self.tokens[one.answer]].sum().item() for row, one in zip(chances_QV, asked, strict=True)]
-
-    def _chat(self, text: str) -> str:
-        content = [{"type": "image"}, {"type": "text", "text": text}]
-        chat = [{"role": "user", "content": content}]
-        return self.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
 
     def _tokens(self, answer: str, folder: Path) -> list[int]:
         """The ids of those spellings of an answer that are one token; at least one must be."""
@@ -193,7 +185,7 @@ class GenEval2(Benchmark):
         scores = iter(self.vlm(asked))
         return [verdict(item, [next(scores) for _ in item.meta["questions"]]) for item in items]
 
-    def overall(self, means: Mapping[str, float], points: Mapping[str, int]) -> float:
+    def overall(self, means: Mapping[str, float]) -> float:
         """The mean AM."""
         return means["AM"]
 

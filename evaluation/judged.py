@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from clients.chat import MAX_TOKENS, Question, Template, VLMClient
+from clients.chat import Question, Template, VLMClient
 from clients.chat import Verdict as Answer
 from data.text import json_value, read_text
 from errors import UserError, listed, one_line
@@ -113,15 +113,6 @@ def ask(client: VLMClient, questions: Sequence[Question]) -> list[tuple[Answer |
     return answers
 
 
-def settings_of(client: VLMClient, revision: str, **templates: Template) -> dict[str, Any]:
-    """All that a verdict through `client` depends on; `templates` by their use."""
-    return {
-        "judge": client.model,
-        "judge_revision": revision or "not given",
-        "judge_server": client.url,
-        "temperature": 0,
-        "max_tokens": {use: 1 if template.first_token else MAX_TOKENS for use, template in templates.items()},
-        "answers_per_question": 1,
-        "template_words": "our own",
-        "template_versions": {use: template.version for use, template in templates.items()},
-    }
+def settings_of(client: VLMClient, template: Template) -> dict[str, Any]:
+    """What a verdict through `client` depends on beside the options; its template is of our own words."""
+    return {"judge": client.model, "judge_server": client.url, "template_version": template.version}

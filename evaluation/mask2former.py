@@ -22,8 +22,7 @@ not mmdet's, see `geneval.py`; neither their AP on COCO nor their scores against
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -35,21 +34,17 @@ from PIL import Image
 from transformers import Mask2FormerForUniversalSegmentation
 
 from errors import UserError
-from evaluation.geneval import CLASS_NAMES, DETECTOR, RULES, Box, Detection
+from evaluation.geneval import CLASS_NAMES, RULES, Box, Detection
 from models.frozen import batches, load
 from models.hub import resolve
 from models.weights import locked
 
-PUBLISHED = locked(DETECTOR)
+PUBLISHED = locked("facebook/mask2former-swin-small-coco-instance")
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of RGB levels 0 ... 255
 DIVISOR = 32
 UNUSED = ("criterion.",)  # weights of the loss
 MOST = 100  # (query, class) pairs per picture
 MASKS_AT_ONCE = 16  # enlarged together: 16 of 1024 x 1024 are 64 MiB in float32
-SPELLINGS = {  # other names that COCO's classes go by, without blanks -> GenEval's
-    "motorbike": "motorcycle", "aeroplane": "airplane", "sofa": "couch", "tvmonitor": "tv", "hairdryer": "hairdrier",
-    "doughnut": "donut", "mouse": "computermouse", "remote": "tvremote", "keyboard": "computerkeyboard",
-}  # fmt: skip
 
 Size = tuple[int, int]  # height, width
 
@@ -126,26 +121,11 @@ def box_of(mask: np.ndarray) -> Box:
     return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
 
 
-@contextmanager
-def exact_float32() -> Iterator[None]:
-    """No TF32 inside, neither in matrix products nor in convolutions; afterwards as it was."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 class Mask2Former:
-    """Pictures -> detections; an instance goes into `GenEval` as `detect`.
+    """Pictures -> detections with a score above `threshold`; an instance goes into `GenEval` as `detect`.
 
-    Args:
-        path: the published repo, or a folder with a `Mask2FormerForUniversalSegmentation` of COCO's 80 classes.
-        threshold: only detections with a score above it are given.
-        short_side: pixels to which a picture's shorter side is brought;
-        long_side: and the most that its longer side may have.
+    `path` is a folder with a `Mask2FormerForUniversalSegmentation` of COCO's 80 classes, or `PUBLISHED.repo`. A
+    picture's shorter side is brought to `short_side` pixels, but its longer one to no more than `long_side`.
     """
 
     def __init__(
@@ -162,49 +142,32 @@ class Mask2Former:
         self.short_side, self.long_side = short_side, long_side
         self.folder = folder = resolve(path, PUBLISHED.include)
         self.model = load(Mask2FormerForUniversalSegmentation, folder, self.device, unused=UNUSED)
-        _check_classes(self.model.config.id2label, folder)
-        self.settings = {
-            "short_side": short_side,
-            "long_side": long_side,
-            "resize": "PIL bilinear",
-            "dtype": "float32, TF32 off",
-        }
+        if (number := len(self.model.config.id2label)) != len(CLASS_NAMES):
+            raise UserError(f"{folder} knows {number} classes, not COCO's 80: give an instance checkpoint of COCO")
 
     def __call__(self, images: Sequence[Image.Image]) -> list[list[Detection] | None]:
         """The detections of each picture, best first; None where the network's output is not finite.
 
-        Pictures whose padded inputs have one size share a batch. Others do not: this network (like mmdet's) takes no
+        Neighbours whose padded inputs have one size share a batch. Others do not: this network (like mmdet's) takes no
         notice of a padding mask, so a picture padded to its neighbour's size would be seen differently.
         """
         sizes = [resized((image.height, image.width), self.short_side, self.long_side) for image in images]
-        found: dict[int, list[Detection] | None] = {}
-        order = sorted(range(len(images)), key=lambda row: padded(sizes[row]))
-        for _, same_size in groupby(order, key=lambda row: padded(sizes[row])):
-            for some in batches(list(same_size), self.batch_size):
-                detections = self._forward([images[row] for row in some], [sizes[row] for row in some])
-                found.update(zip(some, detections, strict=True))
-        return [found[row] for row in range(len(images))]
+        found: list[list[Detection] | None] = []
+        for _, neighbours in groupby(zip(images, sizes, strict=True), key=lambda pair: padded(pair[1])):
+            for some in batches(list(neighbours), self.batch_size):
+                found += self._forward(some)
+        return found
 
     @torch.inference_mode()
-    def _forward(self, images: Sequence[Image.Image], sizes: Sequence[Size]) -> list[list[Detection] | None]:
-        pixels = torch.stack([network_input(image, size) for image, size in zip(images, sizes, strict=True)])
-        with exact_float32():
+    def _forward(self, pairs: Sequence[tuple[Image.Image, Size]]) -> list[list[Detection] | None]:
+        pixels = torch.stack([network_input(image, size) for image, size in pairs])
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # matrix products are without it anyway
             output = self.model(pixel_values=pixels.to(self.device))
         return [
             detections_of(classes, masks, size, (image.height, image.width), self.threshold)
             if classes.isfinite().all() and masks.isfinite().all()
             else None
-            for image, size, classes, masks in zip(
-                images, sizes, output.class_queries_logits, output.masks_queries_logits, strict=True
+            for (image, size), classes, masks in zip(
+                pairs, output.class_queries_logits, output.masks_queries_logits, strict=True
             )
         ]
-
-
-def _check_classes(id2label: dict[int, str], folder: Path) -> None:
-    """Raise UserError unless the network's classes are COCO's in COCO's order: detections take their names from it."""
-    spellings = ["".join(id2label[number].lower().split()) for number in sorted(id2label)]
-    if [SPELLINGS.get(name, name) for name in spellings] != ["".join(name.split()) for name in CLASS_NAMES]:
-        raise UserError(
-            f"the classes of {folder} are not COCO's 80 in COCO's order: give an instance checkpoint of COCO such as "
-            f"{PUBLISHED.repo}, or correct id2label in config.json if only the spelling differs"
-        )

@@ -74,22 +74,19 @@ def parser(source: str | Path) -> Source:
 def around_the_place(tokens: Sequence[tuple[str, str]]) -> tuple[str, ...]:
     """The nouns before and after the place word of (text, part of speech) tokens; () if there are not just two.
 
-    Before it, the nearest noun or name; after it, the first noun, or if there is none the last word of the first name.
+    Before it, the nearest noun or name; after it, the first noun, or if there is none the last word of the first name
+    that something follows.
     """
     words, found = [text for text, _ in tokens], []
     for start in range(len(words)):
         length = next((n for n in (3, 2, 1) if " ".join(words[start : start + n]) in _PLACES), 0)
         if length:
             found += islice((text for text, tag in reversed(tokens[:start]) if tag in ("NOUN", "PROPN")), 1)
-            found += _thing_after(tokens[start + length :])
+            after = tokens[start + length :]
+            nouns = [text for text, tag in after if tag == "NOUN"]
+            names = [text for (text, tag), (_, beyond) in pairwise(after) if tag == "PROPN" and beyond != "PROPN"]
+            found += (nouns or names)[:1]
     return tuple(found) if len(found) == 2 else ()
-
-
-def _thing_after(tokens: Sequence[tuple[str, str]]) -> list[str]:
-    """The first noun, or the last word of the first name that something follows, in a list; [] if there is neither."""
-    nouns = [text for text, tag in tokens if tag == "NOUN"]
-    names = [text for (text, tag), (_, after) in pairwise(tokens) if tag == "PROPN" and after != "PROPN"]
-    return (nouns or names)[:1]
 
 
 def tagged(document) -> Parse:

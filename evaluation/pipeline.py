@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,10 @@ class Evaluation:
     def rows(self, name: str) -> list[Row]:
         """All rows of one system, of all processes, in the order of prompts and samples; of each the best attempt."""
         place = {item.id: i for i, item in enumerate(self.items)}
-        attempts = sorted(self._read(), key=lambda row: (finished(row), row["image"] is not None))
+        files = sorted(self.out.glob("rows_*.jsonl"))
+        mine = f"rows_{self.share[0]}.jsonl"
+        read = [json.loads(line) for path in files for line in complete_lines(path, cut=path.name == mine)]
+        attempts = sorted(read, key=lambda row: (finished(row), row["image"] is not None))
         rows = {(place[row["id"]], row["sample"]): row for row in attempts if row["system"] == name}
         return [row for _, row in sorted(rows.items())]
 
@@ -121,10 +124,6 @@ class Evaluation:
 
     def _seed_of(self, item: Item, sample: int) -> int:
         return render_seed(self.seed, item.prompt.id, 0, sample)
-
-    def _read(self) -> Iterator[Row]:
-        for path in sorted(self.out.glob("rows_*.jsonl")):
-            yield from map(json.loads, complete_lines(path, cut=path.name == f"rows_{self.share[0]}.jsonl"))
 
 
 def finished(row: Row) -> bool:

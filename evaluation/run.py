@@ -17,10 +17,11 @@ picture. An error is one line on stderr: a user's has exit code 2, a system of w
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -226,13 +227,8 @@ def evaluate(options: Options, known: Constructors) -> None:
 
 def _limited(items: Sequence[Item], limit: int | None) -> list[Item]:
     """The first `limit` items of each category, in their order."""
-    seen: Counter[str] = Counter()
-    kept = []
-    for item in items:
-        seen[item.category] += 1
-        if limit is None or seen[item.category] <= limit:
-            kept.append(item)
-    return kept
+    number = defaultdict(itertools.count)
+    return [item for item in items if next(number[item.category]) < (limit or len(items))]
 
 
 def _settings(options: Options, benchmark: Benchmark, items: Sequence[Item], samples: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from evaluation.benchmark import Item, Verdict
 
 DRAWS = 2000
 OVERALL = "overall"
-Overall = Callable[[Mapping[str, float], Mapping[str, int]], float]
+Overall = Callable[[Mapping[str, float]], float]
 _Verdicts = Mapping[str, Sequence[Verdict]]  # item id -> a verdict per picture
 
 
@@ -28,11 +28,6 @@ class Estimate:
     low: float
     high: float
     n: int
-
-    @property
-    def is_zero(self) -> bool:
-        """Whether the interval contains 0: of a difference, none was seen."""
-        return self.low <= 0 <= self.high
 
 
 @dataclass(frozen=True)
@@ -46,11 +41,7 @@ class Table:
 
 
 def measure(
-    items: Sequence[Item],
-    verdicts: Mapping[str, _Verdicts],
-    categories: Sequence[str],
-    overall: Overall,
-    seed: int = 0,
+    items: Sequence[Item], verdicts: Mapping[str, _Verdicts], categories: Sequence[str], overall: Overall
 ) -> Table:
     """All means, their intervals and their differences.
 
@@ -59,14 +50,13 @@ def measure(
         verdicts: system -> item id -> a verdict per picture, in the same order; every system has every item.
         categories: of the verdicts' parts, in the order of the table.
         overall: see `Benchmark.overall`.
-        seed: of the resampling.
     """
 
     def estimates(of: _Verdicts, other: _Verdicts, minus: bool = False) -> dict[str, Estimate]:
         """From what was judged of both systems; with `minus` of the difference between them."""
         sums_IC, counts_IC = _totals(items, of, other, categories)
         judged_I = counts_IC.any(axis=1)
-        weights_DI = np.vstack([np.ones(len(items)), _resampled(items, judged_I, np.random.default_rng(seed))])
+        weights_DI = np.vstack([np.ones(len(items)), _resampled(items, judged_I, np.random.default_rng(0))])
         values_DC = _values(weights_DI, sums_IC, counts_IC, categories, overall)
         if minus:
             values_DC -= _values(weights_DI, *_totals(items, other, of, categories), categories, overall)
@@ -116,15 +106,8 @@ def _values(
     """(draws, C + 1): each category's mean and the overall number, NaN where a draw has nothing of it."""
     totals, points = weights_DI @ sums_IC, weights_DI @ counts_IC
     means = np.divide(totals, points, out=np.full_like(totals, np.nan), where=points > 0)
-    headline = [
-        overall(
-            {name: m for name, m, n in zip(categories, row, number, strict=True) if n},
-            {name: int(n) for name, n in zip(categories, number, strict=True) if n},
-        )
-        if number.any()
-        else np.nan
-        for row, number in zip(means, points, strict=True)
-    ]
+    known = [{name: m for name, m in zip(categories, row, strict=True) if not np.isnan(m)} for row in means]
+    headline = [overall(row) if row else np.nan for row in known]
     return np.column_stack([means, headline])
 
 

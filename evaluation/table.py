@@ -31,7 +31,7 @@ def text_table(title: str, table: Table) -> str:
 def difference(estimate: Estimate) -> str:
     """ "+0.123 [0.045, 0.201]"; an interval that contains zero is no difference, whatever its middle."""
     shown = f"{estimate.value:+.3f} [{estimate.low:+.3f}, {estimate.high:+.3f}]"
-    return f"{shown}  {NOTHING}" if estimate.is_zero else shown
+    return f"{shown}  {NOTHING}" if estimate.low <= 0 <= estimate.high else shown
 
 
 def cost(rows: Sequence[Row]) -> dict[str, float]:

@@ -133,16 +133,16 @@ def template(count: int) -> Template:
 
 
 class UniGenBench(Benchmark):
-    """UniGenBench, any of its four files, judged through `client`; `revision` is recorded."""
+    """UniGenBench, any of its four files, judged through `client`."""
 
     name = "unigenbench"
     categories = CATEGORIES
     images_per_prompt = 4
 
-    def __init__(self, client: VLMClient, *, revision: str = ""):
+    def __init__(self, client: VLMClient):
         self.client = client
         self.title = f"UniGenBench (judge={client.model})"
-        self.settings: dict[str, Any] = settings_of(client, revision, points=template(1))
+        self.settings: dict[str, Any] = settings_of(client, template(1))
 
     def load(self, path: Path) -> list[Item]:
         """The rows of `test_prompts_{en,en_long,zh,zh_long}.csv`; `settings` gets its name and its repaired rows."""
@@ -160,7 +160,7 @@ class UniGenBench(Benchmark):
         answers = ask(self.client, questions)
         return [verdict(item.meta["points"], *answer) for item, answer in zip(items, answers, strict=True)]
 
-    def overall(self, means: Mapping[str, float], points: Mapping[str, int]) -> float:
+    def overall(self, means: Mapping[str, float]) -> float:
         """The unweighted mean of the primary dimensions."""
         primary = [means[name] for name in PRIMARY if name in means]
         return sum(primary) / len(primary)
@@ -218,7 +218,7 @@ def _item(row: Mapping[str, str], file: str, repaired: list[str]) -> Item:
     repaired += [
         f"index {index}: {point!r} has no description" for point, what in zip(points, asked, strict=True) if not what
     ]
-    meta = {"index": index, "points": [_point(point) for point in points], "asked": asked}
+    meta = {"points": [_point(point) for point in points], "asked": asked}
     return Item(f"{index:05d}", Prompt(text), str(entries.get(theme) or ""), meta)
 
 

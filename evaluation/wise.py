@@ -111,20 +111,17 @@ TEMPLATES = {"verified": VERIFIED, "legacy": LEGACY}
 
 
 class WISE(Benchmark):
-    """WISE_Verified, or the "legacy" WISE with its WiScore, judged through `client`; `revision` is recorded."""
+    """WISE_Verified, or the "legacy" WISE with its WiScore, judged through `client`."""
 
     categories = CATEGORIES
     images_per_prompt = 1
 
-    def __init__(self, client: VLMClient, *, version: str = "verified", revision: str = ""):
+    def __init__(self, client: VLMClient, *, version: str = "verified"):
         self.client, self.version = client, version
         self.name = "wise" if version == "verified" else "wise_legacy"
         title = "WISE_Verified" if version == "verified" else "WISE legacy, WiScore"
         self.title = f"{title} (judge={client.model})"
-        self.settings: dict[str, Any] = {
-            **settings_of(client, revision, audit=TEMPLATES[version]),
-            "weights": WEIGHTS[version],
-        }
+        self.settings = settings_of(client, TEMPLATES[version])
 
     def load(self, path: Path) -> list[Item]:
         """The rows of a JSON file, or of all JSON files of a folder but the authors' rewrites and judge's results."""
@@ -149,7 +146,7 @@ class WISE(Benchmark):
         answers = ask(self.client, questions)
         return [verdict(item.category, *answer) for item, answer in zip(items, answers, strict=True)]
 
-    def overall(self, means: Mapping[str, float], points: Mapping[str, int]) -> float:
+    def overall(self, means: Mapping[str, float]) -> float:
         """The weighted mean of the categories; of those that are there, if some are not."""
         weights = {category: weight for category, weight in WEIGHTS[self.version].items() if category in means}
         return sum(weight * means[category] for category, weight in weights.items()) / sum(weights.values())
@@ -176,5 +173,4 @@ def _item(row: Mapping[str, Any], version: str) -> Item:
     number = row.get("prompt_id")
     if type(number) is not int or not 1 <= number <= LAST_ID[version][-1]:
         raise ValueError(f"prompt_id is {number!r}, not a whole number from 1 to {LAST_ID[version][-1]}")
-    meta = {"prompt_id": number, "explanation": explanation, "subcategory": str(row.get("Subcategory") or "")}
-    return Item(f"{number:05d}", Prompt(text), category_of(number, version), meta)
+    return Item(f"{number:05d}", Prompt(text), category_of(number, version), {"explanation": explanation})

@@ -112,13 +112,10 @@ def test_no_colour_is_asked_for_where_there_are_too_few_things():
     assert shortcomings(meta, found, {1: ["blue"]}) == ["expected car>=2, found 1"]
 
 
-def test_all_counted_things_must_have_the_colour():
+def test_all_counted_things_must_have_the_colour_each_its_own():
     meta, cars = row("colors", thing("car", 2, color="red")), [seen("car"), seen("car")]
     assert reasons(meta, cars, {0: ["red", "red"]}) == []
     assert reasons(meta, cars, {0: ["blue", "red"]}) == ["expected red car>=2, found 1 red, 1 blue"]
-
-
-def test_attribution_wants_each_colour_on_its_own_thing():
     meta = row("color_attr", thing("car", color="red"), thing("dog", color="white"))
     pair = [seen("car"), seen("dog")]
     assert reasons(meta, pair, {0: ["red"], 1: ["white"]}) == []
@@ -148,8 +145,6 @@ def square(x: float, y: float, side: float = 10) -> tuple[float, float, float, f
         (square(70, 60), ("right of",)),  # 18/22.36 = 0.80, 8/22.36 = 0.36
         (square(54, 50), ()),  # 2/4 is 0.5, and not above
         (square(54.1, 50), ("right of",)),  # 2.1/4.1
-        (square(46, 50), ()),
-        (square(50, 54), ()),
         (square(53, 53), ()),  # r is 1 on both axes of an offset of 4.24: neither is half of it
         (square(52, 50), ()),  # r is 0
         (square(52.0009, 50), ()),  # r is 0.0009
@@ -171,9 +166,6 @@ def test_empty_boxes_have_a_place_but_no_relation_to_themselves():
     point = (50.0, 50.0, 50.0, 50.0)
     assert relations(point, point) == ()
     assert relations((40.0, 50.0, 40.0, 50.0), point) == ("left of",)
-    # 1/1024 is below 0.001, 2/1024 is above: then r is the whole offset
-    assert relations((50 + 2**-10, 50.0, 50 + 2**-10, 50.0), point) == ()
-    assert relations((50 + 2**-9, 50.0, 50 + 2**-9, 50.0), point) == ("right of",)
 
 
 def place(relation: str = "left of", **target) -> dict:
@@ -237,9 +229,9 @@ def bare(**more) -> GenEval:
 def test_the_unweighted_mean_of_the_tags_that_are_there_is_the_published_number(line):
     *means, published = map(float, line.split()[1:])
     bench = bare()
-    overall = bench.overall(dict(zip(bench.categories, means, strict=True)), dict.fromkeys(bench.categories, 320))
+    overall = bench.overall(dict(zip(bench.categories, means, strict=True)))
     assert abs(overall - published) < 0.01  # both sides are rounded to two digits
-    assert bench.overall({"position": 0.2, "colors": 0.6}, {"position": 400, "colors": 4}) == pytest.approx(0.4)
+    assert bench.overall({"position": 0.2, "colors": 0.6}) == pytest.approx(0.4)
 
 
 # ----- rows
@@ -270,14 +262,11 @@ BAD = [  # a row, and what its message must name
     ([1], "list"),
     ({"tag": "two_object", "include": [thing("dog")]}, "prompt"),
     (row("shape", thing("dog")), "'shape'"),
-    (row("two_object"), "include"),
-    (row("two_object", {"class": "dog"}), "count"),
     (row("two_object", thing("dog", 0)), "count is 0"),
     (row("colors", thing("dog", color="grey")), "'grey'"),
     (row("colors", thing("dog")), "color"),
     (row("colors", thing("dog", colour="red")), "'colour'"),
     (row("position", thing("dog", position=["left of", 0])), "'left of' of 0"),
-    (row("position", thing("cup"), thing("dog", position=["near", 0])), "'near'"),
     (row("position", thing("cup"), thing("dog")), "position"),
     (row("counting", thing("dog", 2)), "exclude"),
     (row("counting", thing("dog", 2), exclude=[thing("doge", 3)]), "'doge'"),
@@ -288,12 +277,6 @@ BAD = [  # a row, and what its message must name
 def test_a_row_that_would_be_judged_by_less_than_its_tag_is_refused_with_its_line(tmp_path, bad, named):
     with pytest.raises(UserError, match=f"line 3: .*{re.escape(named)}"):
         bare().load(write(tmp_path / "metadata.jsonl", GOOD[0], GOOD[0], bad, GOOD[1]))
-
-
-@pytest.mark.parametrize("rows", [[""], ['{"tag": "colors", '], [GOOD[0], {**GOOD[1], "prompt": GOOD[0]["prompt"]}]])
-def test_a_file_without_rows_with_torn_ones_or_a_prompt_twice_is_refused(tmp_path, rows):
-    with pytest.raises(UserError, match="metadata.jsonl"):
-        bare().load(write(tmp_path / "metadata.jsonl", *rows))
 
 
 # ----- the benchmark over any detector
@@ -340,16 +323,6 @@ def test_pictures_are_judged_in_order_and_together():
         "colours": [{"include": 0, "seen": ["blue"]}],
         "reasons": ["expected red car>=1, found 1 blue"],
     }
-
-
-def test_pictures_come_to_the_detector_upright_and_in_rgb():
-    readers, exif = Readers(), Image.Exif()
-    exif[0x0112] = 6  # lies on its side
-    lying = plain("red")
-    lying.info["exif"] = exif.tobytes()
-    bench = bare(detect=readers.detect, colours=readers.colours)
-    bench.judge([item(RED_CAR)] * 2, [lying, Image.new("RGBA", (64, 48), "red")])
-    assert [(image.mode, image.size) for image in readers.detected[0]] == [("RGB", (48, 64)), ("RGB", (64, 48))]
 
 
 def test_what_could_not_be_judged_is_none_with_a_reason():
@@ -457,15 +430,6 @@ def confident(*classes: int) -> torch.Tensor:
     return logits
 
 
-def test_the_score_is_class_probability_times_the_masks_mean_sigmoid():
-    (one,) = detections_of(confident(5), torch.full((1, 8, 8), 2.0), (32, 32), (10, 20), 0.1)
-    assert one.score == pytest.approx(1 / (1 + np.exp(-2)), abs=1e-6)
-    first, second = detections_of(confident(5, 7), torch.full((1, 8, 8), 2.0), (32, 32), (10, 20), 0.1)
-    assert {first.name, second.name} == {"bus", "truck"}  # one query, two classes, one mask
-    assert first.score == second.score == pytest.approx(0.5 / (1 + np.exp(-2)), abs=1e-6)
-    assert first.box == (0.0, 0.0, 20.0, 10.0)
-
-
 def test_a_score_on_the_detectors_threshold_is_no_detection():
     logits = torch.full((1, 8, 8), 50.0)  # sigmoid 1: the score is the class probability
     assert not detections_of(confident(5, 7), logits, (32, 32), (8, 8), 0.5)
@@ -483,10 +447,8 @@ def test_an_empty_mask_is_no_detection_and_a_kept_one_does_not_keep_the_others_i
 
 # ----- Mask2Former: the network
 
-NAMES = dict(enumerate([*CLASS_NAMES[:64], "mouse", "remote", "keyboard", *CLASS_NAMES[67:]]))  # as COCO calls them
 
-
-def write_mask2former(folder: Path, id2label: dict[int, str] = NAMES) -> Path:
+def write_mask2former(folder: Path, classes: int = 80) -> Path:
     """A random Mask2Former over a tiny Swin as transformers saves it, loud enough that it is sure of some classes."""
     backbone = SwinConfig(
         image_size=64, patch_size=4, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4,
@@ -495,7 +457,7 @@ def write_mask2former(folder: Path, id2label: dict[int, str] = NAMES) -> Path:
     config = Mask2FormerConfig(
         backbone_config=backbone, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=16,
         encoder_layers=1, decoder_layers=3, num_attention_heads=2, dim_feedforward=16, num_queries=20,
-        id2label=id2label, label2id={name: number for number, name in id2label.items()},
+        num_labels=classes,
     )  # fmt: skip
     torch.manual_seed(0)
     model = Mask2FormerForUniversalSegmentation(config)
@@ -535,43 +497,24 @@ def test_batched_pictures_of_any_sizes_are_seen_as_alone(detector_folder):
     assert batched([]) == []
 
 
-def test_the_network_is_what_transformers_makes_of_the_same_input(detector_folder):
-    image = picture(1, 24, 20)
-    model = Mask2FormerForUniversalSegmentation.from_pretrained(detector_folder).eval()
-    with torch.inference_mode():
-        output = model(pixel_values=network_input(image, (64, 77))[None])
-    logits = output.class_queries_logits[0], output.masks_queries_logits[0]
-    expected = detections_of(*logits, (64, 77), (20, 24), SMALL["threshold"])
-    assert expected and same(Mask2Former(detector_folder, **SMALL)([image])[0], expected)
-
-
 def test_tf32_is_off_inside_the_network_and_as_before_after_it(detector_folder, monkeypatch):
-    def state():
-        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-
-    detector, inside, before = Mask2Former(detector_folder, **SMALL), [], torch.get_float32_matmul_precision()
-    detector.model.register_forward_pre_hook(lambda *_: inside.append(state()))
+    detector, inside = Mask2Former(detector_folder, **SMALL), []
+    detector.model.register_forward_pre_hook(lambda *_: inside.append(torch.backends.cudnn.allow_tf32))
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    torch.set_float32_matmul_precision("high")
     detector([picture(0)])
-    after = state()
-    torch.set_float32_matmul_precision(before)
-    assert inside == [("highest", False)] and after == ("high", True)
+    assert inside == [False] and torch.backends.cudnn.allow_tf32
 
 
-def test_output_that_is_not_finite_is_no_answer(detector_folder):
-    detector = Mask2Former(detector_folder, **SMALL)
+def test_output_that_is_not_finite_is_no_answer(detector_folder, clip_folder):
+    detector, colours = Mask2Former(detector_folder, **SMALL), ClipColours(clip_folder, device="cpu")
     with torch.no_grad():
-        detector.model.class_predictor.bias[3] = torch.nan
-    assert detector([picture(0), picture(1)]) == [None, None]
+        detector.model.class_predictor.bias[3] = colours.model.visual_projection.weight[0, 0] = torch.nan
+    assert detector([picture(0), picture(1)]) == colours(questions(2)) == [None, None]
 
 
-@pytest.mark.parametrize(
-    "names", [{0: "person", 1: "bicycle"}, {**NAMES, 3: NAMES[4], 4: NAMES[3]}, {**NAMES, 3: "LABEL_3"}]
-)
-def test_a_detector_of_other_classes_is_refused(tmp_path, names):
+def test_a_detector_of_other_classes_is_refused(tmp_path):
     with pytest.raises(UserError, match="COCO"):
-        Mask2Former(write_mask2former(tmp_path, names), **SMALL)
+        Mask2Former(write_mask2former(tmp_path, 133), **SMALL)
 
 
 # ----- CLIP: the colour of a thing
@@ -617,18 +560,6 @@ def test_colours_batched_are_as_one_by_one(clip_folder):
     assert answers == [answer for question in asked for answer in alone([question])]
     assert len(set(answers)) > 1
     assert together([]) == []
-
-
-def test_features_that_are_not_finite_give_no_colour(clip_folder):
-    colours = ClipColours(clip_folder, device="cpu")
-    with torch.no_grad():
-        colours.model.visual_projection.weight[0, 0] = torch.nan
-    assert colours(questions(2)) == [None, None]
-
-
-def test_a_clip_without_quickgelu_is_refused(tmp_path):
-    with pytest.raises(UserError, match="quick_gelu"):
-        ClipColours(write_clip(tmp_path, WORDS, "gelu"), device="cpu")
 
 
 @torch.inference_mode()

@@ -31,7 +31,7 @@ FLOOR = {name: number for number, names in enumerate(FLOORS, 1) for name in name
 # means).
 BUDGETS = {
     "r1_prompter": 500, "sft": 260, "run": 1720, "report": 495, "scoring": 930, "models": 900, "clients": 770,
-    "rendering": 1710, "rewards": 2350, "data": 1630, "evaluation": 3930, "doctor": 715, "miniature": 2400,
+    "rendering": 1710, "rewards": 2350, "data": 1630, "evaluation": 3710, "doctor": 715, "miniature": 2400,
     "scripts": 2800,
 }  # fmt: skip
 WHOLE, TESTS, REWARD, BENCHMARK = 19_000, 12_500, 200, 450

@@ -118,13 +118,6 @@ def test_accuracy_is_pooled_over_points_and_the_overall_weighs_dimensions_alike(
     assert seen[2].absent == ["no answer"]
 
 
-def test_the_published_flux_row_gives_its_published_overall():
-    """The ten scores of a row whose sum is 609.74 (reference: 60.97)."""
-    means = dict.fromkeys(unigenbench.PRIMARY, 60.0) | {"Logical Reasoning": 29.77, "Text Generation": 99.97}
-    benchmark = unigen()
-    assert benchmark.overall(means | {"Attribute - Size": 0.0}, {}) == pytest.approx(60.974)
-
-
 def csv_of(rows: list[list], header: list[str]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
@@ -153,10 +146,10 @@ def test_english_and_chinese_files_give_the_same_points(tmp_path):
         "00007",
         Prompt("Two pandas,\nin ink."),
         "Art",
-        {"index": 7, "points": ["Style", "Attribute - Quantity"], "asked": ["ink", "two"]},
+        {"points": ["Style", "Attribute - Quantity"], "asked": ["ink", "two"]},
     )
     assert (other.id, other.prompt.text, other.category) == ("00007", "两只熊猫", "艺术")
-    assert other.meta == {"index": 7, "points": one.meta["points"], "asked": ["水墨", '"两只"']}
+    assert other.meta == {"points": one.meta["points"], "asked": ["水墨", '"两只"']}
 
 
 def test_the_odd_rows_of_the_published_files_are_read_and_named_and_no_others(tmp_path, caplog):
@@ -181,18 +174,13 @@ def test_the_odd_rows_of_the_published_files_are_read_and_named_and_no_others(tm
 # ----- WISE
 
 
-def test_the_wiscore_is_the_weighted_mean_of_the_grades():
-    assert wise.wiscore("2 2 2") == pytest.approx(1)
+def test_grades_and_categories_weigh_as_published():
     assert wise.wiscore("2 0 1") == pytest.approx((0.7 * 2 + 0.2 * 0 + 0.1 * 1) / 2)
-    assert wise.wiscore("0 0 0") == 0
-
-
-def test_the_overall_weighs_the_categories_as_published():
     means = dict(zip(wise.CATEGORIES, (0.5, 0.4, 0.3, 0.2, 0.1, 0.0), strict=True))
-    assert WISE(client()).overall(means, {}) == pytest.approx(0.40 * 0.5 + 0.12 * (0.4 + 0.3 + 0.2 + 0.1))
+    assert WISE(client()).overall(means) == pytest.approx(0.40 * 0.5 + 0.12 * (0.4 + 0.3 + 0.2 + 0.1))
     flux = dict(zip(wise.CATEGORIES, (0.48, 0.58, 0.62, 0.42, 0.51, 0.35), strict=True))
-    assert WISE(client(), version="legacy").overall(flux, {}) == pytest.approx(0.50, abs=0.005), "as published"
-    assert WISE(client()).overall({"culture": 0.5, "time": 0.1}, {}) == pytest.approx((0.4 * 0.5 + 0.12 * 0.1) / 0.52)
+    assert WISE(client(), version="legacy").overall(flux) == pytest.approx(0.50, abs=0.005), "as published"
+    assert WISE(client()).overall({"culture": 0.5, "time": 0.1}) == pytest.approx((0.4 * 0.5 + 0.12 * 0.1) / 0.52)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +212,7 @@ def test_wise_reads_a_file_or_a_folder_and_each_row_of_it_once(tmp_path, caplog)
         ("00400", "culture"),
         ("01000", "chemistry"),
     ]
-    assert items[0].meta == {"prompt_id": 1, "explanation": "An apple", "subcategory": "s"}
+    assert items[0].meta == {"explanation": "An apple"}
     assert benchmark.load(tmp_path / "b.json") == items[2:]
     write(tmp_path / "merge.json", json.dumps([wise_row(number, "another") for number in range(1, 1001)]))
     with pytest.raises(UserError, match="merge.json, element 1: .*995 more") as caught:
@@ -246,11 +234,6 @@ def geneval2_item() -> Item:
     return geneval2._item(ROW, 0)
 
 
-def test_the_spellings_of_an_answer():
-    assert geneval2.spellings("yes") == ("yes", "Yes", " yes", " Yes")
-    assert geneval2.spellings("two") == ("two", "Two", "2", " two", " Two", " 2")
-
-
 def test_am_and_gm_by_hand():
     assert geneval2.am_gm([1.0, 0.5, 0.25]) == pytest.approx((1.75 / 3, 0.5))
     assert geneval2.am_gm([1.0, 0.0]) == (0.5, 0)
@@ -270,13 +253,6 @@ def test_a_picture_counts_once_for_am_and_gm_and_each_question_for_its_skill():
     torn = geneval2.verdict(geneval2_item(), [(1.0, ""), (None, "HTTP 500"), (0.25, "")])
     assert (torn.parts["AM"], torn.parts["GM"], torn.parts["attribute"]) == ([0.625], [0.5], [None])
     assert torn.parts["object"] == [0.25] and (seen.absent, torn.absent) == ([], ["HTTP 500"])
-
-
-def test_geneval2_rows_are_prompts_of_so_many_atoms(tmp_path):
-    path = write(tmp_path / "data.jsonl", json.dumps(ROW) + "\n\n" + json.dumps(ROW | {"atom_count": 10}))
-    items = GenEval2(ServedVLM(client(), geneval2.HARD)).load(path)
-    assert [(item.id, item.category) for item in items] == [("00000", "3 atoms"), ("00001", "10 atoms")]
-    assert items[0].meta["questions"][0] == ["How many toys are there?", "two"]
 
 
 # ----- DPG-graph
@@ -359,7 +335,6 @@ BAD_UNIGEN = [  # after a good one
     [3, " ", dims(["Style"], ["ink"])],
     [4, "d", dims(["Beauty"], ["ink"])],
     [0, "e", dims(["Style"], ["ink"])],
-    [6, "f", "[]"],
     [7, "g", dims([], [])],
     [8, "h"],
 ]
@@ -370,9 +345,7 @@ BAD_GENEVAL2 = [
     ROW | {"prompt": 5},
     ROW | {"atom_count": 2},
     ROW | {"vqa_list": [["q", "maybe"], ["q", "Yes"], ["q", "Yes"]]},
-    ROW | {"vqa_list": [["q"]]},
     ROW | {"vqa_list": [], "skills": []},
-    ROW | {"skills": ["count", "object"]},
     ROW | {"skills": ["count", "object", "smell"]},
     {name: value for name, value in ROW.items() if name != "skills"},
 ]
@@ -380,7 +353,6 @@ BAD_DPG = [
     dpg_row("a1", 1, "0"),
     dpg_row("../a", 1, "0"),
     dpg_row("a1", "x", "0"),
-    dpg_row("a1", 4, "one"),
     dpg_row("a1", 5, "0", category="smell"),
     dpg_row("a1", 6, "0", "another text"),
     dpg_row("a1", 1, "0"),
@@ -392,10 +364,10 @@ BAD_DPG = [
 @pytest.mark.parametrize(
     "name, text, places",
     [
-        ("unigenbench", csv_of(BAD_UNIGEN, EN), [3, *range(5, 12)]),
+        ("unigenbench", csv_of(BAD_UNIGEN, EN), [3, *range(5, 11)]),
         ("wise", json.dumps(BAD_WISE), range(2, 9)),
-        ("geneval2", "\n".join(map(json.dumps, BAD_GENEVAL2)), range(2, 11)),
-        ("dpg", csv_of(BAD_DPG, DPG_HEADER), range(3, 11)),
+        ("geneval2", "\n".join(map(json.dumps, BAD_GENEVAL2)), range(2, 9)),
+        ("dpg", csv_of(BAD_DPG, DPG_HEADER), range(3, 10)),
     ],
 )
 def test_malformed_rows_are_counted_and_the_first_are_named_by_their_line_or_element(tmp_path, name, text, places):
@@ -440,8 +412,7 @@ def say_right(text: str) -> str:
 
 
 def unigenbench_item(number: int, prompt: str = "a panda", asked: str = "ink") -> Item:
-    meta = {"index": number, "points": POINTS[:2], "asked": [asked, asked]}
-    return Item(f"{number:05d}", Prompt(prompt), "Art", meta)
+    return Item(f"{number:05d}", Prompt(prompt), "Art", {"points": POINTS[:2], "asked": [asked, asked]})
 
 
 def wise_item(number: int, prompt: str = "The fruit of Newton", explanation: str = "An apple") -> Item:
@@ -464,24 +435,6 @@ BENCHMARKS = {
     "geneval2": (lambda client: GenEval2(ServedVLM(client, geneval2.HARD)), soft_item),
     "dpg": (DPG, dpg_item),
 }
-
-
-@pytest.mark.parametrize("name", BENCHMARKS)
-def test_a_judge_that_finds_everything_gives_1_and_settings_say_who_it_was(name):
-    make, item = BENCHMARKS[name]
-    with Answering(say_right) as url:
-        benchmark = make(VLMClient(url, MODEL))
-        assert benchmark.name == name
-        seen = benchmark.judge([item(1), item(2)], [gray(1), gray(2)])
-        assert benchmark.judge([], []) == []
-    means, _, overall = table(benchmark, seen)
-    assert list(means.values()) == pytest.approx([1] * len(means))
-    assert overall == pytest.approx(1)
-    assert MODEL in benchmark.title
-    assert benchmark.settings["judge"] == MODEL
-    (version,) = benchmark.settings["template_versions"].values()
-    assert len(version) == 16
-    assert json.dumps([benchmark.settings, *[[one.parts, one.detail] for one in seen]])
 
 
 class Ailing(Answering):
@@ -583,6 +536,10 @@ def test_pictures_are_asked_about_together_but_no_more_than_the_batch_has_time_f
         single = [benchmark.judge([one], [image])[0] for one, image in zip(items, images, strict=True)]
         monkeypatch.setattr(client, "ask", lambda questions: asked.append(len(questions)) or ask(questions))
         assert benchmark.judge(items, images) == single and asked == [2, 2, 1]
+    means, _, overall = table(benchmark, single)
+    assert [*means.values(), overall] == pytest.approx([1] * (len(means) + 1))
+    assert MODEL in benchmark.title and benchmark.settings["judge"] == MODEL
+    assert json.dumps([benchmark.settings, *[[one.parts, one.detail] for one in single]])
 
 
 # ----- Soft-TIFA
