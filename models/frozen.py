@@ -5,6 +5,7 @@ A frozen model is held by a plain object, deliberately not an `nn.Module`: nothi
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -47,7 +48,7 @@ def load(
         options: of `from_pretrained`.
 
     Raises:
-        UserError: as `read` and `freeze`; or a weight is missing, in whose place transformers puts random numbers.
+        UserError: as `read`; or a weight is missing, in whose place transformers puts random numbers.
     """
     options = {"dtype": dtype, "weights_only": True, "output_loading_info": True, **options}
     model, report = read(kind, folder, **options)
@@ -56,14 +57,11 @@ def load(
             f"{folder} lacks {len(missing)} weights of a {type(model).__name__} ({listed(missing, ', ')}): fetch it "
             "again, or name another folder"
         )
-    return freeze(model, device, folder)
+    return freeze(model, device)
 
 
-def freeze(model: torch.nn.Module, device: torch.device, source: str | Path) -> torch.nn.Module:
-    """`model` on `device`, in eval mode, without gradients; UserError if `zero.Init` left a weight empty."""
-    for name, parameter in model.named_parameters():
-        if parameter.numel() == 0 or parameter.is_meta:
-            raise UserError(f"{name} of {source} is empty: load rewards outside DeepSpeed's `zero.Init`")
+def freeze(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """`model` on `device`, in eval mode, without gradients."""
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -108,8 +106,9 @@ def mean_cosines(
     encode_texts: Callable[[Sequence[str]], torch.Tensor],
     encode_images: Callable[[Sequence[Image.Image]], torch.Tensor],
     batch_size: int,
-) -> list[float]:
-    """For each sample the cosine of its prompt and its pictures, the mean over the pictures.
+    scale: float = 1.0,
+) -> list[float | None]:
+    """For each sample `scale` times the mean cosine of its prompt and its pictures; None where it is not finite.
 
     Each distinct prompt and each distinct picture (the same PIL object) is encoded once, in batches, into rows (n, D).
     """
@@ -123,12 +122,19 @@ def mean_cosines(
         torch.cat([F.normalize(encode(some).float(), dim=-1).cpu() for some in batches(rows, batch_size)])
         for encode, rows in ((encode_texts, texts), (encode_images, images))
     )
-    return [
+    cosines = [
         (image_ID[[image_row[id(image)] for image in sample.images]] @ text_TD[text_row[sample.prompt.text]])
         .mean()
         .item()
         for sample in samples
     ]
+    return [scale * cosine if math.isfinite(cosine) else None for cosine in cosines]
+
+
+def mean(scores: Sequence[float]) -> float | None:
+    """The mean of a sample's scores; None if it is not finite."""
+    value = sum(scores) / len(scores)
+    return value if math.isfinite(value) else None
 
 
 def check_pictures(samples: Sequence[Sample], reward: str) -> None:

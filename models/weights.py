@@ -113,14 +113,10 @@ def verify(path: Path) -> None:
     beside = path.glob("*.sha256") if path.is_dir() else [path.with_name(f"{path.name}.sha256")]
     for sums in beside:
         if sums.is_file() and sums.with_suffix("").is_file():
-            check(sums.with_suffix(""), None, _first_sum(sums), sums.name)
-
-
-def _first_sum(path: Path) -> str:
-    words = path.read_text(encoding="utf-8", errors="replace").lower().split()
-    if not words or not re.fullmatch(r"[0-9a-f]{64}", words[0]):
-        raise UserError(f"{path} is no line of sha256sum: correct or delete it")
-    return words[0]
+            line = sums.read_text(encoding="utf-8", errors="replace").lower()
+            if not re.match(r"[0-9a-f]{64}\b", line):
+                raise UserError(f"{sums} is no line of sha256sum: correct or delete it")
+            check(sums.with_suffix(""), None, line[:64], sums.name)
 
 
 def check(path: Path, size: int | None, sha256: str | None, source: str) -> None:

@@ -21,8 +21,6 @@ from run.options import device, option
 
 if TYPE_CHECKING:
     from clients.chat import VLMClient
-    from rewards.judge import Judge
-    from rewards.preference import Preference
     from run.files import Contents
 
 
@@ -152,21 +150,18 @@ def _pickscore(options: RewardOptions, context: RewardContext) -> Reward:
 def _judge(options: RewardOptions, context: RewardContext) -> Reward:
     from rewards.judge import Judge
 
-    return _reached(Judge(judge_client(options, context.judge_cache)))
+    client = judge_client(options, context.judge_cache)
+    client.check()  # a run must not find out after an hour that nobody is there
+    return Judge(client)
 
 
 def _preference(options: RewardOptions, context: RewardContext) -> Reward:
     from rewards.preference import Preference
 
-    client, pairs = judge_client(options, context.judge_cache), options.preference_pairs
-    both = options.preference_both_orders
-    return _reached(Preference(client, pairs=pairs, both_orders=both, seed=context.seed))
-
-
-def _reached(reward: Judge | Preference) -> Reward:
-    """`reward`, once its judge has answered: a run must not find out after an hour that nobody is there."""
-    reward.client.check()
-    return reward
+    client, both = judge_client(options, context.judge_cache), options.preference_both_orders
+    preference = Preference(client, pairs=options.preference_pairs, both_orders=both, seed=context.seed)
+    client.check()
+    return preference
 
 
 def judge_client(options: RewardOptions, cache: Path | None = None) -> VLMClient:

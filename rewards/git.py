@@ -16,7 +16,6 @@ Left out of the released code: encoding the picture anew for each question, and 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,9 +24,8 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoImageProcessor, AutoTokenizer, DynamicCache, GitForCausalLM
 
-from errors import UserError
 from interfaces import Prompt, Reward, Sample
-from models.frozen import arithmetic, autocast, batches, check_pictures, distinct_pictures, known_token, load
+from models.frozen import arithmetic, autocast, batches, check_pictures, distinct_pictures, known_token, load, mean
 from models.hub import read, resolve
 from models.weights import locked
 from prompting import well_formed
@@ -44,14 +42,12 @@ class GIT(Reward):
     Args:
         path: a folder with a `GitForCausalLM`, its tokenizer and its image processor (safetensors, or else
             `pytorch_model.bin`, of which only tensors are unpickled), or `PUBLISHED.repo`, from the hub's local cache.
-        device: where the model runs.
         dtype: "float32", as in the released code, or "float16"/"bfloat16": autocast over float32 weights.
         batch_size: pictures, or questions, per forward pass.
         released: score as the released code does, see the module.
 
     Raises:
         UserError: no checkpoint at `path`, or one that cannot be used.
-        ValueError: an unknown `dtype`, or a `batch_size` below 1.
     """
 
     name = "git"
@@ -71,8 +67,6 @@ class GIT(Reward):
         folder = resolve(path, NEEDS, pickles=True)
         self.model = load(GitForCausalLM, folder, self.device)
         self.tokenizer, self.processor = read(AutoTokenizer, folder), read(AutoImageProcessor, folder, backend="pil")
-        if self.tokenizer.cls_token_id is None:
-            raise UserError(f"the tokenizer in {folder} has no [CLS], with which GIT's questions begin: set cls_token")
         self.yes, self.no = (known_token(self.tokenizer, word, folder, "GIT") for word in ("yes", "no"))
         self.max_tokens = self.model.config.max_position_embeddings
 
@@ -129,9 +123,7 @@ class GIT(Reward):
         constant = self._constant(sample.prompt)
         if constant is not None:
             return constant
-        asked = [answers[id(image), q] for image in sample.images for q in self._questions(sample.prompt)]
-        score = sum(asked) / len(asked)
-        return score if math.isfinite(score) else None
+        return mean([answers[id(image), q] for image in sample.images for q in self._questions(sample.prompt)])
 
     def _answers(
         self, pictures: Sequence[Image.Image], asked: Sequence[tuple[int, str]]

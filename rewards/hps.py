@@ -9,7 +9,6 @@ whose longest side already fits unpadded.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -29,8 +28,8 @@ from models.weights import locked, read_weights
 PUBLISHED, DEFAULT_FILE = locked("xswu/HPSv2"), "HPS_v2.1_compressed.pt"
 DEFAULT = f"{PUBLISHED.repo}/{DEFAULT_FILE}"
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+ARCHITECTURE = "ViT-H-14"  # of a checkpoint file
 Loaded = tuple[torch.nn.Module, Callable[[list[str]], torch.Tensor], Sequence[float], Sequence[float]]
-PREPROCESSING = {"resize_mode": "longest", "interpolation": "bicubic", "fill_color": 0, "mode": "RGB"}
 
 
 class HPS(Reward):
@@ -38,17 +37,14 @@ class HPS(Reward):
 
     Args:
         path: `DEFAULT` (read from the hub's local cache, never fetched unasked), a checkpoint file with the weights
-            under `state_dict` (HPS v2.x, architecture `model_name`), or a folder in open_clip's own layout:
-            `open_clip_config.json` with `model_cfg` and `preprocess_cfg`, `open_clip_model.safetensors`, and
+            under `state_dict` (HPS v2.x), or a folder in open_clip's own layout:
+            `open_clip_config.json` (of `preprocess_cfg` mean and std count), `open_clip_model.safetensors`, and
             `tokenizer.json` with `tokenizer_config.json` if `text_cfg` has an `hf_tokenizer_name`.
-        device: where the model runs.
         dtype: "float32", or "float16"/"bfloat16": autocast over float32 weights, as in the released code.
         batch_size: pictures, or texts, per forward pass.
-        model_name: open_clip architecture of a checkpoint file; a folder's configuration names its own.
 
     Raises:
         UserError: no checkpoint at `path`, or one that is not what the configuration says.
-        ValueError: an unknown `dtype` or a `batch_size` below 1.
     """
 
     name = "hps"
@@ -61,15 +57,13 @@ class HPS(Reward):
         device: str | torch.device,
         dtype: str = "float32",
         batch_size: int = 32,
-        model_name: str = "ViT-H-14",
     ):
         self.device, self.dtype, self.batch_size = torch.device(device), arithmetic(dtype), batch_size
         path = _locate(path)
-        loaded = _load_folder(path) if path.is_dir() else _load_file(path, model_name)
-        model, self.tokenize, mean, std = loaded
+        model, self.tokenize, mean, std = _load_folder(path) if path.is_dir() else _load_file(path)
         self.max_tokens = self.tokenize.context_length
-        self.model = freeze(model, self.device, path)
-        self.size = _square_size(model, path)
+        self.model = freeze(model, self.device)
+        self.size = model.visual.image_size[0]
         self.mean = torch.tensor(mean, device=self.device).view(3, 1, 1)
         self.std = torch.tensor(std, device=self.device).view(3, 1, 1)
 
@@ -80,8 +74,7 @@ class HPS(Reward):
         Each distinct prompt and each distinct picture (the same PIL object) is encoded once, in batches.
         """
         check_pictures(samples, self.name)
-        scores = mean_cosines(samples, self.encode_texts, self.encode_images, self.batch_size)
-        return [score if math.isfinite(score) else None for score in scores]
+        return mean_cosines(samples, self.encode_texts, self.encode_images, self.batch_size)
 
     def count_tokens(self, prompt: Prompt) -> int:
         """One more than it reads where the tokens differ if there is room for one more; else as many as it reads."""
@@ -122,18 +115,15 @@ def _locate(path: str | Path) -> Path:
     return Path(path)
 
 
-def _load_file(path: Path, model_name: str) -> Loaded:
+def _load_file(path: Path) -> Loaded:
     """(model, tokenizer, mean, std) of a torch checkpoint; only tensors are unpickled, names and shapes must match."""
-    model_cfg = open_clip.get_model_config(model_name)
-    if model_cfg is None:
-        raise UserError(f"open_clip has no architecture {model_name!r}; known: {', '.join(open_clip.list_models())}")
     weights = read_weights(path, under="state_dict")
-    model = open_clip.CLIP(**model_cfg)
+    model = open_clip.CLIP(**open_clip.get_model_config(ARCHITECTURE))
     try:
         model.load_state_dict(weights, strict=True)
     except RuntimeError as error:
-        raise UserError(f"the weights of {path} are not those of {model_name} ({one_line(error)})") from error
-    return model, open_clip.get_tokenizer(model_name), OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+        raise UserError(f"the weights of {path} are not those of {ARCHITECTURE} ({one_line(error)})") from error
+    return model, open_clip.get_tokenizer(ARCHITECTURE), OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
 
 def _load_folder(path: Path) -> Loaded:
@@ -145,17 +135,4 @@ def _load_folder(path: Path) -> Loaded:
         preprocess = json.loads((path / CONFIG).read_text(encoding="utf-8")).get("preprocess_cfg", {})
     except Exception as error:  # open_clip lets through whatever its readers raise on damaged files
         raise UserError(f"cannot read {path} as an open_clip folder ({one_line(error)})") from error
-    for key, value in PREPROCESSING.items():
-        if preprocess.get(key, value) != value:
-            raise UserError(
-                f"{path / CONFIG} asks for {key} {preprocess[key]!r}, but HPS is defined with {value!r}: correct the "
-                "file if the model was trained so, else it is no HPS"
-            )
     return model, tokenizer, preprocess.get("mean", OPENAI_DATASET_MEAN), preprocess.get("std", OPENAI_DATASET_STD)
-
-
-def _square_size(model: torch.nn.Module, path: Path) -> int:
-    height, width = model.visual.image_size
-    if height != width:
-        raise UserError(f"the model in {path} reads {height}x{width} pictures, HPS needs square ones")
-    return height

@@ -22,7 +22,6 @@ A folder, published or the miniature's, holds
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,7 +34,7 @@ from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisio
 
 from errors import UserError, one_line
 from interfaces import Prompt, Reward, Sample
-from models.frozen import arithmetic, autocast, batches, check_pictures, distinct_pictures, freeze
+from models.frozen import arithmetic, autocast, batches, check_pictures, distinct_pictures, freeze, mean
 from models.hub import read, resolve
 from models.weights import locked, read_weights
 from prompting import well_formed
@@ -121,14 +120,12 @@ class ImageReward(Reward):
 
     Args:
         path: a folder as the module describes, or `PUBLISHED.repo`, from the hub's local cache.
-        device: where the model runs.
         dtype: "float32", as in the released code, or "float16"/"bfloat16": autocast over float32 weights, the head
             staying in float32.
         batch_size: pictures, or pairs of a picture and a prompt, per forward pass.
 
     Raises:
         UserError: no checkpoint at `path`, or one that is not what its configuration says.
-        ValueError: an unknown `dtype` or a `batch_size` below 1.
     """
 
     name = "imagereward"
@@ -146,7 +143,7 @@ class ImageReward(Reward):
         self.device, self.dtype, self.batch_size = torch.device(device), arithmetic(dtype), batch_size
         folder = resolve(path, ("med_config.json",))
         model, self.tokenizer, vision = _load(folder)
-        self.model = freeze(model, self.device, folder)
+        self.model = freeze(model, self.device)
         self.size, self.mean, self.std = vision["image_size"], vision["image_mean"], vision["image_std"]
 
     @torch.inference_mode()
@@ -168,7 +165,7 @@ class ImageReward(Reward):
             for few in batches(pairs, self.batch_size):
                 liked = self._liked(seen_IPD[[row for row, _ in few]], [text for _, text in few])
                 scores |= {(id(some[row]), text): score for (row, text), score in zip(few, liked, strict=True)}
-        return [_mean([scores[id(image), sample.prompt.text] for image in sample.images]) for sample in samples]
+        return [mean([scores[id(one), sample.prompt.text] for one in sample.images]) for sample in samples]
 
     def count_tokens(self, prompt: Prompt) -> int:
         """Of the prompt's text."""
@@ -198,11 +195,6 @@ class ImageReward(Reward):
         with autocast(self.device, self.dtype):
             first_BD = self.model.read(read.input_ids, read.attention_mask, seen_BPD)
         return ((self.model.head(first_BD.float())[:, 0] - MEAN) / SPREAD).tolist()
-
-
-def _mean(scores: Sequence[float]) -> float | None:
-    mean = sum(scores) / len(scores)
-    return mean if math.isfinite(mean) else None
 
 
 def original_name(name: str) -> str:
@@ -237,17 +229,7 @@ def _load(folder: Path) -> tuple[Network, BertTokenizer, Mapping]:
             f"weights and sizes in {folder} make no ImageReward ({one_line(error)}): fetch it again, or correct its "
             "*_config.json"
         ) from error
-    return network, _tokenizer(folder, text["vocab_size"]), vision
-
-
-def _tokenizer(folder: Path, vocab_size: int) -> BertTokenizer:
-    """The folder's own words, else those of bert-base-uncased, with BLIP's two tokens after them."""
-    reader = folder if (folder / "tokenizer.json").is_file() else resolve(WORDS.repo, ("tokenizer.json",))
-    tokenizer = read(BertTokenizer, reader)
-    tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
-    if len(tokenizer) != vocab_size:
-        raise UserError(
-            f"the tokenizer in {reader} has {len(tokenizer)} entries with [DEC] and [ENC], the model in {folder} "
-            f"{vocab_size}: give the tokenizer that the model was trained with"
-        )
-    return tokenizer
+    own = (folder / "tokenizer.json").is_file()
+    tokenizer = read(BertTokenizer, folder if own else resolve(WORDS.repo, ("tokenizer.json",)))
+    tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})  # BLIP's
+    return network, tokenizer, vision

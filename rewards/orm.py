@@ -17,7 +17,6 @@ A checkpoint in the original layout (`llava_qwen`, as published) is converted on
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,11 +24,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, LlavaOnevisionForConditionalGeneration, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, LlavaOnevisionForConditionalGeneration
 
 from errors import UserError, one_line
 from interfaces import Reward, Sample
-from models.frozen import arithmetic, batches, check_pictures, distinct_pictures, known_token, load
+from models.frozen import arithmetic, batches, check_pictures, distinct_pictures, known_token, load, mean
 from models.hub import read, resolve
 from models.weights import locked
 from prompting import MAX_PROMPT_CHARS, well_formed
@@ -44,7 +43,6 @@ AFTER_IMAGE = (
     "Please answer yes or no without explanation."
 )
 ANSWER = "<|im_end|>\n<|im_start|>assistant\n"
-MARKERS = ("<|im_start|>", "<|im_end|>")
 
 
 class ORM(Reward):
@@ -53,7 +51,6 @@ class ORM(Reward):
     Args:
         path: a folder, or a hub name in the hub's local cache, with a `LlavaOnevisionForConditionalGeneration` and its
             tokenizer. `image_mean` and `image_std` of `preprocessor_config.json` count, 0.5 where there is none.
-        device: where the model runs.
         dtype: weights and arithmetic, "bfloat16" as in the released code, "float16" or "float32".
         batch_size: pictures, or questions, per forward pass.
         temperature: T of the module's formula, above 0.
@@ -85,11 +82,11 @@ class ORM(Reward):
         kind = LlavaOnevisionForConditionalGeneration
         self.model = load(kind, folder, self.device, self.dtype, device_map=self.device)
         self.tokenizer = read(AutoTokenizer, folder)
-        _check(self.model, self.tokenizer, folder)
         self.yes, self.no = (known_token(self.tokenizer, word, folder, "the ORM") for word in ("yes", "no"))
         self.before, self.answer = self._ids(BEFORE_IMAGE), self._ids(ANSWER)  # the same around every question
         self.size = self.model.config.vision_config.image_size
-        self.mean, self.std = _normalisation(folder)
+        normal = _json(folder / "preprocessor_config.json") or HALF
+        self.mean, self.std = normal["image_mean"], normal["image_std"]
 
     @torch.inference_mode()
     def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
@@ -105,11 +102,7 @@ class ORM(Reward):
         for some in batches(sorted(asked, key=lambda pair: len(after[pair[1]])), self.batch_size):  # little padding
             yes = self._ask(torch.stack([pictures[key] for key, _ in some]), [after[text] for _, text in some])
             answers |= zip(some, yes, strict=True)
-        scores = [
-            sum(answers[id(image), sample.prompt.text] for image in sample.images) / len(sample.images)
-            for sample in samples
-        ]
-        return [score if math.isfinite(score) else None for score in scores]
+        return [mean([answers[id(one), sample.prompt.text] for one in sample.images]) for sample in samples]
 
     def question_ids(self, prompt: str) -> list[int]:
         """Tokens after the picture; the prompt is cut at MAX_PROMPT_CHARS characters.
@@ -162,27 +155,6 @@ class ORM(Reward):
     def _ids(self, text: str, *, split_special_tokens: bool = False) -> list[int]:
         tokens = self.tokenizer(text, add_special_tokens=False, split_special_tokens=split_special_tokens)
         return tokens["input_ids"]
-
-
-def _check(model: LlavaOnevisionForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Raise UserError unless the checkpoint is one that `ORM` reads rightly."""
-    config = model.config
-    if config.vision_feature_select_strategy != "full" or not isinstance(config.vision_feature_layer, int):
-        raise UserError(
-            f"{folder / 'config.json'} selects {config.vision_feature_select_strategy!r} of vision layers "
-            f"{config.vision_feature_layer!r}: an ORM reads 'full' of one layer, give a checkpoint of that kind"
-        )
-    for marker in MARKERS:
-        known_token(tokenizer, marker, folder, "the ORM")
-
-
-def _normalisation(folder: Path) -> tuple[list[float], list[float]]:
-    """(mean, std) per channel, from whichever file the image processor was saved in; 0.5, SigLIP's, if in none."""
-    found = _json(folder / "preprocessor_config.json") or _json(folder / "processor_config.json").get(
-        "image_processor"
-    )
-    found = {**HALF, **(found or {})}
-    return found["image_mean"], found["image_std"]
 
 
 def _json(path: Path) -> dict:

@@ -10,16 +10,14 @@ group's pictures, which would tie a score to its neighbours.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from errors import UserError
 from interfaces import Prompt, Reward, Sample
 from models.frozen import arithmetic, autocast, check_pictures, load, mean_cosines
 from models.hub import read, resolve
@@ -40,13 +38,11 @@ class PickScore(Reward):
     Args:
         path: a folder with a transformers `CLIPModel` in safetensors, or `PUBLISHED.repo`, from the hub's local cache.
             If it lacks the image processor or the tokenizer (`PROCESSOR_FILES`), those of `PROCESSOR` are taken.
-        device: where the model runs.
         dtype: "float32", or "float16"/"bfloat16": autocast over float32 weights.
         batch_size: pictures, or texts, per forward pass.
 
     Raises:
         UserError: no checkpoint at `path`, or one that cannot be used.
-        ValueError: an unknown `dtype` or a `batch_size` below 1.
     """
 
     name = "pickscore"
@@ -62,7 +58,9 @@ class PickScore(Reward):
         self.device, self.dtype, self.batch_size = torch.device(device), arithmetic(dtype), batch_size
         folder = resolve(path, ("config.json",))
         self.model = load(CLIPModel, folder, self.device)
-        self.tokenizer, self.processor = _readers(self.model, folder)
+        if not all((folder / name).is_file() for name in PROCESSOR_FILES):
+            folder = resolve(PROCESSOR.repo, PROCESSOR_FILES)
+        self.tokenizer, self.processor = read(AutoTokenizer, folder), read(CLIPImageProcessorPil, folder)
         self.max_tokens = self.model.config.text_config.max_position_embeddings
         self.scale = self.model.logit_scale.exp().item()
         self.range = (-self.scale, self.scale)
@@ -74,11 +72,7 @@ class PickScore(Reward):
         Each distinct prompt and each distinct picture (the same PIL object) is encoded once, in batches.
         """
         check_pictures(samples, self.name)
-        scores = [
-            self.scale * cosine
-            for cosine in mean_cosines(samples, self.encode_texts, self.encode_images, self.batch_size)
-        ]
-        return [score if math.isfinite(score) else None for score in scores]
+        return mean_cosines(samples, self.encode_texts, self.encode_images, self.batch_size, self.scale)
 
     def count_tokens(self, prompt: Prompt) -> int:
         """Of the prompt's text."""
@@ -102,17 +96,3 @@ class PickScore(Reward):
         pixels = self.processor([image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
         with autocast(self.device, self.dtype):
             return self.model.get_image_features(pixel_values=pixels.to(self.device)).pooler_output
-
-
-def _readers(model: CLIPModel, folder: Path) -> tuple[PreTrainedTokenizerBase, CLIPImageProcessorPil]:
-    """(tokenizer, image processor on PIL, as the original) of a folder, or the published ones where it has none."""
-    if not all((folder / name).is_file() for name in PROCESSOR_FILES):
-        folder = resolve(PROCESSOR.repo, PROCESSOR_FILES)
-    tokenizer, processor = read(AutoTokenizer, folder), read(CLIPImageProcessorPil, folder)
-    side, crop = model.config.vision_config.image_size, processor.crop_size
-    if (crop["height"], crop["width"]) != (side, side):
-        raise UserError(
-            f"the image processor in {folder} crops to {crop['height']}x{crop['width']}, the model reads "
-            f"{side}x{side}: give the {PROCESSOR_FILES[0]} that the model was trained with"
-        )
-    return tokenizer, processor

