@@ -651,6 +651,10 @@ def test_our_server_does_not_start_with_what_cannot_work(capsys):
         (["--host", "0.0.0.0"], "RENDER_API_KEY"),
         (["--render_batch_size", "auto"], "--render_batch_size"),
         (["--sdmodel_name", "http://127.0.0.1:8001/v1"], "--sdmodel_name"),
+        (["--render_steps", "0"], "--render_steps"),
+        (["--port", "0"], "--port"),
+        (["--replicas", "0"], "--replicas"),
+        (["--sdmodel_name", str(ROOT / "miniature/weights/flux"), "--resolution", "50"], "48"),
     ]:
         assert render_server.main(flags) == 2
         assert named in capsys.readouterr().err

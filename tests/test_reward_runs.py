@@ -146,12 +146,10 @@ def test_judges_that_may_hold_a_process_for_half_of_the_process_groups_timeout_a
 
 BAD = {
     "no judge there": (["--rewards", "judge"], "scripts/serve_judge.sh"),
-    "pairs of no kind": (["--rewards", "preference", "--preference_pairs", "zero"], "'zero'"),
     "plain http to another machine": (["--rewards", "judge", "--judge_url", "http://example.org/v1"], "https"),
     "unknown formula": (["--rewards", "git", "--reward_formula", "foo"], "'foo'"),
     "weights of another model": (["--rewards", "gdino", "--gdino_path", "miniature/weights/git"], "weights/git"),
     "held out and trained on": (["--rewards", "hps", "--held_out", "hps"], "named twice"),
-    "a temperature of nothing": (["--rewards", "orm", "--orm_temperature", "0"], "temperature is 0.0"),
 }
 
 
