@@ -180,7 +180,8 @@ FLUX = memory.RENDERERS["black-forest-labs/FLUX.1-dev"]
 def rows(plan: Plan, *flags: str) -> dict[str, int]:
     """The estimate of the documented command: 8 x 2 answers of 512 tokens a process."""
     with pytest.MonkeyPatch.context() as patch:  # packages that the machine which is planned for may have
-        patch.setattr("run.options.importlib.util.find_spec", lambda package: package)
+        for module in ("run.options", "rendering.options"):
+            patch.setattr(f"{module}.need", lambda package, asker: None)
         options = r1_prompter.parse_options([*DOCUMENTED, *flags])
     options.render.settle("cuda" if plan.gpus else "cpu")
     options.reward.settle("cuda" if plan.gpus else "cpu")

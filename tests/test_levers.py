@@ -191,7 +191,7 @@ def test_text_length_follows_from_what_the_policy_may_write(toy):
 
 @pytest.mark.parametrize("mode", ["colocate", "server"])
 def test_the_vllm_configurations_reach_trl(mode, monkeypatch):
-    monkeypatch.setattr("run.options.importlib.util.find_spec", lambda package: package)
+    monkeypatch.setattr("run.options.need", lambda package, asker: None)
     argv = ["--config", str(ROOT / "configs" / f"vllm_{mode}.yaml"), "--data", "x", "--outdir", "y"]
     training = r1_prompter.parse_options(argv).training
     assert training.use_vllm and training.vllm_mode == mode

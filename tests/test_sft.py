@@ -231,7 +231,7 @@ def test_without_reasoning_no_reasoning_is_needed(tmp_path):
 
 
 def test_the_recipe_holds_and_packing_goes_with_flash_attention(monkeypatch):
-    monkeypatch.setattr("run.options.importlib.util.find_spec", lambda package: package)
+    monkeypatch.setattr("run.options.need", lambda package, asker: None)
     script, training, model = sft.parse_options(["--data", "x", "--outdir", "y"])
     recipe = yaml.safe_load((ROOT / "configs" / "cold_start.yaml").read_text())
     known = {**vars(script), **vars(training), **vars(model)}
