@@ -228,13 +228,14 @@ def _number(word: str) -> int:
 def _words(text: str) -> list[str]:
     """Lower-case words and punctuation marks; "grey" is "gray", "dog's" is "dog", "bright-red" is two words."""
     tokens = islice(_TOKEN.finditer(fold(text).replace("grey", "gray")), _MOST_WORDS)
-    return [re.sub(r"['’]s$", "", token[0]) for token in tokens]
+    return [token[0].removesuffix("'s") for token in tokens]
 
 
 @lru_cache(maxsize=4096)
 def _stem(word: str) -> str:
     """What "chase", "chases" and "chasing", or "boys" and "child", have in common; a rule with exceptions."""
-    word = min(_MEANING.get(singular(word), (singular(word),)))
+    word = singular(singular(word))  # "boxerses" is published
+    word = min(_MEANING.get(word, (word,)))
     ends = ("ing", "ed", "es", "ly", "er", "y", "e")
     stem = next((word[: -len(end)] for end in ends if word.endswith(end) and len(word) > len(end) + 2), word)
     return (stem[:-1] if len(stem) > 3 and stem[-1] == stem[-2] and stem[-1] not in "sl" else stem)[:6]

@@ -120,7 +120,7 @@ def read_yaml(path: str | Path, flag: str = "--config") -> dict[str, Any]:
     try:
         options = yaml.safe_load(read_text(Path(path))) or {}
     except (UserError, yaml.YAMLError) as error:
-        raise UserError(f"{flag} {path} is no YAML that can be read: {error}") from error
+        raise UserError(f"{flag} {path} cannot be read or is not YAML: {error}") from error
     if not isinstance(options, dict):
         raise UserError(f"{flag} {path} holds a {type(options).__name__}, not `option: value` lines")
     return options
