@@ -97,11 +97,8 @@ class ScriptArguments:
     images_per_rewrite: int = option(
         1, "Pictures per rewrite, averaged; another prompt often teaches more at that cost.", changes="run", least=1
     )
-    fresh_seeds: bool = option(
-        True, "New noise for a prompt at each step; false: its own for the whole run.", changes="run"
-    )
     picture_cache: float = option(
-        4.0, "GB on disk for pictures that may be drawn again at a later step.", changes="nothing", least=0
+        4.0, "GB on disk for the raw prompts' pictures, which some rewards compare with.", changes="nothing", least=0
     )
     max_absent_share: float = option(
         0.5, "Readable samples without score that stop the run after three batches.", changes="nothing", **SHARE
@@ -270,9 +267,7 @@ def make_scorer(
         images_per_rewrite=script.images_per_rewrite,
         run_seed=training.seed,
         common_seeds=script.common_seeds,
-        fresh_seeds=script.fresh_seeds,
         cache=PictureCache(Path(script.outdir) / "cache", script.picture_cache * 1e9, training.world_size),
-        score_while_drawing=options.render.remote,
     )
     return Scorer(drawer, rewards, prompts, held_out=held_out, reasoning=script.reasoning, enter=enter)
 

@@ -75,9 +75,7 @@ def _set_variables(template_kwargs: Mapping[str, Any] | str | None) -> str:
     except ValueError:
         given = None
     if not isinstance(given, Mapping) or not all(name.isidentifier() for name in given):
-        raise UserError(
-            f"""--chat_template_kwargs {template_kwargs!r}: give a JSON object, {{"enable_thinking": false}}"""
-        )
+        raise UserError(f"--chat_template_kwargs {template_kwargs!r}: give a JSON object, name -> value")
     return "".join(f"{{% set {name} = {value!r} %}}" for name, value in given.items())
 
 
@@ -99,32 +97,22 @@ class ChatTemplate:
         self.tokenizer, self.reasoning, self.has_system_turn = tokenizer, reasoning, True
         asked = messages("a photo of a red circle", reasoning)
         system, user = (turn["content"] for turn in asked)
-        try:
-            shown = self._render(asked)
-        except (TemplateError, TypeError):  # as Gemma's does
-            shown = ""
-        if system not in shown:
+        shown = self._show(asked)
+        if system not in shown:  # Gemma's refuses a system turn, others pass over it
             self.has_system_turn = False
-            try:
-                shown = self._render(self.fit(asked))
-            except (TemplateError, TypeError) as error:
-                raise UserError(f"the chat template cannot show a request ({one_line(error)}); mend it") from error
-        if not (system in shown and user in shown):
-            lost = "the instructions" if user in shown else "the request"
-            raise UserError(f"the chat template leaves out {lost}: {shown[-200:]!r}; mend chat_template.jinja")
+            shown = self._show(self.fit(asked))
+        if lost := [part for part, text in (("instructions", system), ("request", user)) if text not in shown]:
+            raise UserError(f"the chat template leaves out {' and '.join(lost)}: {shown[-200:]!r}; mend it")
         self.opening = opening(shown.rpartition(user)[2])
         answer = completion("x" if reasoning else None, "y")
         if parse(self.opening + self._rest(answer), reasoning) is None:
             raise UserError(
-                f"the chat template begins each answer with {self.opening!r}, which is not how an answer with "
-                f"--reasoning {str(reasoning).lower()} begins: change that option, or the template with "
-                "--chat_template_kwargs (as the model's page says)"
+                f"the chat template begins each answer with {self.opening!r}, which no answer with --reasoning "
+                f"{str(reasoning).lower()} does: change that option, or the template with --chat_template_kwargs"
             )
         ids = tokenizer.encode(answer, add_special_tokens=False)
         if parse(tokenizer.decode(ids, skip_special_tokens=True), reasoning) is None:
-            raise UserError(
-                "the tokenizer loses <think> or <answer>: in tokenizer.json they must not be special tokens"
-            )
+            raise UserError("the tokenizer drops <think> or <answer>: they must not be its special tokens")
 
     def fit(self, conversation: Conversation) -> Conversation:
         """The conversation with its instructions before the first request, if the template has no system turn."""
@@ -135,9 +123,8 @@ class ChatTemplate:
 
     def encode(self, conversation: Conversation) -> list[int]:
         """The tokens that the policy reads before it answers."""
-        return self.tokenizer.apply_chat_template(
-            self.fit(conversation), add_generation_prompt=True, return_dict=False
-        )
+        asked = self.fit(conversation)
+        return self.tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
 
     def encode_answer(self, text: str) -> list[int]:
         """The tokens that the policy is to write for this whole answer, end token included."""
@@ -151,8 +138,12 @@ class ChatTemplate:
         """What the policy writes of an answer: all, or what follows its first tag where the template writes that."""
         return text.partition(">")[2] if self.opening else text
 
-    def _render(self, conversation: Conversation) -> str:
-        return self.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+    def _show(self, conversation: Conversation) -> str:
+        """What the policy is shown, or why the template cannot show it."""
+        try:
+            return self.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+        except (TemplateError, TypeError) as error:
+            return one_line(error)
 
 
 def load_policy(path: str, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:

@@ -1,7 +1,6 @@
-"""Pictures of a run that may be wanted again, on disk: drawn once by whichever process comes first.
+"""Pictures of a run that are wanted again, on disk: drawn once by whichever process comes first.
 
-Pictures of raw prompts (`Sample.baseline_images`) are needed once an epoch; those of rewrites are needed again only
-under `--fresh_seeds false`, where a prompt keeps its noise from step to step. Files are named by the hash of text and
+They are those of raw prompts (`Sample.baseline_images`), needed once an epoch. Files are named by the hash of text and
 seed, so equal pictures are one file and no name comes from a prompt. They are lossless.
 
 At the limit no more are kept and none is removed, because prompts come round in turn: the one unused for longest is

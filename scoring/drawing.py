@@ -6,7 +6,7 @@ All members of a group start from the same noise, a pure function of run, prompt
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from PIL import Image
@@ -15,7 +15,6 @@ from errors import ScoringError
 from interfaces import Prompt, Renderer, Reward, Sample
 from run.seeds import render_seed
 from scoring.cache import PictureCache
-from scoring.judge import score_column
 from scoring.prefetch import Prefetcher
 
 Row = tuple[str, int]  # a text to draw, and the seed of its noise
@@ -38,13 +37,11 @@ class Drawn:
     Attributes:
         samples: one for each answer.
         seeds: for each answer, the noise of its images; () if nothing was drawn.
-        prefetched: scorer name -> row -> score that is there already.
         metrics: seconds, and counts of images.
     """
 
     samples: list[Sample]
     seeds: list[tuple[int, ...]]
-    prefetched: Mapping[str, Mapping[int, float | None]]
     metrics: dict[str, float]
 
 
@@ -80,9 +77,7 @@ class Drawer:
         images_per_rewrite: images of each rewrite, one seed each.
         run_seed: the run's `--seed`.
         common_seeds: whether all members of a group start from the same noise.
-        fresh_seeds: whether a prompt's rewrites get new noise each step; its baseline images never do.
-        cache: of images that may be wanted again at a later step; None keeps none.
-        score_while_drawing: whether all scorers, not judges alone, score a group while others are being drawn.
+        cache: of baseline images, which are wanted again at later steps; None keeps none.
     """
 
     def __init__(
@@ -93,14 +88,11 @@ class Drawer:
         images_per_rewrite: int = 1,
         run_seed: int = 0,
         common_seeds: bool = True,
-        fresh_seeds: bool = True,
         cache: PictureCache | None = None,
-        score_while_drawing: bool = False,
     ):
         self.renderer, self.group = renderer, group
         self.images_per_rewrite, self.run_seed = images_per_rewrite, run_seed
-        self.common_seeds, self.fresh_seeds, self.cache = common_seeds, fresh_seeds, cache
-        self.score_while_drawing = score_while_drawing
+        self.common_seeds, self.cache = common_seeds, cache
 
     def __call__(self, answers: Sequence[Answered], scorers: Sequence[Reward], step: int) -> Drawn:
         """Draw what `scorers` look at, for the rollouts that feed optimiser step `step`.
@@ -113,11 +105,11 @@ class Drawer:
         baseline = any(scorer.needs_baseline_images for scorer in scorers)
         orders = [self._order(answer, step, i % self.group, images, baseline) for i, answer in enumerate(answers)]
         started = time.perf_counter()
-        with Prefetcher(scorers, score_column, locally=self.score_while_drawing) as prefetcher:
+        with Prefetcher(scorers) as prefetcher:
             drawn, counts = self._draw(orders, prefetcher)
         metrics = {"seconds/render": time.perf_counter() - started, **counts}
         samples, seeds = [order.sample(drawn) for order in orders], [order.seeds for order in orders]
-        return Drawn(samples, seeds, prefetcher.prefetched, metrics)
+        return Drawn(samples, seeds, metrics)
 
     def _check_groups(self, answers: Sequence[Answered]) -> None:
         if len(answers) % self.group:
@@ -133,8 +125,7 @@ class Drawer:
         if answer.rewrite is None or not images:
             return _Order(answer, (), None, ())
         first, id = (0 if self.common_seeds else member * images), answer.prompt.id
-        when = step if self.fresh_seeds else 0
-        seeds = tuple(render_seed(self.run_seed, id, when, k) for k in range(first, first + images))
+        seeds = tuple(render_seed(self.run_seed, id, step, k) for k in range(first, first + images))
         if not baseline:
             return _Order(answer, seeds, None, ())
         return _Order(
@@ -169,9 +160,8 @@ class Drawer:
         return groups.drawn, counts
 
     def _kept(self, orders: Sequence[_Order]) -> set[Row]:
-        """The images that may be wanted again at a later step."""
-        raw = {(o.baseline, seed) for o in orders if o.baseline is not None for seed in o.baseline_seeds}
-        return raw if self.fresh_seeds else raw | {row for order in orders for row in order.rows}
+        """The images that are wanted again at a later step: the raw prompts', whose noise stays."""
+        return {(o.baseline, seed) for o in orders if o.baseline is not None for seed in o.baseline_seeds}
 
 
 class _Groups:
@@ -189,4 +179,4 @@ class _Groups:
             if row in rows:
                 rows.remove(row)
                 if not rows:
-                    self._prefetcher.ready(first, [order.sample(self.drawn) for order in self._groups[first]])
+                    self._prefetcher.ready([order.sample(self.drawn) for order in self._groups[first]])

@@ -49,7 +49,6 @@ def judge(
     held_out: Sequence[Reward] = (),
     *,
     group: int,
-    prefetched: Mapping[str, Mapping[int, float | None]] | None = None,
     on_phase: Callable[[str], None] = lambda phase: None,
 ) -> Judged:
     """Score whole groups of samples.
@@ -58,7 +57,6 @@ def judge(
         samples: those of one prompt adjacent, `group` of them.
         rewards: the policy is trained on these; with distinct names.
         held_out: these only watch.
-        prefetched: scorer name -> row -> its score, of whole groups that are scored already.
         on_phase: called with "score NAME" before each scorer.
 
     Raises:
@@ -68,7 +66,7 @@ def judge(
     columns = {}
     for scorer in (*rewards, *held_out):
         on_phase(f"score {scorer.name}")
-        columns[scorer.name] = _ask(scorer, samples, (prefetched or {}).get(scorer.name, {}))
+        columns[scorer.name] = _ask(scorer, samples)
     metrics = _missing(samples, rewards, columns)
     for scorer in (*rewards, *held_out):
         metrics.update(scorer.metrics)
@@ -100,14 +98,13 @@ def score_column(reward: Reward, samples: Sequence[Sample]) -> Column:
     return column
 
 
-def _ask(scorer: Reward, samples: Sequence[Sample], known: Mapping[int, float | None]) -> Column:
+def _ask(scorer: Reward, samples: Sequence[Sample]) -> Column:
     if code := leaving():
         raise Leave(code)
-    rest = [i for i in range(len(samples)) if i not in known]  # whole groups
-    scores = dict(zip(rest, score_column(scorer, [samples[i] for i in rest]), strict=True)) if rest else {}
+    column = score_column(scorer, samples)
     if code := leaving():  # its answers may have been cut short
         raise Leave(code)
-    return [(known if i in known else scores)[i] for i in range(len(samples))]
+    return column
 
 
 def _missing(samples: Sequence[Sample], rewards: Sequence[Reward], columns: Mapping[str, Column]) -> dict[str, float]:

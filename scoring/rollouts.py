@@ -135,7 +135,6 @@ class Scorer:
             self.rewards,
             self.held_out,
             group=self.drawer.group,
-            prefetched=drawn.prefetched,
             on_phase=lambda phase: self.enter(phase, step),
         )
         self.metrics = {**drawn.metrics, "seconds/score": time.perf_counter() - started, **judged.metrics}

@@ -63,7 +63,7 @@ def test_a_bad_value_is_code_2_and_one_line_that_names_the_option_before_anythin
 @pytest.mark.parametrize(
     "line",
     [
-        "fresh_seeds: [false]", "fresh_seeds: null", "images_per_rewrite: [1]", "images_per_rewrite: true",
+        "common_seeds: [false]", "common_seeds: null", "images_per_rewrite: [1]", "images_per_rewrite: true",
         "images_per_rewrite: 0", "images_per_rewrite: 1.5", "gpt_path: false", "gpt_path: ''", "rewards: [[hps]]",
         "rewards: [null]", "learning_rate: .nan", "picture_cache: .inf", "render_dtype: fp8", "eval_strategy: no",
         "seed: -1", "max_sequence_length: {a: 1}", "common_seeds: perhaps",

@@ -11,7 +11,6 @@ from clients.chat import VLMClient
 from interfaces import Sample
 from rewards.judge import Judge
 from run.files import png_bytes
-from run.seeds import render_seed
 from scoring.cache import PictureCache
 from scoring.prefetch import Prefetcher
 from tests.test_judges import MODEL, JudgeServer, grades, group, questions
@@ -63,39 +62,15 @@ def test_a_judge_is_asked_about_a_group_while_the_next_is_being_drawn():
     assert [row.parts["asking"] for row in rows] == [7 / 255, 9 / 255, 7 / 255, 7 / 255]
 
 
-def test_a_model_is_scored_ahead_group_by_group_only_where_that_is_wanted():
-    calls: dict[bool, list[list[str]]] = {True: [], False: []}
-    scores = {}
-    for ahead, heard in calls.items():
-
-        class Model(Grey):
-            def __call__(self, samples, heard=heard):
-                heard.append([sample.rewrite for sample in samples])
-                return super().__call__(samples)
-
-        scores[ahead] = [
-            row.parts for row in score(scorer(Model(), renderer=InTurn(), score_while_drawing=ahead), TWO_GROUPS)
-        ]
-    assert calls == {True: [["one cat", "a big cat"], ["one dog"]], False: [["one cat", "a big cat", "one dog"]]}
-    assert scores[True] == scores[False]
-
-
-def test_a_failed_picture_makes_its_sample_absent_ahead_as_well():
-    rows = score(scorer(Grey(), renderer=InTurn(broken="one cat"), score_while_drawing=True), TWO_GROUPS)
-    assert [row.absent for row in rows] == [True, False, False, False]
-
-
 def test_an_error_beside_the_drawing_is_raised_and_one_of_the_drawing_comes_first():
-    def fail(scorer, samples):
-        raise RuntimeError("no memory for the model")
+    class Failing(Asking):
+        def prefetch(self, samples):
+            raise RuntimeError("no such judge")
 
-    with (
-        pytest.raises(RuntimeError, match="no memory for the model"),
-        Prefetcher([Grey()], fail, locally=True) as ahead,
-    ):
-        ahead.ready(0, [])
-    with pytest.raises(ValueError, match="the renderer"), Prefetcher([Grey()], fail, locally=True) as ahead:
-        ahead.ready(0, [])
+    with pytest.raises(RuntimeError, match="no such judge"), Prefetcher([Failing()]) as ahead:
+        ahead.ready([])
+    with pytest.raises(ValueError, match="the renderer"), Prefetcher([Failing()]) as ahead:
+        ahead.ready([])
         raise ValueError("the renderer")
 
 
@@ -151,18 +126,7 @@ def test_a_judge_begun_by_the_scorer_gives_the_scores_and_counts_of_one_that_was
 # ----- pictures that are kept
 
 
-def test_without_fresh_noise_a_rewrite_is_drawn_once_in_a_run(tmp_path):
-    renderer = Painter()
-    it = scorer(Grey(), renderer=renderer, fresh_seeds=False, cache=PictureCache(tmp_path, 1e6))
-    score(it, [(CAT, "one cat"), (CAT, "a cat")], step=1)
-    rows = score(it, [(CAT, "one cat"), (CAT, "two cats")], step=2)
-    seed = render_seed(7, CAT.id, 0, 0)
-    assert renderer.calls == [("one cat", seed), ("a cat", seed), ("two cats", seed)]
-    assert it.metrics["images/cached"] == 0.5 and it.metrics["images/drawn"] == 1
-    assert [row.parts["grey"] for row in rows] == [7 / 255, 8 / 255]
-
-
-def test_with_fresh_noise_no_rewrite_is_kept(tmp_path):
+def test_no_rewrite_is_kept(tmp_path):
     it = scorer(Grey(), cache=PictureCache(tmp_path / "cache", 1e6))
     score(it, [(CAT, "one cat"), (CAT, "a cat")])
     assert not (tmp_path / "cache").exists() and "images/cached" not in it.metrics
