@@ -90,10 +90,7 @@ def revision(text: str, completion: str, missing: Sequence[str], reasoning: bool
 
 
 def opening(rendered: str) -> str:
-    """What a chat template writes of the answer itself ("<think>\\n"), in the text that it ends a conversation with.
-
-    "" where it writes none, or a think block that is closed and blank.
-    """
+    """What a chat template writes of the answer itself ("<think>\\n") at its end; "" for a blank think block."""
     tag = _TAG.search(rendered)
     return _UNTHOUGHT.sub("", rendered[tag.start() :]) if tag else ""
 

@@ -211,9 +211,8 @@ def conversations(prompts: Iterable[Prompt], template: ChatTemplate) -> Dataset:
 
 def load_template(options: Options) -> ChatTemplate:
     """The policy's tokenizer, with the chat template as the run uses it."""
-    training, revision = options.training, options.model.model_revision
-    path, variables = options.script.gpt_path, training.chat_template_kwargs
-    tokenizer = load_tokenizer(path, revision, training.trust_remote_code, variables)
+    path, revision, training = options.script.gpt_path, options.model.model_revision, options.training
+    tokenizer = load_tokenizer(path, revision, training.trust_remote_code, training.chat_template_kwargs)
     return ChatTemplate(tokenizer, options.script.reasoning)
 
 

@@ -27,14 +27,12 @@ from run.options import option, parse_known, run_main
 
 DEEPSPEED = Path(__file__).resolve().parent.parent / "deepspeed_2.yaml"
 OTHERS = "All other options are the trainer's: python r1_prompter.py --help"
-TRAINERS = {"r1_prompter": r1_prompter}
 
 
 @dataclass
 class DoctorOptions:
     """The doctor's own options; all others are the trainer's."""
 
-    trainer: str = option("r1_prompter", "Whose options these are.", changes="nothing", choices=list(TRAINERS))
     gpus: int | None = option(
         None, "Plan for this many GPUs; unset: those of this machine.", changes="nothing", least=0
     )
@@ -56,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _examine(argv: Sequence[str]) -> int:
     own, flags = parse_known((DoctorOptions,), argv, prog="python -m doctor", epilog=OTHERS)
-    trainer, plan = TRAINERS[own.trainer], this_machine()
+    trainer, plan = r1_prompter, this_machine()
     if (own.gpus is None) != (own.gpu_memory is None):
         raise UserError("--gpus and --gpu_memory describe a machine together: give both, or neither for this one")
     if own.gpus is not None:

@@ -50,14 +50,10 @@ def probe_policy(options: Options, prompt: Prompt) -> Check:
     """As many answers to one prompt as a group has: can they be read?"""
     script, training = options.script, options.training
     conversation = messages(prompt.text, script.reasoning)
-    how = {
-        "seed": training.seed,
-        "device": str(training.device),
-        "reasoning": script.reasoning,
-        "template_kwargs": training.chat_template_kwargs,
-    }
+    how = {"seed": training.seed, "device": str(training.device), "reasoning": script.reasoning}
+    variables = training.chat_template_kwargs
     try:
-        policy = Reprompter(script.gpt_path, 1, training.max_completion_length, **how)
+        policy = Reprompter(script.gpt_path, 1, training.max_completion_length, template_kwargs=variables, **how)
         answers, seconds = _timed(
             lambda: policy.sample(prompt.text, conversation, training.num_generations, training.temperature)
         )

@@ -190,16 +190,10 @@ def sample_as_asked(model: PreTrainedModel, training: GRPOConfig) -> None:
 
     Fields like `min_new_tokens` or `no_repeat_ngram_size` are then only those of --generation_kwargs.
     """
-    own = model.generation_config
-    model.generation_config = GenerationConfig(
-        do_sample=True,
-        temperature=training.temperature,
-        top_k=training.top_k,
-        top_p=training.top_p,
-        min_p=training.min_p,
-        repetition_penalty=training.repetition_penalty,
-        **{name: vars(own)[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
-    )
+    own, asked = vars(model.generation_config), vars(training)
+    kept = {name: own[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    sampling = {name: asked[name] for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
+    model.generation_config = GenerationConfig(do_sample=True, **sampling, **kept)
 
 
 def record_base_model(model: PreTrainedModel, path: str, revision: str) -> None:

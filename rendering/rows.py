@@ -24,18 +24,11 @@ def draw_distinct(
     """Draw each distinct row once and blank texts not at all; equal rows share one picture object.
 
     Args:
-        texts: B texts.
-        seeds: B seeds.
         on_image: called with index and picture of a row as soon as it is drawn.
         failures: counts, for each row that is None, the reason.
         draw: gets the distinct rows, and a function to call with each row that it has drawn; returns the outcome of
             every row.
-
-    Returns:
-        B pictures; None where a row could not be drawn.
     """
-    if len(texts) != len(seeds):
-        raise ValueError(f"renderer got {len(texts)} texts but {len(seeds)} seeds: give one seed per text")
     rows = list(zip(texts, seeds, strict=True))
     places: dict[Row, list[int]] = {}
     for i, row in enumerate(rows):

@@ -43,10 +43,7 @@ class _Offloaded(Reward):
 
 
 def offloaded(reward: Reward) -> Reward:
-    """`reward` with its weights in main memory between calls; a reward without weights as it is.
-
-    Moving 1 GB over PCIe Gen5 takes about 0.03 s each way (derived), so it pays where a step is minutes of drawing.
-    """
+    """`reward` with its weights in main memory between calls; a reward without weights as it is."""
     return _Offloaded(reward) if isinstance(reward, ModelReward) else reward
 
 

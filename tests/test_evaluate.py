@@ -416,13 +416,17 @@ def test_grids_are_cut_listings_are_read_and_pictures_that_lack_are_named_at_onc
         (["--gpt_path", "/nowhere/policy"], "/nowhere/policy"),
         (["--sdmodel_name", "/nowhere/flux"], "/nowhere/flux"),
         (["--rewrites", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["--gpt_path", "", "--images", "a/samples", "b/samples"], "b/samples"),
     ],
 )
 def test_bad_input_is_one_line_with_the_value_and_code_2(tmp_path, capfd, options, named):
     assert mini.run([*POLICY, "--out", str(tmp_path / "out"), "--limit", "1", *options]) == 2
     shown = [line for line in capfd.readouterr().err.splitlines() if "evaluate: error:" in line]
     assert len(shown) == 1 and named in shown[0]
+
+
+def test_two_folders_of_one_name_are_refused(tmp_path, capfd):
+    assert mini.run([*POLICY[:2], "--out", str(tmp_path / "out"), "--images", "a/samples", "b/samples"]) == 2
+    assert "b/samples" in capfd.readouterr().err
 
 
 def test_a_folder_of_another_evaluation_is_refused_with_what_differs(whole, capfd):

