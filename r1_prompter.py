@@ -277,9 +277,6 @@ def make_scorer(
 class RewardColumns:
     """The seam between rewards and TRL: completions are scored once, and each reward is a column of the result.
 
-    Args:
-        whole: the answer of which the policy wrote this; see `models.policy.ChatTemplate.whole`.
-
     Attributes:
         rollouts: of the last batch.
     """

@@ -18,11 +18,7 @@ def pick_device(device: str) -> str:
     """`device`, or for "auto" the GPU if there is one, else "cpu". UserError if one is named that is not there."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        index = torch.device(device).index or 0
-    except RuntimeError as error:
-        raise UserError(f"device {device!r} is not one that torch knows; use cpu or cuda") from error
-    if device.startswith("cuda") and index >= torch.cuda.device_count():
+    if device.startswith("cuda") and (torch.device(device).index or 0) >= torch.cuda.device_count():
         raise UserError(f"device {device!r} is asked for and no such GPU is to be seen; use cpu")
     return device
 

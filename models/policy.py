@@ -46,8 +46,7 @@ def load_tokenizer(
     Args:
         revision: of a hub name, None or "main" for the locked one.
         trust_remote_code: run Python code that comes with it; `run.options` allows it at a full commit only.
-        template_kwargs: variables of the chat template, as an object or its JSON. They are written into the template
-            itself, so that whoever loads the saved tokenizer shows the policy the same conversations.
+        template_kwargs: variables, an object or its JSON; written into the chat template, they are saved with it.
 
     Raises:
         UserError: nothing at `path`, unreadable files, no chat template, or variables that are no JSON object.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from clients.http import is_url
 from models.devices import pick_dtype
-from run.options import need, option
+from run.options import device, need, option
 
 AUTO = "auto"
 TEXT_LENGTHS = (128, 256, 512)  # tokens; the most of FLUX.1-dev, SD3.5 and Qwen-Image is 512 or above
@@ -56,7 +56,7 @@ class RenderOptions:
         least=1,
     )
     render_device: str | None = option(
-        None, "Of the renderer; unset: the process's own.", changes="nothing", where="drawer"
+        None, "Of the renderer; unset: the process's own.", changes="nothing", where="drawer", reads=device
     )
     render_compile: bool = option(
         False,

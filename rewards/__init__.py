@@ -17,7 +17,7 @@ from errors import UserError
 from interfaces import Prompt, Renderer, Reward
 from models.devices import pick_device, pick_dtype
 from models.hub import contents_of
-from run.options import option
+from run.options import device, option
 
 if TYPE_CHECKING:
     from clients.chat import VLMClient
@@ -33,7 +33,7 @@ FORMULAS = ["faithful", "released"]
 class RewardOptions:
     """What a user may choose about rewards; every field is a flag of the trainer and a key of its YAML files."""
 
-    reward_device: str | None = option(None, "Of rewards; unset: the renderer's.", changes="nothing")
+    reward_device: str | None = option(None, "Of rewards; unset: the renderer's.", changes="nothing", reads=device)
     reward_offload: bool = option(False, "Keep reward models in main memory between calls.", changes="nothing")
     reward_dtype: str = option(
         "float32",

@@ -99,7 +99,7 @@ def option(
             written; such options may differ. "pictures": what is drawn from a text; rewrites stay valid, pictures do
             not. "run": everything else.
         where: "drawer": an option of the machine that draws, not asked of a render server. "client": all others.
-        argparse_options: `choices`, `nargs`, `const`; or `words`, `needs` and limits as `_reader` has them.
+        argparse_options: `choices`, `nargs`, `const`; or `words`, `reads`, `needs` and limits as `_reader` has them.
     """
     if changes not in CHANGES or where not in WHERE:
         raise ValueError(f"changes {changes!r}, where {where!r}: give one of {CHANGES} and of {WHERE}")
@@ -158,7 +158,7 @@ class _Parser(TrlParser):
 
     def add_argument(self, *names: str, changes: str = "", where: str = "", **kwargs: Any) -> argparse.Action:
         kwargs |= THEIRS.get(names[0].removeprefix("--"), {}) if not changes else {}
-        own = {name: kwargs.pop(name) for name in ("words", "needs", *COMPARED) if name in kwargs}
+        own = {name: kwargs.pop(name) for name in ("words", "reads", "needs", *COMPARED) if name in kwargs}
         if "type" in kwargs:
             kwargs["type"] = _reader(names[0], kwargs["type"], blank=kwargs.get("default") == "", **own)
         if kwargs.get("const") is True:
@@ -175,16 +175,17 @@ def _reader(
     *,
     blank: bool,
     words: Sequence[str] = (),
+    reads: Callable[[str], Any] | None = None,
     needs: Mapping[Any, str] = MappingProxyType({}),
     **limits: float,
 ) -> Callable[[str], Any]:
     """What reads a value of `flag`, text -> value; UserError for a bad one.
 
-    `kind` is the field's own type; a float must be finite, and within `limits` (COMPARED).
+    `kind` is the field's own type, and `reads` goes before it; a float must be finite, and within `limits` (COMPARED).
     `words` stand for themselves beside whole numbers, blanks alone where `blank`. `needs` maps a value to the import
     name of the package without which it cannot be had.
     """
-    kind = int if words else kind
+    kind = reads or (int if words else kind)
     wanted = [NUMBERS.get(kind.__name__, "another"), *(COMPARED[name][1].format(n) for name, n in limits.items())]
 
     def read(text: str) -> Any:
@@ -210,6 +211,14 @@ def need(package: str, asker: str) -> None:
     if importlib.util.find_spec(package) is None:
         wanted = f"-r pyproject.toml --extra {EXTRAS[package]}" if package in EXTRAS else package
         raise UserError(f"{asker} needs {package}, which is not installed: uv pip install {wanted}")
+
+
+def device(text: str) -> str:
+    """The name of a device of torch's; ValueError if it is none. Whether there is one is asked when it is used."""
+    try:
+        return text if text == "auto" else str(torch.device(text))
+    except RuntimeError as error:
+        raise ValueError(text) from error
 
 
 def parse(kinds: Sequence[type], recipe: Path | None, argv: Sequence[str]) -> tuple[Any, ...]:

@@ -22,7 +22,7 @@ class Prefetcher:
 
     def __init__(self, scorers: Sequence[Reward]):
         self.scorers = [scorer for scorer in scorers if scorer.can_prefetch]
-        self._pools: dict[str, ThreadPoolExecutor] = {}
+        self._pools = {scorer.name: ThreadPoolExecutor(1, f"score {scorer.name}") for scorer in self.scorers}
         self._ready: dict[str, SimpleQueue[Sample]] = {scorer.name: SimpleQueue() for scorer in self.scorers}
         self._jobs: list[Future[None]] = []
 
@@ -40,7 +40,6 @@ class Prefetcher:
         scorer.prefetch([queue.get() for _ in range(queue.qsize())])
 
     def __enter__(self) -> Prefetcher:
-        self._pools = {scorer.name: ThreadPoolExecutor(1, f"score {scorer.name}") for scorer in self.scorers}
         return self
 
     def __exit__(self, failure: type[BaseException] | None, *_) -> None:

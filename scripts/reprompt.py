@@ -28,7 +28,7 @@ from models.policy import policy_contents
 from prompting import well_formed
 from rendering import RenderOptions, load_renderer, renderer_contents
 from run.files import atomic_write, check_settings, complete_lines, save_png
-from run.options import SEED, may_differ, option, parse, run_main, template_option
+from run.options import SEED, device, may_differ, option, parse, run_main, template_option
 from run.seeds import render_seed
 
 
@@ -46,7 +46,7 @@ class RepromptOptions:
     temperature: float = option(0.0, "0 is greedy.", changes="run", least=0)
     seed: int = option(0, "Of sampling, and of the noise that pictures start from.", changes="run", **SEED)
     dtype: str = option("auto", "Of the policy.", changes="run", choices=list(DTYPES))
-    device: str = option("auto", "Of policy and renderer.", changes="nothing")
+    device: str = option("auto", "Of policy and renderer.", changes="nothing", reads=device)
     samples: int = option(1, "Pictures a prompt, one seed each.", changes="pictures", least=1)
     baseline: bool = option(False, "Draw the user's own prompts too, from the same seeds.", changes="pictures")
 
