@@ -62,8 +62,9 @@ def test_200_hostile_prompts_are_trained_on_and_none_escapes_or_is_scored_unseen
     )
     with server as url:
         options = ["--config", toy.config, "--outdir", "run", "--data", prompts, "--rewards", "hps", "judge", "format"]
-        options += ["--judge_model", "miniature", "--judge_url", url, "--per_device_train_batch_size", 4]
-        options += ["--gradient_accumulation_steps", 10, "--max_steps", len(TEXTS) // 10, "--save_strategy", "no"]
+        options += ["--judge_model", "miniature", "--judge_url", url, "--per_device_train_batch_size", 8]
+        options += ["--gradient_accumulation_steps", 1, "--max_steps", len(TEXTS) // 2, "--save_strategy", "no"]
+        options += ["--learning_rate", 1e-5]  # so that the policy does not forget its form
         done = run(tmp_path, ROOT / "r1_prompter.py", *options)
     assert "cut to 2000" in done.stderr  # over-long prompts are cut with a warning
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
