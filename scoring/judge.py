@@ -172,9 +172,7 @@ class Watchdog:
             ScoringError: in PATIENCE batches in a row `samples/absent` was too high, or no answer could be read; with
                 what was missing, or why.
         """
-        if metrics.get("rewrites/unreadable", 0) < 1:
-            self._unreadable_batches = -9 * PATIENCE  # who has been read once may have bad luck in small batches
-        self._unreadable_batches += 1
+        self._unreadable_batches = self._unreadable_batches + 1 if metrics.get("rewrites/unreadable") == 1 else 0
         if self._unreadable_batches >= PATIENCE:
             reasons = Counter(unreadable_because(text, self.reasoning) for text in completions)
             (reason, count), example = reasons.most_common(1)[0], " ".join(completions[0].split())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +56,7 @@ def toy(tmp_path_factory) -> ToyStack:
     torch.manual_seed(0)
     stack.prompts.write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
     _flux().save_pretrained(stack.flux)
-    _save_policy(stack.policy)
+    save_policy(stack.policy)
     _save_hps(stack.hps)
     stack.config.write_text(yaml.safe_dump(_options(stack)), encoding="utf-8")
     return stack
@@ -114,8 +116,8 @@ def _flux():
     )
 
 
-def _save_policy(folder: Path) -> None:
-    """A Qwen2 that has half learnt the format, so that a group holds readable and unreadable answers."""
+def save_policy(folder: Path, prompts: Sequence[str] = PROMPTS) -> None:
+    """A Qwen2 that has half learnt the format, so that a group holds readable and unreadable answers to `prompts`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -141,9 +143,9 @@ def _save_policy(folder: Path) -> None:
     )  # fmt: skip
     policy = Qwen2ForCausalLM(config)
     chats = [
-        tokenizer.apply_chat_template(messages(PROMPTS[i % len(PROMPTS)]), tokenize=False, add_generation_prompt=True)
+        tokenizer.apply_chat_template(messages(prompts[i % len(prompts)]), tokenize=False, add_generation_prompt=True)
         + f"{answer}<|im_end|>"
-        for i, answer in enumerate(answers)
+        for i, answer in enumerate(answers * math.ceil(len(prompts) / len(answers)))
     ]
     ids = tokenizer(chats, return_tensors="pt", padding=True)
     labels = ids.input_ids.masked_fill(ids.attention_mask == 0, -100)

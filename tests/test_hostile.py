@@ -23,6 +23,7 @@ from rewards.hps import HPS
 from rewards.judge import TEMPLATE, Judge
 from scoring.drawing import Drawer
 from scoring.rollouts import Scorer
+from tests.conftest import save_policy
 from tests.hostile import TEXTS
 from tests.processes import ENVIRONMENT, ROOT
 
@@ -55,7 +56,15 @@ def read_back(path: Path) -> set[str]:
     return {prompt.text for prompt in load_prompts(path)}
 
 
-def test_200_hostile_prompts_are_trained_on_and_none_escapes_or_is_scored_unseen(toy, prompts, tmp_path):
+@pytest.fixture(scope="module")
+def fluent(tmp_path_factory) -> Path:
+    """A policy whose answers to hostile prompts can be read: three batches without such an answer stop a run."""
+    folder = tmp_path_factory.mktemp("fluent")
+    save_policy(folder, [text for text in TEXTS if text.strip() and len(text) < 60][::8])
+    return folder
+
+
+def test_200_hostile_prompts_are_trained_on_and_none_escapes_or_is_scored_unseen(toy, fluent, prompts, tmp_path):
     seen: list[str] = []
     server = JudgeServer(
         lambda samples: [0.5 for _ in samples], watch=lambda headers, body: seen.append(json.loads(body))
@@ -64,7 +73,7 @@ def test_200_hostile_prompts_are_trained_on_and_none_escapes_or_is_scored_unseen
         options = ["--config", toy.config, "--outdir", "run", "--data", prompts, "--rewards", "hps", "judge", "format"]
         options += ["--judge_model", "miniature", "--judge_url", url, "--per_device_train_batch_size", 8]
         options += ["--gradient_accumulation_steps", 1, "--max_steps", len(TEXTS) // 2, "--save_strategy", "no"]
-        options += ["--learning_rate", 1e-5]  # so that the policy does not forget its form
+        options += ["--gpt_path", fluent, "--learning_rate", 1e-5]
         done = run(tmp_path, ROOT / "r1_prompter.py", *options)
     assert "cut to 2000" in done.stderr  # over-long prompts are cut with a warning
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
