@@ -337,9 +337,8 @@ class RewriteTrainer(RunTrainer, GRPOTrainer):
             self._metrics["train"][name].append(value)
         if self.accelerator.is_main_process:
             self.folder.write_rollouts(self.state.global_step + 1, rows)
-        self.watchdog.check(
-            {**measured, **found}, [row["completion"] for row in rows]
-        )  # the same verdict on every rank
+        completions = [row["completion"] for row in rows]
+        self.watchdog.check({**measured, **found}, completions)  # the same verdict on every rank
         return batch
 
     def _rows(self, advantages: list[float]) -> list[dict[str, Any]]:
