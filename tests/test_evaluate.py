@@ -434,6 +434,7 @@ def test_a_folder_of_another_evaluation_is_refused_with_what_differs(whole, capf
     assert "seed 42 -> 7" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["gpt_path", "sdmodel_name", "git_path"])
 def test_another_model_behind_the_same_path_is_refused_and_a_moved_one_is_not(tmp_path, capfd, model):
     folder, out = WEIGHTS / {"gpt_path": "policy", "sdmodel_name": "flux", "git_path": "git"}[model], tmp_path / "out"

@@ -435,8 +435,6 @@ LAYOUTS = [
 ]
 KEY = "a key of the tests"
 
-ray_test = pytest.mark.xdist_group("ray")
-
 
 def below(pid: int) -> dict[int, str]:
     """Processes that `pid` started, and those that they did: pid -> command line."""
@@ -487,7 +485,7 @@ def there(served, monkeypatch):
     return load(served[0], render_timeout=60.0, render_steps=8, resolution=48, max_sequence_length=32)
 
 
-@ray_test
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("body", "headers", "status"),
     [
@@ -511,7 +509,7 @@ def test_our_server_refuses_what_it_does_not_do_in_the_shape_of_openais_errors(s
     assert all(name in error["message"] for name in body) and set(error) == {"message", "type", "param", "code"}
 
 
-@ray_test
+@pytest.mark.slow
 def test_our_server_says_that_it_is_well_without_a_key_and_nothing_else(served):
     root = served[0].removesuffix("/v1")
     assert httpx.get(f"{root}/health").status_code == 200
@@ -519,7 +517,7 @@ def test_our_server_says_that_it_is_well_without_a_key_and_nothing_else(served):
     assert httpx.get(f"{root}/etc/passwd", headers={"Authorization": f"Bearer {KEY}"}).status_code == 404
 
 
-@ray_test
+@pytest.mark.slow
 def test_our_server_listens_on_this_machine_alone_but_for_ports_of_replicas_that_ask_for_its_token(served):
     here, beyond = [], []
     for pid, command in {served[1].pid: "", **below(served[1].pid)}.items():
@@ -535,7 +533,6 @@ def test_our_server_listens_on_this_machine_alone_but_for_ports_of_replicas_that
 
 
 @pytest.mark.slow
-@ray_test
 def test_our_server_draws_the_very_pixels_of_this_process_though_a_replica_is_killed_meanwhile(served, there, here):
     texts = LAYOUTS * 4
     seeds = list(range(FIRST, FIRST + len(texts)))
@@ -555,7 +552,6 @@ def test_our_server_draws_the_very_pixels_of_this_process_though_a_replica_is_ki
 
 
 @pytest.mark.slow
-@ray_test
 def test_training_with_servers_gives_the_rollouts_and_rewards_of_training_without(served, tmp_path):
     def rollouts(name: str, *more: str) -> list[dict]:
         command = [sys.executable, "r1_prompter.py", "--config", "configs/miniature.yaml", "--outdir", tmp_path / name]
