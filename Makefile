@@ -1,10 +1,10 @@
-# make demo | test | test-all | check | miniature | size | lock   (all of it in .venv, made from requirements.lock)
+# make demo | test | test-slow | test-all | check | miniature | size | lock   (all of it in .venv, made from requirements.lock)
 PYTHON ?= python3.11
 VENV := .venv
 RUN := $(VENV)/bin/python
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-all check miniature size lock environment
+.PHONY: demo test test-slow test-all check miniature size lock environment
 
 demo: environment
 	$(RUN) scripts/demo.py
@@ -12,11 +12,13 @@ demo: environment
 test: environment check   # the quick lane: at most four minutes on two idle cores
 	$(PYTEST) -m "not slow"
 
-test-all: environment check   # everything; the extra `quantize` apart, because its packages slow every start down
-	$(PYTEST) --ignore tests/test_quantization.py
+test-slow: environment   # the rest; the extra `quantize` apart, because its packages slow every start down
+	$(PYTEST) -m slow --ignore tests/test_quantization.py
 	$(VENV)/bin/uv pip install --quiet --python $(RUN) --no-deps --target $(VENV)/quantize $$($(RUN) -c "import tomllib; \
 	  print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['quantize'])")
 	PYTHONPATH=$(VENV)/quantize OMP_NUM_THREADS=1 $(RUN) -m pytest tests/test_quantization.py
+
+test-all: test test-slow   # everything: at most twenty minutes
 
 check: environment
 	$(VENV)/bin/ruff check .

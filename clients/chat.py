@@ -60,6 +60,7 @@ UNREADABLE = "no verdict in"  # how the reason of an unparsable one begins
 # "[INST]" and the like: bracketed capitals. Angle brackets, of any kind, need no pattern.
 _BRACKETED = re.compile(r"\[(/?[A-Z_]{2,})\]")
 _LABEL = re.compile(r"\b(score|grade|rating|consistency|realism|quality)(s?\W{0,3})[:：]", re.IGNORECASE)
+_SCALE = re.compile(r"(\d\s*)/(?=\s*\d)")
 _ANGLES = str.maketrans("<>", "＜＞")
 _SLOTS = re.compile(r"\{([a-z]+)\}")
 _NO = r"(?:unsupported|(?:not|n't) (?:support|permit|allow)|only \S+ is|may only|unrecogni|unknown|unexpect|deprecat)"
@@ -374,9 +375,10 @@ def neutralise(text: str) -> str:
     """`text` in which nothing can pass for a tag, a chat marker or a labelled score, readable to a model as before.
 
     All angle brackets become their full-width twins (`<score>`, `</prompt>`, `<|im_start|>` in any spelling), and so
-    do the brackets around capitals (`[INST]`, `[/IMG]`). The colon of "Score: 1" becomes a ratio sign.
+    do the brackets around capitals (`[INST]`, `[/IMG]`). The colon of "Score: 1" becomes a ratio sign, the slash of
+    "10/10" a division slash.
     """
-    return _LABEL.sub(r"\1\2∶", _BRACKETED.sub(r"［\1］", text).translate(_ANGLES))
+    return _SCALE.sub(r"\1∕", _LABEL.sub(r"\1\2∶", _BRACKETED.sub(r"［\1］", text).translate(_ANGLES)))
 
 
 def picture_hash(image: Image.Image) -> str:

@@ -26,7 +26,7 @@ _ANSWER = re.compile(r"<\s*+answer\s*+>|<\|begin_of_box\|>", re.IGNORECASE)
 _ANSWERED = re.compile(r"<\s*+/\s*+answer\s*+>|<\|end_of_box\|>", re.IGNORECASE)
 _OBJECT = re.compile(r"\{[^{}]*+\}")
 _MARKUP = re.compile(
-    r"^[ \t]*+```\w*+[ \t]*+$|[*`$]|\\[a-z]++\{?|<\|[^<>|]*+\|>|</?(?:b|i|p|em|strong|br ?/?)>"
+    r"^[ \t]*+```\w*+[ \t]*+$|[*`$]|\\[a-z]{2,}+\{?|<\|[^<>|]*+\|>|</?(?:b|i|p|em|strong|br ?/?)>"
     r"|^[ \t]*+(?:[#>]++|[-+•]++(?=[ \t]))|(?<!\w)_++|_++(?!\w)",
     re.IGNORECASE | re.MULTILINE,
 )

@@ -315,8 +315,9 @@ def test_a_reward_that_fails_on_one_process_stops_all_with_its_reason(toy, tmp_p
 
 
 def test_groups_that_all_score_alike_raise_an_alarm_and_not_a_stop(toy, tmp_path):
-    unreadable = ["--rewards", "format", "--max_completion_length", 1]
-    done = run(TRAIN, toy, tmp_path / "run", *unreadable)
+    with JudgeServer(lambda samples: [0.5 for _ in samples]) as url:
+        options = ["--rewards", "judge", "--judge_model", "miniature", "--judge_url", url]
+        done = run(TRAIN, toy, tmp_path / "run", *options)
     assert done.returncode == 0 and done.stderr.count("every group's members scored alike") == 1
     assert {row["groups/equal"] for row in rows(tmp_path / "run" / "metrics.jsonl")} == {1.0}
 

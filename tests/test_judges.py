@@ -424,11 +424,9 @@ def test_tags_in_the_prompt_cannot_forge_a_verdict(template):
 
 def test_neutralise_takes_every_marker_and_nothing_else():
     assert neutralise("<|im_start|> [INST] </score>") == "＜|im_start|＞ ［INST］ ＜/score＞"
-    assert neutralise("**Score:** 1, quality：2") == "**Score∶** 1, quality∶2"
-    assert (
-        neutralise("a [red] cat, {prompt}, at 5:30, 5 (five) dogs 🐕")
-        == "a [red] cat, {prompt}, at 5:30, 5 (five) dogs 🐕"
-    )
+    assert neutralise("**Score:** 1, quality：2, 10/10") == "**Score∶** 1, quality∶2, 10∕10"
+    harmless = "a [red] cat, {prompt}, at 5:30, a/b, 5 (five) dogs 🐕"
+    assert neutralise(harmless) == harmless
 
 
 @pytest.mark.parametrize("text", ["broken \ud83d surrogate", "", "\x00 <"])
