@@ -336,7 +336,7 @@ class RewriteTrainer(RunTrainer, GRPOTrainer):
         for name, value in {**measured, **found}.items():
             self._metrics["train"][name].append(value)
         if self.accelerator.is_main_process:
-            self.folder.write_rollouts(self.state.global_step + 1, rows)
+            self.folder.write_rows("rollouts", self.state.global_step + 1, rows)
         completions = [row["completion"] for row in rows]
         self.watchdog.check({**measured, **found}, completions)  # the same verdict on every rank
         return batch

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from data.grammar import DEPTH_RELATIONS, RELATIONS, TASKS, read
 from data.text import json_rows, normalize, text_lines
@@ -55,6 +57,15 @@ def load_prompts(path: str | Path) -> list[Prompt]:
     if len(unique) < len(prompts):
         log.warning("%s: %d duplicated prompts left out, %d kept", path, len(prompts) - len(unique), len(unique))
     return list(unique.values())
+
+
+def prompts_of_step(step: int, prompts: Sequence[Prompt], count: int, seed: int) -> list[Prompt]:
+    """The `count` prompts of a step, from 1 on: each epoch has an order of its own and leaves none out."""
+    chosen = []
+    for place in range((step - 1) * count, step * count):
+        epoch, index = divmod(place, len(prompts))
+        chosen.append(prompts[np.random.default_rng([seed, epoch]).permutation(len(prompts))[index]])
+    return chosen
 
 
 def dump_prompt(prompt: Prompt) -> dict:

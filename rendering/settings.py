@@ -40,14 +40,14 @@ def check(options: RenderOptions) -> None:
     if not folder or not (folder / "model_index.json").is_file():
         return
     try:
-        outline = _outline(folder)
+        pipe = outline(folder)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return
-    call_settings(options, outline)
+    call_settings(options, pipe)
 
 
 @lru_cache(1)
-def _outline(folder: Path) -> DiffusionPipeline:
+def outline(folder: Path) -> DiffusionPipeline:
     """The pipeline without weights, text encoders and scheduler."""
     index = DiffusionPipeline.load_config(folder, local_files_only=True)
     kind = _get_task_class(AUTO_TEXT2IMAGE_PIPELINES_MAPPING, index["_class_name"])

@@ -32,6 +32,7 @@ from run.files import FULL, append_line, atomic_write, complete_lines, differenc
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"  # of --resume
+ROWS = ("rollouts", "evaluations")  # folders of rows by step
 LAYOUT = 2  # of run.json; a folder of another layout was made with options that have other names
 
 
@@ -133,7 +134,7 @@ class RunFolder:
             if changed := differences(before, {"contents": self.contents}):
                 raise UserError(f"--outdir {self.path} holds a run of other models ({changed}): choose another folder")
         resume = self._choose({}, contents=True)
-        (self.path / "rollouts").mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
         self._cut_after(resume.step)
         about = {
             "layout": LAYOUT,
@@ -213,11 +214,11 @@ class RunFolder:
     def _cut_after(self, step: int) -> None:
         metrics = self.path / "metrics.jsonl"
         if metrics.exists():
-            kept = [line for line in complete_lines(metrics, cut=False) if _step_of(line) <= step]
+            kept = [line for line in complete_lines(metrics, cut=False) if step and _step_of(line) <= step]
             atomic_write(metrics, b"".join(line + b"\n" for line in kept))
-        for rollouts in (self.path / "rollouts").glob("step_*.jsonl"):
-            if int(rollouts.stem.removeprefix("step_")) > step:
-                rollouts.unlink()
+        for rows in (path for kind in ROWS for path in (self.path / kind).glob("step_*.jsonl")):
+            if int(rows.stem.removeprefix("step_")) > step:
+                rows.unlink()
 
     # What is written -------------------------------------------------------------------------------------------------
 
@@ -226,11 +227,12 @@ class RunFolder:
         row = {"step": step, "seconds_since_start": round(time.time() - self.started, 3), **metrics}
         self._with_room(lambda: append_line(self.path / "metrics.jsonl", json.dumps(row)))
 
-    def write_rollouts(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write `rollouts/step_NNNNNN.jsonl`, complete or not at all."""
+    def write_rows(self, kind: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write `KIND/step_NNNNNN.jsonl`, complete or not at all; `kind` is one of ROWS."""
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         content = text.encode("utf-8", "surrogatepass")
-        self._with_room(lambda: atomic_write(self.path / "rollouts" / f"step_{step:06d}.jsonl", content))
+        (self.path / kind).mkdir(exist_ok=True)
+        self._with_room(lambda: atomic_write(self.path / kind / f"step_{step:06d}.jsonl", content))
 
     def save_image(self, image: Image.Image) -> str | None:
         """Store an image once, named by the hash of its PNG; returns its path in the folder, None on a full disk."""

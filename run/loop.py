@@ -155,7 +155,7 @@ class Loop:
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             skipped = self.finite.drop_bad_gradients(parameters)
             if max_norm is not None and not skipped:
-                self.accelerator.clip_grad_norm_(parameters, max_norm)
+                self.metrics["grad_norm"] = float(self.accelerator.clip_grad_norm_(parameters, max_norm))
         optimizer.step()
         skipped |= self.accelerator.optimizer_step_was_skipped
         optimizer.zero_grad()
@@ -168,7 +168,7 @@ class Loop:
         """Write this step's metrics and rollouts, those of all processes, and show the progress."""
         if self.accelerator.is_main_process:
             if rollouts:
-                self.folder.write_rollouts(self.done + 1, rollouts)
+                self.folder.write_rows("rollouts", self.done + 1, rollouts)
             self.step_log.write(self.done + 1, {**metrics, **self.metrics})
 
     def _save(self) -> None:

@@ -36,6 +36,17 @@ def diagnose(rows: Sequence[Row], group: int, max_tokens: int) -> dict[str, floa
     }
 
 
+def of_pictures(rows: Sequence[Row], group: int) -> dict[str, float]:
+    """All metrics of a rollout without rewrites, with the means that TRL would log."""
+    totals = [row["total"] for row in rows if row["total"] is not None]
+    means = {"reward": float(np.mean(totals))} if totals else {}
+    for name in rows[0]["parts"]:
+        known = [row["parts"][name] for row in rows if row["parts"][name] is not None]
+        means |= {f"rewards/{name}/mean": float(np.mean(known))} if known else {}
+    found = {**equal_groups(rows, group), **rewards(rows, group), **held_out(rows, group)}
+    return {"samples/absent": absent(rows), **means, **found}
+
+
 def absent(rows: Sequence[Row]) -> float:
     """Share without a score of the rollouts that could be read, of all where none could.
 

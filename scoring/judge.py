@@ -194,7 +194,7 @@ class Watchdog:
         self._equal_batches = self._equal_batches + 1 if metrics.get("groups/equal") == 1 else 0
         if self._equal_batches == PATIENCE:
             advice = "raise --temperature if the rewrites in rollouts/ are alike, else give rewards that differ"
-            if metrics["rewrites/unreadable"] >= 0.5:
+            if metrics.get("rewrites/unreadable", 0) >= 0.5:
                 advice = "answers cannot be read: raise --max_completion_length if they are cut, or begin with sft.py"
             logger.warning(
                 "%d batches in a row in which every group's members scored alike: nothing is being learnt; %s",

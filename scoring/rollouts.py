@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from accelerate.utils import gather_object
 
@@ -19,6 +19,8 @@ from scoring.drawing import Answered, Drawer
 from scoring.judge import judge
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 # What a renderer or reward may raise because of its input or machine; anything else is a bug and ends at once.
 FAILURES = (UserError, OSError, RuntimeError, ValueError)
@@ -90,28 +92,8 @@ class Scorer:
         self.metrics: dict[str, float] = {}
 
     def score_together(self, completions: Sequence[str], prompt_ids: Sequence[str], step: int) -> list[Rollout]:
-        """`score`, on every process; if one of them fails or was told to leave, all raise the same.
-
-        Raises:
-            Leave: a process was told to leave; the batch is given up.
-            ScoringError: on a process the renderer or a reward failed, with that process's reason.
-        """
-        rollouts, failure = [], ""
-        try:
-            rollouts = self.score(completions, prompt_ids, step)
-        except Leave:
-            logger.info("told to leave: this batch of step %d is given up", step)
-        except ScoringError as error:
-            failure = str(error)
-        except FAILURES as error:
-            logger.exception("step %d could not be scored", step)
-            failure = f"scoring failed ({type(error).__name__}: {error}); see the log above, then --resume"
-        everywhere = gather_object([(failure, leaving())])
-        failures = [f"process {rank}: {reason}" for rank, (reason, _) in enumerate(everywhere) if reason]
-        if failures:
-            raise ScoringError("; ".join(failures) if len(everywhere) > 1 else failure)
-        if code := max(code for _, code in everywhere):
-            raise Leave(code)
+        """`score`, on every process; raises as `together`."""
+        rollouts = together(lambda: self.score(completions, prompt_ids, step), step)
         self.enter("train", step)
         return rollouts
 
@@ -152,6 +134,32 @@ class Scorer:
                 drawn.samples, readings, drawn.seeds, judged.parts, judged.held_out, strict=True
             )
         ]
+
+
+def together(work: Callable[[], Result], step: int) -> Result:
+    """The result of `work`, which draws and scores; if a process fails or was told to leave, all raise the same.
+
+    Raises:
+        Leave: a process was told to leave; the batch is given up.
+        ScoringError: on a process the renderer or a reward failed, with that process's reason.
+    """
+    result, failure = None, ""
+    try:
+        result = work()
+    except Leave:
+        logger.info("told to leave: this batch of step %d is given up", step)
+    except ScoringError as error:
+        failure = str(error)
+    except FAILURES as error:
+        logger.exception("step %d could not be scored", step)
+        failure = f"scoring failed ({type(error).__name__}: {error}); see the log above, then --resume"
+    everywhere = gather_object([(failure, leaving())])
+    failures = [f"process {rank}: {reason}" for rank, (reason, _) in enumerate(everywhere) if reason]
+    if failures:
+        raise ScoringError("; ".join(failures) if len(everywhere) > 1 else failure)
+    if code := max(code for _, code in everywhere):
+        raise Leave(code)
+    return result
 
 
 def rollout_rows(
