@@ -45,7 +45,7 @@ from rewards.offload import describe
 from run.files import file_hash
 from run.folder import RunFolder
 from run.heartbeat import Heartbeat
-from run.loop import Loop
+from run.loop import Loop, make_accelerator
 from run.loop_options import LoopArguments
 from run.options import may_differ, option, parse, run_main
 from run.progress import start_run
@@ -202,8 +202,8 @@ class PrefGRPO:
 
     Attributes:
         net: the transformer as accelerate prepared it; `renderer` draws with what is inside.
-        ema, old, start: copies of the trained weights: the average that is evaluated, the old policy of nft and awm, and
-            the reference of the penalty, which for awm is the old policy.
+        ema, old, start: copies of the trained weights: the average that is evaluated, the old policy of nft and awm,
+            and the reference of the penalty, which for awm is the old policy.
     """
 
     def __init__(
@@ -219,8 +219,6 @@ class PrefGRPO:
         self.is_checked = self.is_forward  # whether replayed log-probabilities were compared with the sampled ones
         trained = make_trainable(renderer.denoiser, options.loop)
         save_trained_alone(accelerator, renderer.denoiser)
-        if accelerator.distributed_type == "DEEPSPEED":
-            accelerator.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = renderer.chunk_size
         optimizer = torch.optim.AdamW(trained, options.loop.learning_rate, weight_decay=options.loop.weight_decay)
         self.net, self.optimizer = accelerator.prepare(renderer.denoiser, optimizer)
         renderer.pipe.transformer = accelerator.unwrap_model(self.net)
@@ -412,9 +410,7 @@ def train(options: Options) -> None:
     watched = watch.prompts(prompts)
     numbers = plan(options, int(os.environ.get("WORLD_SIZE", "1")))
     check_method(render.sdmodel_name, script.loss, script.train_guidance)
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(), gradient_accumulation_steps=numbers["passes_per_optimizer_step"]
-    )
+    accelerator = make_accelerator(numbers["passes_per_optimizer_step"], render.render_batch_size, loop.max_grad_norm)
     device, rank = str(accelerator.device), accelerator.process_index
     render.settle(device)
     reward.settle(reward.reward_device or device)

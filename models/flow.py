@@ -58,7 +58,7 @@ class Gaussian(NamedTuple):
     std: float
 
 
-def transition(kind: str, x: Tensor, v: Tensor, sigma: float, sigma_next: float, eta: float, first: float) -> Gaussian:
+def transition(kind: str, x: Tensor, v: Tensor, sigma: float, sigma_next: float, eta: float, top: float) -> Gaussian:
     """One step from `sigma` to `sigma_next`.
 
     Flow and Dance are one SDE, x' = x + (v - s²/2 · score) dt + s sqrt(|dt|) ε with score = -(x + (1 - σ) v) / σ:
@@ -70,7 +70,7 @@ def transition(kind: str, x: Tensor, v: Tensor, sigma: float, sigma_next: float,
         x: x_σ.
         v: velocity at x and σ.
         eta: strength of the noise.
-        first: the schedule's second σ, the largest for which 1 - σ is divided by: at σ = 1 that is infinite.
+        top: the schedule's second σ, the largest for which 1 - σ is divided by: at σ = 1 that is infinite.
     """
     x, v, dt = x.float(), v.float(), sigma_next - sigma
     if kind == "ode":
@@ -79,7 +79,7 @@ def transition(kind: str, x: Tensor, v: Tensor, sigma: float, sigma_next: float,
         std = sigma_next * math.sin(eta * math.pi / 2)
         kept = math.sqrt(max(sigma_next**2 - std**2, 0.0))
         return Gaussian((1 - sigma_next) * (x - sigma * v) + kept * (x + (1 - sigma) * v), std)
-    spread = eta * math.sqrt(sigma / (1 - min(sigma, first))) if kind == "flow" else eta
+    spread = eta * math.sqrt(sigma / (1 - min(sigma, top))) if kind == "flow" else eta
     score = -(x + (1 - sigma) * v) / sigma
     return Gaussian(x + (v - spread**2 / 2 * score) * dt, spread * math.sqrt(-dt))
 
@@ -100,7 +100,7 @@ def log_prob(kind: str, x_next: Tensor, step: Gaussian) -> Tensor:
 
 @dataclass(frozen=True)
 class Taken:
-    """A step that was sampled, or the same under the weights of now: (B,) log-probability of x_σ', and its Gaussian."""
+    """A step that was sampled, or the same under newer weights: (B,) log-probability of x_σ', and its Gaussian."""
 
     log_prob: Tensor
     step: Gaussian

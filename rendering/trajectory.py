@@ -220,7 +220,7 @@ class FlowRenderer(LocalRenderer):
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.pipe.scheduler.config)
         parts = {
             **self.pipe.components,
-            "transformer": torch.nn.Module.to(whole, self.pipe.dtype),
+            "transformer": torch.nn.Module.to(whole, self.pipe.dtype),  # without ModelMixin's warning
             "scheduler": scheduler,
         }
         type(self.pipe)(**parts).save_pretrained(folder)

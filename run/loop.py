@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import gather_object
 
@@ -38,6 +38,23 @@ def signals_of_all() -> tuple[int, bool]:
     """Exit code to leave with, 0 to stay, and whether to save: the same on all processes."""
     told = gather_object([(signals.leaving(), signals.saving())])
     return max(code for code, _ in told), any(save for _, save in told)
+
+
+def make_accelerator(passes: int = 1, batch_size: int = 1, max_norm: float = 1.0) -> Accelerator:
+    """What the launcher asks for, for a loop without data loaders.
+
+    Args:
+        passes: backward passes of one optimiser step, on each process.
+        batch_size: rows of one of them; DeepSpeed wants to know that, and
+        max_norm: as given to `Loop.optimizer_step`.
+    """
+    if not torch.cuda.is_available():
+        PartialState(cpu=True)  # or accelerate counts one process where DeepSpeed runs several on CPUs
+    accelerator = Accelerator(gradient_accumulation_steps=passes)
+    if accelerator.distributed_type == "DEEPSPEED":
+        known = {"train_micro_batch_size_per_gpu": batch_size, "gradient_clipping": max_norm}
+        accelerator.deepspeed_plugin.deepspeed_config.update(known)
+    return accelerator
 
 
 class FiniteSteps:
@@ -150,12 +167,12 @@ class Loop:
         Raises:
             Stopped: PATIENCE steps in a row were skipped.
         """
-        skipped = False
+        skipped, parameters = False, []
         if self.accelerator.distributed_type != "DEEPSPEED":  # which has looked, clipped and stepped in `backward`
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             skipped = self.finite.drop_bad_gradients(parameters)
-            if max_norm is not None and not skipped:
-                self.metrics["grad_norm"] = float(self.accelerator.clip_grad_norm_(parameters, max_norm))
+        if max_norm is not None and not skipped:
+            self.metrics["grad_norm"] = float(self.accelerator.clip_grad_norm_(parameters, max_norm))
         optimizer.step()
         skipped |= self.accelerator.optimizer_step_was_skipped
         optimizer.zero_grad()

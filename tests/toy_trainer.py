@@ -8,13 +8,12 @@ No TRL. `run.Loop`, `run.Saver`, `scoring.judge` and `scoring.advantages` are al
 import sys
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from interfaces import Prompt, Reward, Sample
 from run.folder import RunFolder
 from run.heartbeat import Heartbeat
-from run.loop import Loop
+from run.loop import Loop, make_accelerator
 from run.options import run_main
 from run.progress import start_run
 from scoring.advantages import advantages
@@ -34,13 +33,12 @@ class Likes(Reward):
 
 def train(outdir: str, steps: int, resume: str | None) -> None:
     torch.manual_seed(0)
-    accelerator = Accelerator(cpu=True)
+    accelerator = make_accelerator(batch_size=GROUP)
     folder = RunFolder(outdir, {"num_processes": accelerator.num_processes}, resume=resume)
     folder.plan(steps)
     start = start_run(folder, {}, [])
     model = torch.nn.Sequential(torch.nn.Linear(len(PROMPTS), 16), torch.nn.ReLU(), torch.nn.Linear(16, CHOICES))
-    data = torch.utils.data.DataLoader(torch.eye(len(PROMPTS)), batch_size=2)  # tells DeepSpeed the size of a batch
-    model, optimizer, _ = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.02), data)
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.02))
     heartbeat = Heartbeat(folder.path, accelerator.process_index, 60)
     torch.manual_seed(accelerator.process_index)  # each process samples its own rollouts
     with Loop(accelerator, folder, start, heartbeat, total=steps, save_every=3, model=model, keep=2) as loop:
