@@ -11,6 +11,7 @@ is read by the grammar, like a line of text.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -57,6 +58,11 @@ def load_prompts(path: str | Path) -> list[Prompt]:
     if len(unique) < len(prompts):
         log.warning("%s: %d duplicated prompts left out, %d kept", path, len(prompts) - len(unique), len(unique))
     return list(unique.values())
+
+
+def hash_of_ids(prompts: Sequence[Prompt]) -> str:
+    """16 hex digits: the same for the same prompts in the same order, wherever their file lies."""
+    return hashlib.sha256("".join(prompt.id for prompt in prompts).encode()).hexdigest()[:16]
 
 
 def prompts_of_step(step: int, prompts: Sequence[Prompt], count: int, seed: int) -> list[Prompt]:

@@ -1,4 +1,4 @@
-"""Did the policy train on the benchmark? Looked up before a score is printed.
+"""Did the policy or the tuned renderer train on the benchmark? Looked up before a score is printed.
 
 Two prompts are the same if their texts have one normal form (`data.text.normalize`), or if they ask for the same: the
 canonical tuple of task, things, attributes, numbers and relation (`data.grammar.canonical`).
@@ -6,7 +6,6 @@ canonical tuple of task, things, attributes, numbers and relation (`data.grammar
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from data.grammar import canonical, read
 from data.text import normalize
 from evaluation.benchmark import Item
 from interfaces import Prompt
+from run.folder import config_of
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,10 @@ def leaks(items: Sequence[Item], training: Sequence[Prompt]) -> Leak:
     return Leak(len(training), exact, same)
 
 
-def training_files(policy: str | None) -> list[Path]:
-    """The file of prompts that the run in the folder `policy` was trained on; [] if that is not known."""
-    record = Path(policy or "", "run.json")
-    if policy is None or not record.is_file():
-        return []
-    path = Path(json.loads(record.read_text(encoding="utf-8"))["config"]["data"])
-    return [path] if path.is_file() else []
+def training_files(*models: str | None) -> list[Path]:
+    """The files of prompts that the runs which left these models were trained on, as far as they are known."""
+    paths = [Path(config_of(Path(model)).get("data", "")) for model in models if model]
+    return [path for path in paths if path.is_file()]
 
 
 def summary(found: Leak | None) -> str:

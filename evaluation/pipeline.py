@@ -24,7 +24,7 @@ from errors import UserError
 from evaluation.benchmark import Benchmark, Item, Verdict
 from evaluation.layouts import picture
 from evaluation.systems import Drawn, System
-from run.files import atomic_write, check_settings, complete_lines, save_png
+from run.files import check_settings, complete_lines, save_png, write_settings
 from run.seeds import render_seed
 
 Row = dict[str, Any]
@@ -58,7 +58,7 @@ class Evaluation:
     def open(self) -> None:
         """Make the folder; for one process."""
         (self.out / "images").mkdir(parents=True, exist_ok=True)
-        atomic_write(self.out / "settings.json", json.dumps(self.settings, indent=1, sort_keys=True).encode())
+        write_settings(self.out / "settings.json", self.settings)
 
     def run(self, name: str, system: System, benchmark: Benchmark) -> None:
         """Make, judge and write down what is not finished of one system in this process's units."""

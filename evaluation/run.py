@@ -6,6 +6,7 @@
     ... --n 4 --select hps          best of four rewrites, by a reward, beside them
     ... --revise 2 --select gdino   draw, look, tell the policy what is missing, twice at most
     ... --rewrites file.jsonl       somebody else's rewrites: rows of prompt and rewrite
+    ... --tuned runs/flow           the user's own words, drawn with the weights that pref_grpo.py trained
     ... --images old new            pictures that are there already, each folder in the benchmark's own layout
     accelerate launch --num_processes 8 scripts/evaluate.py ...                    the same, shared; the same table
 
@@ -23,7 +24,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ from run.files import atomic_write, complete_lines, file_hash, git_commit, insta
 from run.options import SEED, may_differ, option, parse, run_main, template_option
 
 ROOT = Path(__file__).resolve().parent.parent
+LORA = "pytorch_lora_weights.safetensors"  # diffusers' own name, which `pref_grpo` keeps
 
 
 @dataclass
@@ -67,6 +69,7 @@ class EvaluateOptions:
     out: str = option(help="Folder to write to, or to continue in.", changes="nothing")
     gpt_path: str | None = option(None, "Policy: folder, adapter folder or hub name.", changes="run")
     rewrites: str | None = option(None, "A .jsonl with `prompt` and `rewrite`, to be drawn.", changes="run")
+    tuned: str | None = option(None, "Run of pref_grpo.py, or its best/, to draw raw prompts with.", changes="run")
     images: list[str] = option([], "Folders of pictures to judge, in the benchmark's layout.", changes="run")
     samples: int | None = option(None, "Pictures a prompt; unset: the protocol's.", changes="run", least=1)
     seed: int = option(42, "Of noise and sampling.", changes="run", **SEED)
@@ -78,7 +81,7 @@ class EvaluateOptions:
         None, f"Reward that chooses; not the benchmark's own judge. Of: {', '.join(REWARDS)}.", changes="run"
     )
     training_prompts: list[str] = option(
-        [], "For the leak check; unset: what the policy's run.json names.", changes="nothing"
+        [], "For the leak check; unset: what run.json of policy and --tuned name.", changes="nothing"
     )
     temperature: float = option(1.0, "Of the rewrites to choose from; the other is greedy.", changes="run", above=0)
     max_new_tokens: int = option(512, "Of one answer of the policy.", changes="run", least=1)
@@ -110,9 +113,23 @@ def parse_options(argv: Sequence[str], known: Constructors) -> Options:
     if (args.n > 1 or args.revise) and not (args.select and args.gpt_path):
         raise UserError(f"--n {args.n} and --revise {args.revise} choose among a policy's pictures: name --select "
                          "and --gpt_path")  # fmt: skip
-    if args.images and (args.gpt_path or args.rewrites):
-        raise UserError("--images are judged as they are: leave --gpt_path and --rewrites out")
+    if args.images and (args.gpt_path or args.rewrites or args.tuned):
+        raise UserError("--images are judged as they are: leave --gpt_path, --rewrites and --tuned out")
+    if args.tuned:
+        with_tuned(options.render, args.tuned)  # refused before anything is loaded or written
     return options
+
+
+def with_tuned(render: RenderOptions, run: str) -> RenderOptions:
+    """How to draw, otherwise alike, with what `pref_grpo` left in `run`; UserError if nothing, or they exclude it."""
+    if render.render_lora or render.remote:
+        raise UserError(f"--tuned {run} is a LoRA or a pipeline in this process: give no --render_lora and no servers")
+    if Path(run, LORA).is_file():
+        return replace(render, render_lora=run)
+    if Path(run, "model_index.json").is_file():
+        return replace(render, sdmodel_name=run)
+    raise UserError(f"--tuned {run} has neither {LORA} nor model_index.json: give the folder of a finished run of "
+                    "pref_grpo.py, or its best/")  # fmt: skip
 
 
 # What is drawn -----------------------------------------------------------------------------------------------------
@@ -128,7 +145,10 @@ def systems(options: Options, items: Sequence[Item], samples: int) -> dict[str, 
         return {name: There(place, args.benchmark, items, samples) for name, place in places.items()}
     device = str(PartialState().device)
     renderer = load_renderer(options.render, device)
-    made: dict[str, System] = {"raw": Fixed(renderer, {i.id: (well_formed(i.prompt.text), True) for i in items}, {})}
+    raw = {item.id: (well_formed(item.prompt.text), True) for item in items}
+    made: dict[str, System] = {"raw": Fixed(renderer, raw, {})}
+    if args.tuned:
+        made["tuned"] = Fixed(load_renderer(with_tuned(options.render, args.tuned), device), raw, {})
     if args.rewrites:
         made["given"] = Fixed(renderer, _given(Path(args.rewrites), items), {})
     if not args.gpt_path:
@@ -210,7 +230,7 @@ def evaluate(options: Options, known: Constructors) -> None:
     settings = _settings(options, benchmark, items, samples)
     share = (state.process_index, state.num_processes)
     run = Evaluation(Path(args.out), settings, items, samples, args.seed, args.unit, share)
-    files = args.training_prompts or leak.training_files(args.gpt_path)
+    files = args.training_prompts or leak.training_files(args.gpt_path, args.tuned)
     found = leak.leaks(items, [prompt for path in files for prompt in load_prompts(path)]) if files else None
     state.wait_for_everyone()  # all have looked at the folder
     if state.is_main_process:
@@ -243,7 +263,7 @@ def _settings(options: Options, benchmark: Benchmark, items: Sequence[Item], sam
         **(policy_contents(args.gpt_path) if args.gpt_path else {}),
         **({} if args.images else renderer_contents(options.render)),
         **reward_contents([args.select], options.reward),
-        **contents_of({"rewrites": args.rewrites} if args.rewrites else {}),
+        **contents_of({name: path for name in ("rewrites", "tuned") if (path := ours[name])}),
     }
     return {
         **{name: value for name, value in ours.items() if name not in may_differ(*parts)},

@@ -152,9 +152,14 @@ def fingerprint(path: Path) -> str:
 def _decisive(folder: Path) -> set[Path]:
     pipeline = folder / "model_index.json"
     if pipeline.is_file():  # weights beside it are another copy, of another library's layout
-        return {pipeline}.union(*(_decisive(part) for part in folder.iterdir() if part.is_dir()))
+        return {pipeline}.union(*map(_decisive, parts_of(folder)))
     weights = set(folder.glob("*.safetensors")) or {path for path in folder.iterdir() if path.suffix in PICKLES}
     return weights.union(*map(folder.glob, DECISIVE))
+
+
+def parts_of(pipeline: Path) -> list[Path]:
+    """The folders of a pipeline's models, by its index; a run folder has others beside them."""
+    return [pipeline / name for name in _read_json(pipeline / "model_index.json") if (pipeline / name).is_dir()]
 
 
 def _digest(path: Path) -> str:

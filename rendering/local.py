@@ -32,11 +32,12 @@ from interfaces import OnImage
 from models.devices import pick_dtype
 from models.frozen import DTYPES, without_zero3_init
 from models.hub import let_count, resolve
-from models.weights import check_folder, locked
+from models.weights import check_folder, locked, parts_of
 from rendering.levers import TRIAL_MEMORY_SHARE, apply, on_device, smallest_good_batch, text_encoders
 from rendering.options import RenderOptions
 from rendering.rows import OnRow, Outcome, Row, draw_distinct
 from rendering.settings import call_settings, guidance_name
+from run.folder import config_of
 from run.signals import leaving
 
 logger = logging.getLogger(__name__)
@@ -362,8 +363,19 @@ def load_pipeline(
     for component in map(let_count, pipe.components.values()):
         if isinstance(component, torch.nn.Module):
             component.eval().requires_grad_(False)
+    _warn_of_size(options, pipe)
     apply(options, pipe, torch.device(device))
     return pipe
+
+
+def _warn_of_size(options: RenderOptions, pipe: DiffusionPipeline) -> None:
+    """Say so where a run of `pref_grpo` trained these weights at another size than is drawn; one process does."""
+    for source in filter(None, (options.sdmodel_name, options.render_lora)):
+        if config := config_of(Path(source.partition(":")[0])):
+            own = pipe.default_sample_size * pipe.vae_scale_factor  # all that are trained there have them
+            trained, drawn = config.get("resolution") or own, options.resolution or own
+            if trained != drawn and os.environ.get("RANK", "0") == "0":
+                logger.warning("%s was trained at %d pixels and draws at %d (--resolution)", source, trained, drawn)
 
 
 def find_pipeline(path: str) -> Path:
@@ -377,9 +389,8 @@ def find_pipeline(path: str) -> Path:
 
 def _load(path: str, dtype: torch.dtype) -> DiffusionPipeline:
     folder = find_pipeline(path)
-    for part in folder.iterdir():
-        if part.is_dir():
-            check_folder(part)
+    for part in parts_of(folder):
+        check_folder(part)
     if os.environ.get("RANK", "0") == "0":
         print(f"loading {path}", file=sys.stderr, flush=True)
     try:

@@ -212,7 +212,13 @@ class FlowRenderer(LocalRenderer):
     def save(self, folder: Path, state: Mapping[str, Tensor], lora: bool) -> None:
         """Write the transformer's weights as others load them: a LoRA of diffusers, or the whole pipeline."""
         if lora:
-            layers = {name.replace(".default.", "."): value for name, value in state.items() if ".lora_" in name}
+            config = self.denoiser.peft_config["default"]
+            scale = config.lora_alpha / config.r  # goes into the weights, because loaders find no alpha and take 1
+            layers = {
+                name.replace(".default.", "."): value * (scale if ".lora_B." in name else 1)
+                for name, value in state.items()
+                if ".lora_" in name
+            }
             self.pipe.save_lora_weights(str(folder), transformer_lora_layers=layers)
             return
         whole = type(self.denoiser).from_config(self.denoiser.config)

@@ -103,6 +103,11 @@ def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
         raise UserError(f"--out {path.parent} was made with other settings ({changed}): name another folder")
 
 
+def write_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Write what `check_settings` compares with later."""
+    atomic_write(path, json.dumps(settings, indent=1, sort_keys=True).encode())
+
+
 def git_commit(repository: Path) -> str | None:
     """The commit checked out at `repository`, "+changes" if tracked files differ from it; None without git."""
     git = ["git", "-C", str(repository)]

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 AUTO = "auto"  # of --resume
 ROWS = ("rollouts", "evaluations")  # folders of rows by step
+AVERAGED = ("ema", "best")  # folders of weights that a trainer of image models leaves beside its own
 LAYOUT = 2  # of run.json; a folder of another layout was made with options that have other names
 
 
@@ -277,6 +278,16 @@ class RunFolder:
         if self._keeps_images:
             logger.warning("%s: %s: no more pictures are kept; free some space", self.path, error.strerror)
         self._keeps_images = False
+
+
+def config_of(weights: Path) -> Mapping[str, Any]:
+    """The options of the run that left the weights at `weights`, or in its ema/ or best/; {} if that is not known."""
+    folder = weights.parent if weights.is_file() else weights
+    folder = folder.parent if folder.name in AVERAGED else folder
+    try:
+        return dict(json.loads((folder / "run.json").read_text(encoding="utf-8"))["config"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _step_of(line: bytes) -> float:

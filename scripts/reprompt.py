@@ -9,27 +9,26 @@ and DIR/*.png. Run it again to continue where it stopped; pictures may be added 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
-from data.prompts import load_prompts
+from data.prompts import hash_of_ids, load_prompts
 from errors import UserError
 from inference import Reprompter
 from interfaces import Prompt, Renderer
 from models.devices import DTYPES, pick_device
 from models.policy import policy_contents
 from prompting import well_formed
-from rendering import RenderOptions, load_renderer, renderer_contents
-from run.files import atomic_write, check_settings, complete_lines, save_png
+from rendering import RenderOptions, load_renderer
+from rendering.pictures import RECORD, check_pictures, draw_missing, missing, picture_rows
+from run.files import atomic_write, check_settings, complete_lines, write_settings
 from run.options import SEED, device, may_differ, option, parse, run_main, template_option
-from run.seeds import render_seed
 
 
 @dataclass
@@ -68,7 +67,7 @@ def _settings(options: RepromptOptions, drawing: Drawing, prompts: Sequence[Prom
     if options.temperature == 0:
         del settings["rewrite_batch_size"]  # greedy rewrites do not depend on it
     settings["contents"] = policy_contents(options.gpt_path)
-    settings["prompt_ids"] = hashlib.sha256("".join(prompt.id for prompt in prompts).encode()).hexdigest()[:16]
+    settings["prompt_ids"] = hash_of_ids(prompts)
     return settings, {name: given[name] for name in pictures}
 
 
@@ -79,10 +78,6 @@ def _read_rows(path: Path) -> dict[str, dict]:
         return {row["id"]: row for row in map(json.loads, lines)}
     except ValueError as error:
         raise UserError(f"{path} has a line that is not JSON ({error}): name another --out") from error
-
-
-def _write_json(path: Path, value: dict) -> None:
-    atomic_write(path, json.dumps(value, indent=1, sort_keys=True).encode())
 
 
 def rewrite_all(policy: Reprompter, out: Path, prompts: Sequence[Prompt], rows: dict[str, dict]) -> tuple[int, float]:
@@ -106,30 +101,20 @@ def rewrite_all(policy: Reprompter, out: Path, prompts: Sequence[Prompt], rows: 
     return tokens, time.perf_counter() - start
 
 
-def draw_all(options: RepromptOptions, batch: int, renderer: Renderer, rows: Iterable[dict]) -> tuple[int, int]:
+def draw_all(options: RepromptOptions, batch: int, renderer: Renderer, rows: Sequence[dict]) -> tuple[int, int]:
     """Draw what is not in the folder yet and put file names (or None) in the rows; returns (drawn, not drawn)."""
-    out, jobs = Path(options.out), {}  # file name -> (text, seed)
+    out, files = Path(options.out), {}
     for row in rows:
         for key, suffix, text in _texts(row, options.baseline):
-            names = [f"{row['index']:06d}_{row['id'][:8]}_{image}{suffix}.png" for image in range(options.samples)]
-            row[key] = names
-            jobs |= {name: (text, render_seed(options.seed, row["id"], 0, image)) for image, name in enumerate(names)}
-    missing = [name for name in jobs if not (out / name).exists()]
-    failed = set()
-    with tqdm(total=len(jobs), initial=len(jobs) - len(missing), desc="drawing", unit="picture") as bar:
-        for start in range(0, len(missing), batch):
-            names = missing[start : start + batch]
-            pictures = renderer(*zip(*(jobs[name] for name in names), strict=True))
-            for name, picture in zip(names, pictures, strict=True):
-                if picture is None:
-                    failed.add(name)
-                else:
-                    save_png(picture, out / name)
-                bar.update()
+            row[key] = picture_rows(row["index"], row["id"], text, options.samples, options.seed, suffix)
+            files |= row[key]
+    before = missing(out, files)
+    draw_missing(out, files, batch, renderer)
+    failed = missing(out, files)
     for row in rows:
         for key, _, _ in _texts(row, options.baseline):
             row[key] = [None if name in failed else name for name in row[key]]
-    return len(missing) - len(failed), len(failed)
+    return len(before) - len(failed), len(failed)
 
 
 def _texts(row: dict, baseline: bool) -> list[tuple[str, str, str]]:
@@ -155,14 +140,13 @@ def run(options: RepromptOptions, drawing: Drawing) -> None:
             options.gpt_path, options.rewrite_batch_size, options.max_new_tokens, options.temperature, options.seed,
             options.dtype, options.device, options.reasoning, options.chat_template_kwargs,
         )  # fmt: skip
-        _write_json(out / "settings.json", settings)
+        write_settings(out / "settings.json", settings)
         tokens, seconds = rewrite_all(policy, out, prompts, rows)
     ordered = [rows[prompt.id] for prompt in prompts]
     if drawing.sdmodel_name is not None:
-        pictures["contents"] = renderer_contents(drawing)
-        check_settings(out / "pictures.json", pictures)
+        record = check_pictures(out, pictures, drawing)
         renderer = load_renderer(drawing, pick_device(options.device))
-        _write_json(out / "pictures.json", pictures)
+        write_settings(out / RECORD, record)
         drawn, failed = draw_all(options, drawing.render_batch_size, renderer, ordered)
         drawn_text = f"; {drawn} pictures drawn, {failed} could not be drawn"
     atomic_write(out / "rewrites.jsonl", "".join(json.dumps(row) + "\n" for row in ordered).encode())

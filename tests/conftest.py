@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from tests.processes import ENVIRONMENT
+from tests.processes import ENVIRONMENT, ROOT
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -60,6 +60,22 @@ def toy(tmp_path_factory) -> ToyStack:
     _save_hps(stack.hps)
     stack.config.write_text(yaml.safe_dump(_options(stack)), encoding="utf-8")
     return stack
+
+
+@pytest.fixture(scope="session")
+def flow_runs(tmp_path_factory) -> dict[str, Path]:
+    """A run of pref_grpo.py on the miniature that trained a LoRA, and one that trained all weights; one step each."""
+    import pref_grpo
+
+    words = f"--config {ROOT}/configs/miniature_flow.yaml --max_steps 1 --prompts_per_step 2 --num_generations 2 "
+    words += "--render_batch_size 4 --render_steps 2 --resolution 16 --rewards hps --eval_prompts 2 --learning_rate"
+    kinds = {"lora": "0.05 --use_peft true --lora_r 4 --lora_alpha 12", "full": "0.002"}
+    runs = {kind: tmp_path_factory.mktemp("flow") / kind for kind in kinds}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("scoring.progress.FALLEN", 0.0)  # one step of two prompts may well make it worse
+        for kind, more in kinds.items():
+            assert pref_grpo.main([*words.split(), *more.split(), "--outdir", str(runs[kind])]) == 0
+    return runs
 
 
 def _options(stack: ToyStack) -> dict:

@@ -32,6 +32,7 @@ from miniature import evaluate as mini
 from miniature import world
 from miniature.fit import WEIGHTS
 from models.hub import contents_of
+from rendering import load_renderer
 from tests.processes import ENVIRONMENT, ROOT, kill_when, launcher
 
 POLICY = ["--benchmark", "miniature", "--gpt_path", str(WEIGHTS / "policy")]
@@ -416,6 +417,8 @@ def test_grids_are_cut_listings_are_read_and_pictures_that_lack_are_named_at_onc
         (["--gpt_path", "/nowhere/policy"], "/nowhere/policy"),
         (["--sdmodel_name", "/nowhere/flux"], "/nowhere/flux"),
         (["--rewrites", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--tuned", "/nowhere/run"], "/nowhere/run"),
+        (["--tuned", "miniature/weights/hps"], "miniature/weights/hps"),
     ],
 )
 def test_bad_input_is_one_line_with_the_value_and_code_2(tmp_path, capfd, options, named):
@@ -432,6 +435,28 @@ def test_two_folders_of_one_name_are_refused(tmp_path, capfd):
 def test_a_folder_of_another_evaluation_is_refused_with_what_differs(whole, capfd):
     assert mini.run([*POLICY, "--out", str(whole), *SMALL, "--seed", "7"]) == 2
     assert "seed 42 -> 7" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_what_pref_grpo_tuned_draws_the_users_own_words_from_the_noise_of_raw(
+    flow_runs, tmp_path, capfd, caplog, kind
+):
+    run, out = str(flow_runs[kind]), tmp_path / "out"
+    line = [*POLICY[:2], "--out", str(out), "--limit", "1", "--samples", "1", "--render_steps", "2"]
+    assert mini.run([*line, "--tuned", run]) == 0
+    assert [f"{run} was trained at 16" in said and "48" in said for said in caplog.messages if "pixels" in said] == [
+        True
+    ]
+    raw, tuned = ([row for row in rows(out) if row["system"] == name] for name in ("raw", "tuned"))
+    for one, other in zip(raw, tuned, strict=True):
+        assert other["final_prompt"] == other["prompt"] == one["final_prompt"] and other["seed"] == one["seed"]
+    drawn = [[Image.open(out / row["image"]).tobytes() for row in side] for side in (raw, tuned)]
+    weights = ["--render_lora" if kind == "lora" else "--sdmodel_name", run, "--metadata", "x"]
+    renderer = load_renderer(parse_options([*mini.defaults(), *line, *weights], mini.MINIATURE).render, "cpu")
+    again = renderer([row["prompt"] for row in tuned], [row["seed"] for row in tuned])
+    assert [image.tobytes() for image in again] == drawn[1] != drawn[0]
+    assert results(out)["settings"]["contents"]["tuned"] == list(contents_of({"tuned": run})["tuned"])
+    assert "NOT DONE" not in capfd.readouterr().out and mini.run(line) == 2
 
 
 @pytest.mark.slow
