@@ -147,7 +147,7 @@ def plan(options: Options, processes: int) -> dict[str, int]:
             f"prompts_per_step {script.prompts_per_step} / {processes} process(es) x num_generations {group} = "
             f"{local} pictures are not a multiple of render_batch_size {batch} x updates_per_rollout {parts}"
         )
-    if script.sde_window in ("sliding", "random") and script.sde_steps >= steps:
+    if script.loss in flow.ON_PATH and script.sde_window in ("sliding", "random") and script.sde_steps >= steps:
         raise UserError(f"sde_steps {script.sde_steps}: of {steps} render_steps at most {steps - 1} can be random")
     window = flow.window(script.sde_window, steps, script.sde_steps, 1, options.loop.seed)
     trained = script.timesteps if script.loss in flow.FORWARD else len(window)

@@ -34,7 +34,7 @@ from scoring.rollouts import together
 
 logger = logging.getLogger(__name__)
 
-FALLEN = 0.25  # win rate of the scorers below which the model has collapsed
+FALLEN = 0.25  # win rate against the untrained model below which the model has collapsed
 WARNED = 0.1  # fall of a held-out scorer's win rate from its best that is worth a warning
 Draw = Callable[[Sequence[str], Sequence[int]], Sequence[Image.Image | None]]
 
@@ -98,7 +98,7 @@ class Evaluator:
                     metrics[key] = float(np.mean(known))
         decide = self.held_out or self.rewards
         rates = [metrics[f"win_rate/{one.name}"] for one in decide if f"win_rate/{one.name}" in metrics]
-        return metrics | ({"win_rate": float(np.mean(rates))} if rates else {})
+        return metrics | ({"win_rate": float(np.mean(rates)), "eval/pictures": float(len(rows))} if rates else {})
 
     def _rows(self, step: int) -> list[dict[str, Any]]:
         texts = [prompt.text for prompt in self.prompts]
@@ -178,7 +178,7 @@ class Collapse:
                     "step %d: the held-out %s falls (wins %.2f, had won %.2f): the rewards are being hacked",
                     step, scorer.name, now, self.held[scorer.name],
                 )  # fmt: skip
-        if step and rate < FALLEN:
+        if step and rate < min(FALLEN, 0.5 - metrics["eval/pictures"] ** -0.5):  # by two standard errors of a coin
             raise Stopped(
                 f"step {step}: pictures win {rate:.2f} of comparisons with the untrained model's: {self._advice()}"
             )
