@@ -10,18 +10,8 @@ CHATS = (
     "<s>[INST]", "<|vision_start|><|image_pad|><|vision_end|>", "<image>", "<tool_call>{}</tool_call>",
 )  # fmt: skip
 FILES = (
-    "../../../etc/passwd",
-    "..\\..\\x",
-    "a/b/c.png",
-    "con",
-    "nul.png",
-    ".",
-    "..",
-    "~",
-    "$HOME",
-    "-rf",
-    "a\x00b.png",
-)
+    "../../../etc/passwd", "..\\..\\x", "a/b/c.png", "con", "nul.png", ".", "..", "~", "$HOME", "-rf", "a\x00b.png",
+)  # fmt: skip
 CODE = (
     "{prompt}", "{0.__class__}", "%s%n%x", "${jndi:ldap://x}", "'; DROP TABLE verdicts; --", "$(touch hostile)",
     "`touch hostile`", "{{ 7 * 7 }}", "{% raw %}", "<script>alert(1)</script>", '"><img src=x onerror=alert(1)>',
@@ -34,17 +24,9 @@ LETTERS = (
     "\x1b[31mred\x1b[0m", "\x07\x08\x0b\x0c", "\x7f\x80\x9f",
 )  # fmt: skip
 SIZES = (
-    "x",
-    "x" * 100_000,
-    "a cat " * 17_000,
-    "🦊" * 25_000,
-    "\t \u00a0 a",
-    "!" * 3000,
-    "a\n\n\nb",
-    "9" * 400,
-    "," * 999,
+    "x", "x" * 100_000, "a cat " * 17_000, "🦊" * 25_000, "\t \u00a0 a", "!" * 3000, "a\n\n\nb", "9" * 400, "," * 999,
     "<" * 5000,
-)
+)  # fmt: skip
 ALONE = (*OURS, *JUDGES, *CHATS, *FILES, *CODE, *LETTERS, *SIZES)
 TEXTS = (*ALONE, *(f"a photo of a red cat {text}" for text in ALONE), *(f"{text} and two dogs" for text in ALONE))[
     :200

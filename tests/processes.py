@@ -1,12 +1,15 @@
-"""What tests do with real processes: kill one when it has come so far, launch two under DeepSpeed."""
+"""What tests do with real processes: run one, kill one when it has come so far, launch two under DeepSpeed."""
 
+import functools
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,6 +28,24 @@ def closed_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+@functools.cache
+def _nursery() -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "tests" / "nursery.py")]
+    return subprocess.Popen(command, env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def run_forked(
+    *words: object, cwd: Path = ROOT, environment: Mapping[str, str] = ENVIRONMENT
+) -> subprocess.CompletedProcess:
+    """A program and its options in a process of their own, whose imports are done (tests/nursery.py)."""
+    command = list(map(str, words))
+    with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
+        asked = json.dumps([command, str(cwd), dict(environment), out.name, err.name])
+        print(asked, file=_nursery().stdin, flush=True)
+        code = int(_nursery().stdout.readline())
+        return subprocess.CompletedProcess(command, code, out.read(), err.read())
 
 
 def kill_when(ready: Callable[[], bool], command: Sequence[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,19 +12,17 @@ import pytest
 import r1_prompter
 from errors import UserError
 from scripts import ablate
+from tests.processes import ENVIRONMENT, ROOT, run_forked
 
 pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).resolve().parents[1]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def test_one_table_holds_every_variant_a_failure_is_no_number_and_a_finished_run_is_not_repeated(toy, tmp_path):
     launch = f"{sys.executable} r1_prompter.py --config {toy.config} --save_strategy no --max_steps 2"
-    command = [sys.executable, "scripts/ablate.py", "--outdir", str(tmp_path / "out"), "--launch", launch]
+    command = ["scripts/ablate.py", "--outdir", str(tmp_path / "out"), "--launch", launch]
     command += ["--variant", "H.1: --rewards hps format", "--variant", "typo: --rewards hsp"]
     command += ["--", "--held_out", "length"]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    done = run_forked(*command)
     assert done.returncode == 1
     table = (tmp_path / "out" / "table.md").read_text()
     assert table in done.stdout
@@ -36,7 +33,7 @@ def test_one_table_holds_every_variant_a_failure_is_no_number_and_a_finished_run
     assert "0 failed (exit code 2" in bad and "did you mean 'hps'" in bad
     assert all(cell.strip() == "-" for cell in bad.strip("|").split("|")[2:])
     written = (tmp_path / "out" / "H.1_s0" / "metrics.jsonl").stat().st_mtime_ns
-    again = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    again = run_forked(*command)
     assert again.returncode == 1 and (tmp_path / "out" / "H.1_s0" / "metrics.jsonl").stat().st_mtime_ns == written
 
 
@@ -91,16 +88,20 @@ SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("ablate_*.sh"))
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_ablation_script_trains_variants_that_differ_by_options_that_exist(name, tmp_path):
-    out, noted = tmp_path / "out", tmp_path / "noted.jsonl"
+    out, noted, python, words = (tmp_path / name for name in ("out", "noted.jsonl", "python", "words"))
+    python.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {words}\n')
+    python.chmod(0o755)
     for cold_start in ("cold_start_direct", "cold_start_s1"):  # as if they had been trained
         (out / cold_start).mkdir(parents=True)
         (out / cold_start / "report.html").touch()
     launch = f"{sys.executable} tests/launch_recorded.py {noted}"
-    settings = {"SEEDS": "1", "OUTDIR": str(out), "LAUNCH": launch, "PYTHON": sys.executable}
+    settings = {"SEEDS": "1", "OUTDIR": str(out), "LAUNCH": launch, "PYTHON": str(python)}
     done = subprocess.run(
         ["bash", f"scripts/{name}", "--logging_steps", "7"],
         cwd=ROOT, env={**ENVIRONMENT, **settings}, capture_output=True, text=True,
     )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    done = run_forked(*words.read_text().splitlines())
     assert done.returncode == 0, done.stderr[-2000:]
     runs = [json.loads(line) for line in noted.read_text().splitlines()]
     assert len(runs) == len(list(out.glob("*.done"))) >= 2

@@ -13,18 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from data.grammar import (
-    COLORS,
-    MAX_COUNT,
-    RELATIONS,
-    TASKS,
-    article,
-    canonical,
-    plural,
-    read,
-    singular,
-    write,
-)
+from data.grammar import COLORS, MAX_COUNT, RELATIONS, TASKS, article, canonical, plural, read, singular, write
 from data.intent import lost
 from data.make_prompts import COLD_START, MORE_TASKS, RL_STEM, main, make_prompts
 from data.prompts import dump_prompt, load_prompts
@@ -129,23 +118,12 @@ def test_lead_case_and_article_do_not_matter_but_the_text_stays(text):
 @pytest.mark.parametrize(
     "text",
     [
-        "",
-        "a photo of",
-        "a photo of a",
-        "a photo of a man riding a horse on the beach",
-        "a photo of a man running",
-        "a cat perched",
-        "three boys snapped pictures with three cameras",
-        "a photo of three car",
-        "a photo of two red and white cars",
-        "a light blue car",
-        "a photo of a cat and a dog and a bird",
-        "a photo of two cats left of a dog",
-        "a cat and",
-        "and a cat",
-        "cats",
+        "", "a photo of", "a photo of a", "a photo of a man riding a horse on the beach", "a photo of a man running",
+        "a cat perched", "three boys snapped pictures with three cameras", "a photo of three car",
+        "a photo of two red and white cars", "a light blue car", "a photo of a cat and a dog and a bird",
+        "a photo of two cats left of a dog", "a cat and", "and a cat", "cats",
     ],
-)
+)  # fmt: skip
 def test_what_the_grammar_does_not_know_has_no_fields(text):
     assert read(text) == Prompt(text)
 

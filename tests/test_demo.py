@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,16 +10,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests import processes
+from tests.processes import ROOT, run_forked
+
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[1]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "ascii"}
+ENVIRONMENT = {**processes.ENVIRONMENT, "PYTHONIOENCODING": "ascii"}
 NOISE = ("Loading weights", "pipeline components", "Writing model", "accelerator", "indexing errors", "Traceback")
 
 
-def run(*command: object) -> subprocess.CompletedProcess:
-    words = [sys.executable, *map(str, command)]
-    done = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+def run(*command: object, forked: bool = True) -> subprocess.CompletedProcess:
+    if forked:
+        done = run_forked(*command, environment=ENVIRONMENT)
+    else:
+        words = [sys.executable, *map(str, command)]
+        done = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [words for words in NOISE if words in done.stdout + done.stderr] == []
     return done
@@ -33,7 +37,7 @@ def rows(path: Path) -> list[dict]:
 def test_reward_rises_on_the_miniature_and_the_demo_shows_it(tmp_path):
     out = tmp_path / "demo"
     shorter = ["--max_steps", 24, "--per_device_train_batch_size", 32, "--save_steps", 24]
-    done = run("scripts/demo.py", "--outdir", out, "--samples", 1, *shorter)
+    done = run("scripts/demo.py", "--outdir", out, "--samples", 1, *shorter, forked=False)
     rewards = [row["reward"] for row in rows(out / "metrics.jsonl")]
     assert np.mean(rewards[-6:]) > np.mean(rewards[:6])
     summary = json.loads((out / "summary.json").read_text())

@@ -33,20 +33,21 @@ from miniature import world
 from miniature.fit import WEIGHTS
 from models.hub import contents_of
 from rendering import load_renderer
-from tests.processes import ENVIRONMENT, ROOT, kill_when, launcher
+from tests.processes import ENVIRONMENT, ROOT, kill_when, launcher, run_forked
 
 POLICY = ["--benchmark", "miniature", "--gpt_path", str(WEIGHTS / "policy")]
-MINI = [sys.executable, "-m", "miniature.evaluate", *POLICY]
 ALL = ["--n", "2", "--revise", "1", "--select", "git"]
 SMALL = ["--limit", "2", "--unit", "3", "--samples", "2", "--render_batch_size", "6"]
 
 
 def evaluated(out: Path, processes: int = 1) -> Path:
     """OUT, with an evaluation of raw prompts, rewrites, best of two and one revision."""
-    line = [*MINI, *SMALL, *ALL, "--out", str(out)]
-    if processes > 1:
-        line = launcher("miniature.evaluate", *line[3:], module=True)
-    done = subprocess.run(line, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    words = ["miniature.evaluate", *POLICY, *SMALL, *ALL, "--out", out]
+    if processes == 1:
+        done = run_forked("-m", *words)
+    else:
+        line = launcher(*words, module=True)
+        done = subprocess.run(line, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return out
 
@@ -107,7 +108,7 @@ def test_the_table_is_that_of_the_rows_and_says_all_that_it_depends_on(whole):
 @pytest.mark.slow
 def test_an_evaluation_killed_and_run_again_has_the_same_rows_and_table(whole, tmp_path):
     out = tmp_path / "out"
-    command = [*MINI, *SMALL, *ALL, "--out", str(out)]
+    command = [sys.executable, "-m", "miniature.evaluate", *POLICY, *SMALL, *ALL, "--out", str(out)]
     kill_when(lambda: out.exists() and len(list((out / "images").glob("*/*.png"))) >= 9, command)
     with open(next(out.glob("rewrites_0.jsonl")), "a") as file:
         file.write('{"prompt": "a torn li')

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,7 +24,7 @@ from scoring.drawing import Drawer
 from scoring.rollouts import Scorer
 from tests.conftest import save_policy
 from tests.hostile import TEXTS
-from tests.processes import ENVIRONMENT, ROOT
+from tests.processes import ROOT, run_forked
 
 pytestmark = pytest.mark.slow
 
@@ -38,8 +37,7 @@ def rows(path: Path) -> list[dict]:
 
 def run(where: Path, *command: object) -> subprocess.CompletedProcess:
     """A program of the house, in a folder of its own in which nothing else may appear."""
-    words = [sys.executable, *map(str, command)]
-    done = subprocess.run(words, cwd=where, env=ENVIRONMENT, capture_output=True, text=True)
+    done = run_forked(*command, cwd=where)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 

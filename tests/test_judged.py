@@ -340,25 +340,14 @@ BAD_UNIGEN = [  # after a good one
 ]
 BAD_WISE = [*map(wise_row, [1, 0, "3", True, 1001]), wise_row(1, "another"), wise_row(5, ""), 6]
 BAD_GENEVAL2 = [
-    ROW,
-    [],
-    ROW | {"prompt": 5},
-    ROW | {"atom_count": 2},
-    ROW | {"vqa_list": [["q", "maybe"], ["q", "Yes"], ["q", "Yes"]]},
-    ROW | {"vqa_list": [], "skills": []},
-    ROW | {"skills": ["count", "object", "smell"]},
-    {name: value for name, value in ROW.items() if name != "skills"},
-]
+    ROW, [], ROW | {"prompt": 5}, ROW | {"atom_count": 2},
+    ROW | {"vqa_list": [["q", "maybe"], ["q", "Yes"], ["q", "Yes"]]}, ROW | {"vqa_list": [], "skills": []},
+    ROW | {"skills": ["count", "object", "smell"]}, {name: value for name, value in ROW.items() if name != "skills"},
+]  # fmt: skip
 BAD_DPG = [
-    dpg_row("a1", 1, "0"),
-    dpg_row("../a", 1, "0"),
-    dpg_row("a1", "x", "0"),
-    dpg_row("a1", 5, "0", category="smell"),
-    dpg_row("a1", 6, "0", "another text"),
-    dpg_row("a1", 1, "0"),
-    dpg_row("a1", 8, ""),
-    dpg_row("b1", 1, "9"),
-]
+    dpg_row("a1", 1, "0"), dpg_row("../a", 1, "0"), dpg_row("a1", "x", "0"), dpg_row("a1", 5, "0", category="smell"),
+    dpg_row("a1", 6, "0", "another text"), dpg_row("a1", 1, "0"), dpg_row("a1", 8, ""), dpg_row("b1", 1, "9"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(

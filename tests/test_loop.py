@@ -9,7 +9,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,14 +23,16 @@ from run.heartbeat import Heartbeat
 from run.loop import PATIENCE, FiniteSteps
 from run.saver import Saver
 from scoring.advantages import advantages
-from tests.processes import ENVIRONMENT, ROOT, launcher
+from tests.processes import ENVIRONMENT, ROOT, launcher, run_forked
 
 TOY, FAULTY, STEPS = ROOT / "tests" / "toy_trainer.py", ROOT / "tests" / "toy_fault.py", 10
 
 
 def run(outdir: Path, *flags: str, fault: tuple = (), processes: int = 1) -> subprocess.CompletedProcess:
     program, words = FAULTY if fault else TOY, (*fault, outdir, STEPS, *flags)
-    command = launcher(program, *words) if processes > 1 else [sys.executable, str(program), *map(str, words)]
+    if processes == 1:
+        return run_forked(program, *words)
+    command = launcher(program, *words)
     return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
 
 
@@ -44,45 +45,64 @@ def record(outdir: Path) -> tuple:
     return weights, logged, rollouts
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one process", "two under ZeRO-2"])
-def undisturbed(request, tmp_path_factory) -> tuple[Path, int]:
-    outdir = tmp_path_factory.mktemp("toy") / "run"
-    done = run(outdir, processes=request.param)
+def undisturbed_run(outdir: Path, processes: int) -> Path:
+    done = run(outdir, processes=processes)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert [path.name for path in checkpoints.found(outdir)] == ["checkpoint-10", "checkpoint-9"]  # the newest two
+    assert saved(outdir) == ["checkpoint-10", "checkpoint-9"]  # the newest two
     assert len(record(outdir)[1]) == STEPS
-    return outdir, request.param
+    return outdir
+
+
+def saved(outdir: Path) -> list[str]:
+    return [path.name for path in checkpoints.found(outdir)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    return undisturbed_run(tmp_path_factory.mktemp("toy") / "run", 1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("fault", "at"), [("kill_step", 5), ("kill_between", 6), ("kill_saving", 6)])
 def test_a_loop_killed_anywhere_ends_bit_for_bit_where_the_undisturbed_one_ends(undisturbed, tmp_path, fault, at):
-    reference, processes = undisturbed
-    assert run(tmp_path / "run", fault=(fault, at), processes=processes).returncode != 0
-    assert [path.name for path in checkpoints.found(tmp_path / "run")] == ["checkpoint-3"]
-    done = run(tmp_path / "run", "--resume", processes=processes)
+    assert run(tmp_path / "run", fault=(fault, at)).returncode == -signal.SIGKILL
+    assert saved(tmp_path / "run") == ["checkpoint-3"]
+    done = run(tmp_path / "run", "--resume")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "continuing after step 3" in done.stdout
-    assert record(tmp_path / "run") == record(reference)
+    assert record(tmp_path / "run") == record(undisturbed)
 
 
 @pytest.mark.slow
 def test_a_loop_told_to_leave_saves_the_step_that_is_done_and_continues_from_it(undisturbed, tmp_path):
-    reference, processes = undisturbed
-    done = run(tmp_path / "run", fault=("terminate", 5), processes=processes)
-    assert done.returncode == (128 + signal.SIGTERM if processes == 1 else 1), done.stderr[-3000:]
+    done = run(tmp_path / "run", fault=("terminate", 5))
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr[-3000:]
     assert "told to leave after step 5" in done.stdout
-    assert run(tmp_path / "run", "--resume", processes=processes).returncode == 0
-    assert record(tmp_path / "run") == record(reference)
+    assert run(tmp_path / "run", "--resume").returncode == 0
+    assert record(tmp_path / "run") == record(undisturbed)
 
 
 @pytest.mark.slow
 def test_a_disk_that_is_full_while_saving_stops_the_run_and_costs_no_checkpoint(undisturbed, tmp_path):
-    reference, processes = undisturbed
-    done = run(tmp_path / "run", fault=("full_disk", 6), processes=processes)
+    done = run(tmp_path / "run", fault=("full_disk", 6))
     assert done.returncode == 1 and "the last checkpoint is checkpoint-3" in done.stderr
-    assert run(tmp_path / "run", "--resume", processes=processes).returncode == 0
-    assert record(tmp_path / "run") == record(reference)
+    assert run(tmp_path / "run", "--resume").returncode == 0
+    assert record(tmp_path / "run") == record(undisturbed)
+
+
+@pytest.mark.slow
+def test_two_processes_told_to_leave_then_out_of_disk_then_killed_end_where_undisturbed_ones_end(tmp_path):
+    reference, outdir = undisturbed_run(tmp_path / "reference", 2), tmp_path / "run"
+    done = run(outdir, fault=("terminate", 5), processes=2)
+    assert done.returncode == 1 and "told to leave after step 5" in done.stdout, done.stderr[-3000:]
+    done = run(outdir, "--resume", fault=("full_disk", 6), processes=2)
+    assert "continuing after step 5" in done.stdout
+    assert done.returncode == 1 and "the last checkpoint is checkpoint-5" in done.stderr
+    assert run(outdir, "--resume", fault=("kill_saving", 9), processes=2).returncode != 0
+    assert saved(outdir) == ["checkpoint-6", "checkpoint-5"]
+    done = run(outdir, "--resume", processes=2)
+    assert done.returncode == 0 and "continuing after step 6" in done.stdout, done.stderr[-3000:]
+    assert record(outdir) == record(reference)
 
 
 def test_a_save_that_fails_is_tried_once_more_in_place_of_the_pictures(tmp_path):

@@ -27,9 +27,9 @@ from scoring.drawing import Drawer
 from scoring.rollouts import Scorer
 from scripts import make_sft
 from scripts.make_sft import main, read
+from tests.processes import ROOT, run_forked
 from tests.teacher_server import MODEL, TeacherServer
 
-ROOT = Path(__file__).resolve().parent.parent
 COLORS = ("red", "blue", "green", "white", "black", "pink")
 NOUNS = ("cat", "dog", "cup", "book", "bird", "boat", "chair", "clock")
 TEXTS = [f"a photo of a {color} {noun}" for color in COLORS for noun in NOUNS]
@@ -179,7 +179,7 @@ def test_after_ctrl_c_and_after_kill_a_prompt_that_is_done_is_not_asked_again(ho
         with open(out, "ab") as file:
             file.write(b'{"prompt": "a line that a kill tore')
         server.delay, before = 0.0, len(server.answered)
-        again = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        again = run_forked(*command[1:])
         assert again.returncode == 0, again.stderr
         asked = {text for text, _, _ in server.answered[before:]}
         undisturbed = tmp_path / "undisturbed.jsonl"

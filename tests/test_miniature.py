@@ -137,17 +137,10 @@ def test_flux_draws_the_same_picture_alone_and_in_a_batch(renderer):
 
 
 AT_LEAST = {
-    "hps, taste": 0.9,
-    "pickscore, taste": 0.9,
-    "imagereward, taste": 0.9,
-    "git, things and colours": 0.9,
-    "gdino, existence": 0.85,
-    "gdino, exact counts": 0.75,
-    "gdino, relations": 0.85,
-    "orm, all tasks": 0.9,
-    "judge, all tasks": 0.9,
-    "preference, all tasks": 0.9,
-}
+    "hps, taste": 0.9, "pickscore, taste": 0.9, "imagereward, taste": 0.9, "git, things and colours": 0.9,
+    "gdino, existence": 0.85, "gdino, exact counts": 0.75, "gdino, relations": 0.85, "orm, all tasks": 0.9,
+    "judge, all tasks": 0.9, "preference, all tasks": 0.9,
+}  # fmt: skip
 
 
 @pytest.mark.slow

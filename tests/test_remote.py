@@ -39,7 +39,7 @@ from rendering import RenderOptions, load_renderer, remote, renderer_contents
 from rendering.remote import RemoteRenderer
 from run import signals
 from run.files import differences
-from tests.processes import ENVIRONMENT, ROOT, closed_port
+from tests.processes import ENVIRONMENT, ROOT, closed_port, run_forked
 
 SIZE = 16
 TOKENIZER = str(ROOT / "miniature/weights/flux/tokenizer_2")
@@ -554,11 +554,11 @@ def test_our_server_draws_the_very_pixels_of_this_process_though_a_replica_is_ki
 @pytest.mark.slow
 def test_training_with_servers_gives_the_rollouts_and_rewards_of_training_without(served, tmp_path):
     def rollouts(name: str, *more: str) -> list[dict]:
-        command = [sys.executable, "r1_prompter.py", "--config", "configs/miniature.yaml", "--outdir", tmp_path / name]
+        command = ["r1_prompter.py", "--config", "configs/miniature.yaml", "--outdir", tmp_path / name]
         command += [word for option, value in DRAWN.items() for word in (f"--{option}", str(value))]
         command += ["--max_steps", "2", "--per_device_train_batch_size", "16", "--save_strategy", "no"]
         command += ["--rewards", "hps", "format", "--reward_weights", "1", "0.3", "--save_images_every", "1", *more]
-        subprocess.run(command, env={**ENVIRONMENT, "RENDER_API_KEY": KEY}, cwd=ROOT, check=True)
+        run_forked(*command, environment={**ENVIRONMENT, "RENDER_API_KEY": KEY}).check_returncode()
         files = sorted((tmp_path / name / "rollouts").glob("*.jsonl"))
         return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 

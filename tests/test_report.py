@@ -47,34 +47,22 @@ def write_lines(path, rows):
 def metrics(steps):
     for step in range(1, steps + 1):
         yield {
-            "step": step,
-            "seconds_since_start": 3.1 * step,
-            "reward": 0.21 + step / steps / 10,
-            "rewards/hps/mean": 0.2,
-            "rewards/format/mean": 0.8,
-            "kl": None if step == 7 else 0.05,
-            "entropy": math.nan if step == 9 else 1.2,
-            "samples/absent": 0.125 if step == 5 else 0.0,
-            "rewrites/unreadable": 0.2 * (1 - step / steps),
-            "seconds/render": 1.2,
-        }
+            "step": step, "seconds_since_start": 3.1 * step, "reward": 0.21 + step / steps / 10,
+            "rewards/hps/mean": 0.2, "rewards/format/mean": 0.8, "kl": None if step == 7 else 0.05,
+            "entropy": math.nan if step == 9 else 1.2, "samples/absent": 0.125 if step == 5 else 0.0,
+            "rewrites/unreadable": 0.2 * (1 - step / steps), "seconds/render": 1.2,
+        }  # fmt: skip
 
 
 def rollouts(image):
     for member in range(4):
         yield {
-            "prompt_id": "p",
-            "prompt": "a photo of two circles",
-            "task": "counting",
-            "completion": "<think>no end",
+            "prompt_id": "p", "prompt": "a photo of two circles", "task": "counting", "completion": "<think>no end",
             "reasoning": "Two objects, side by side.",
-            "rewrite": None if member == 0 else "a red circle, a blue circle",
-            "seeds": [1, 2],
-            "parts": {"hps": 0.2, "format": 1.0},
-            "total": None if member == 1 else 0.2,
-            "advantage": member - 1.5,
+            "rewrite": None if member == 0 else "a red circle, a blue circle", "seeds": [1, 2],
+            "parts": {"hps": 0.2, "format": 1.0}, "total": None if member == 1 else 0.2, "advantage": member - 1.5,
             "images": [image, None] if member else [],
-        }
+        }  # fmt: skip
 
 
 @pytest.fixture

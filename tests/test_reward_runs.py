@@ -6,7 +6,6 @@ import json
 import math
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ from miniature.judge_server import JudgeServer
 from rewards import REWARDS, RewardContext, RewardOptions, build, check
 from rewards.offload import describe, offloaded
 from rewards.orm import ORM
-from tests.processes import ENVIRONMENT, ZERO_2, launch
+from tests.processes import ZERO_2, launch, run_forked
 
 pytestmark = pytest.mark.slow
 
@@ -47,8 +46,7 @@ def train(*options: object, processes: Path | None = None) -> subprocess.Complet
     """One training on the miniature, alone or under the accelerate configuration `processes`."""
     if processes is not None:
         return launch(ROOT / "r1_prompter.py", *MINIATURE, *options, config=processes)
-    command = [sys.executable, "r1_prompter.py", *MINIATURE, *map(str, options)]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    done = run_forked("r1_prompter.py", *MINIATURE, *options)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -160,17 +158,8 @@ def test_bad_reward_options_are_one_line_with_code_2_and_leave_nothing_behind(ba
     monkeypatch.chdir(ROOT)
     options, named = BAD[bad]
     run = tmp_path / "run"
-    argv = [
-        *MINIATURE,
-        "--outdir",
-        str(run),
-        "--reward_weights",
-        "1",
-        "--judge_url",
-        "http://127.0.0.1:9/v1",
-        *options,
-    ]
-    assert r1_prompter.main(argv) == 2
+    argv = [*MINIATURE, "--outdir", str(run), "--reward_weights", "1", "--judge_url", "http://127.0.0.1:9/v1"]
+    assert r1_prompter.main([*argv, *options]) == 2
     said = [line for line in capfd.readouterr().err.splitlines() if "r1_prompter: error:" in line]
     assert len(said) == 1 and named in said[0]
     assert not run.exists()

@@ -85,11 +85,7 @@ def test_trl_calls_share_one_drawing_and_the_next_batch_is_drawn_anew():
     for step in (0, 1):
         completions = [[{"role": "assistant", "content": completion("hm", "one cat")}] for _ in range(2)]
         for function in columns.functions():
-            function(
-                completions=completions,
-                prompt_id=[CAT.id] * 2,
-                trainer_state=SimpleNamespace(global_step=step),
-            )
+            function(completions=completions, prompt_id=[CAT.id] * 2, trainer_state=SimpleNamespace(global_step=step))
     assert [seed for _, seed in renderer.calls] == [render_seed(7, CAT.id, step, 0) for step in (1, 2)]
     assert [f.__name__ for f in columns.functions()] == ["a", "b"] and it.metrics["images/drawn"] == 1
 

@@ -1,7 +1,6 @@
 """Claims about the cold start: what is learnt, that rollout sees the same tokens, and that nothing is lost."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from inference import Reprompter
 from models.policy import ChatTemplate, load_policy, load_tokenizer
 from prompting import completion, parse
 from tests.conftest import PROMPTS
-from tests.processes import ENVIRONMENT, kill_when, launch
+from tests.processes import kill_when, launch, run_forked
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = [
@@ -169,13 +168,13 @@ def test_lora_trains_an_adapter_that_grpo_goes_on_from(cold, toy, tmp_path, capf
 
 @pytest.mark.slow
 def test_a_killed_cold_start_resumes_and_logs_each_step_once(cold, tmp_path):
-    run, command = tmp_path / "run", [sys.executable, str(ROOT / "sft.py"), *cold, "--num_train_epochs", "40"]
-    kill_when(lambda: bool(list(run.glob("checkpoint-*/manifest.json"))), command)
-    done = subprocess.run([*command, "--resume"], env=ENVIRONMENT, capture_output=True, text=True)
+    run, program = tmp_path / "run", [str(ROOT / "sft.py"), *cold, "--num_train_epochs", "40"]
+    kill_when(lambda: bool(list(run.glob("checkpoint-*/manifest.json"))), [sys.executable, *program])
+    done = run_forked(*program, "--resume")
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((run / "run.json").read_text())["resumed_from_step"]
     assert [row["step"] for row in rows(run) if "loss" in row] == list(range(1, 121))
-    again = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    again = run_forked(*program)
     assert again.returncode == 2 and "--resume" in again.stderr.splitlines()[-1]
 
 

@@ -65,20 +65,12 @@ def templated(toy, tmp_path):
 @pytest.mark.parametrize(
     ("template", "variables", "opening"),
     [
-        (CHATML, None, ""),
-        (OPENS, None, "<think>\n"),
-        (ALWAYS_OPENS, None, "<think>"),
-        (R1, None, "<think>\n"),
-        (SWITCHED, None, ""),
-        (SWITCHED, {"enable_thinking": False}, ""),
-        (SWITCHED, '{"enable_thinking": false}', ""),
-        (CLOSES, {"thinking": True}, "<think>"),
-        (CLOSES, {"thinking": False}, ""),
-        (GEMMA, None, ""),
-        (MISTRAL, None, ""),
-        (DEAF, None, ""),
+        (CHATML, None, ""), (OPENS, None, "<think>\n"), (ALWAYS_OPENS, None, "<think>"), (R1, None, "<think>\n"),
+        (SWITCHED, None, ""), (SWITCHED, {"enable_thinking": False}, ""), (SWITCHED, '{"enable_thinking": false}', ""),
+        (CLOSES, {"thinking": True}, "<think>"), (CLOSES, {"thinking": False}, ""), (GEMMA, None, ""),
+        (MISTRAL, None, ""), (DEAF, None, ""),
     ],
-)
+)  # fmt: skip
 def test_both_texts_are_shown_and_what_the_template_writes_belongs_to_the_answer(
     templated, template, variables, opening
 ):

@@ -20,7 +20,7 @@ from interfaces import Reward
 from models.hub import contents_of
 from run.folder import RunFolder
 from run.seeds import render_seed
-from tests.processes import ENVIRONMENT, ZERO_2, kill_when, launch
+from tests.processes import ENVIRONMENT, ZERO_2, kill_when, launch, run_forked
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = [sys.executable, str(ROOT / "r1_prompter.py")]
@@ -244,9 +244,10 @@ def test_a_killed_run_resumes_at_its_newest_checkpoint_and_logs_each_step_once(t
     run = tmp_path / "run"
     steps = 30
     command = [*SCRIPT, "--config", str(toy.config), "--outdir", str(run), "--max_steps", str(steps)]
+    program = command[1:]
     kill_when(lambda: bool(list(run.glob("checkpoint-*/manifest.json"))) and len(rollouts(run)) >= 3, command)
     before = rollouts(run)
-    done = subprocess.run([*command, "--resume"], env=ENVIRONMENT, capture_output=True, text=True)
+    done = run_forked(*program, "--resume")
     assert done.returncode == 0, done.stderr[-2000:]
 
     record = json.loads((run / "run.json").read_text())
@@ -261,9 +262,9 @@ def test_a_killed_run_resumes_at_its_newest_checkpoint_and_logs_each_step_once(t
     assert names and all(hashlib.sha256((run / name).read_bytes()).hexdigest()[:20] in name for name in names)
     assert "seconds/train" in rows(run / "metrics.jsonl")[-1] and f"step {steps}/{steps}" in done.stdout
     assert all((run / name).exists() for name in ("report.html", "model.safetensors", "tokenizer.json", "tensorboard"))
-    again = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    again = run_forked(*program)
     assert again.returncode == 2 and "--resume" in again.stderr.splitlines()[-1]
-    finished = subprocess.run([*command, "--resume"], env=ENVIRONMENT, capture_output=True, text=True)
+    finished = run_forked(*program, "--resume")
     assert finished.returncode == 2 and "is complete" in finished.stderr.splitlines()[-1]
     assert len(rows(run / "metrics.jsonl")) == steps
 

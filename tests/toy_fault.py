@@ -1,7 +1,7 @@
-"""Run toy_trainer.train with one fault in it: `toy_fault.py FAULT AT OUTDIR STEPS`; it happens on the main process.
+"""Run toy_trainer.train with one fault in it: `toy_fault.py FAULT AT OUTDIR STEPS [--resume]`.
 
-Faults: "kill_step" before the AT-th optimiser step; "kill_between" before and "kill_saving" while step AT is saved;
-"terminate" after it is logged; "full_disk" while its state is written. Real signals, a real error of the disk.
+Faults of the main process: "kill_step" before the AT-th optimiser step; "kill_between" before and "kill_saving" while
+step AT is saved; "terminate" after it is logged; "full_disk" while its state is written. Real signals, a real error.
 """
 
 import errno
@@ -38,6 +38,7 @@ def full():
 
 
 fault, at, outdir, steps = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+resume = "auto" if "--resume" in sys.argv else None
 FAULTS = {
     "kill_step": lambda: happen(Loop, "optimizer_step", lambda loop, _: loop.done + 1 == at, send(signal.SIGKILL)),
     "kill_between": lambda: happen(Loop, "_save", lambda loop: loop.done == at, send(signal.SIGKILL)),
@@ -47,4 +48,4 @@ FAULTS = {
 }
 if os.environ.get("RANK", "0") == "0":
     FAULTS[fault]()
-sys.exit(run_main("toy_trainer", lambda: toy_trainer.train(outdir, steps, None)))
+sys.exit(run_main("toy_trainer", lambda: toy_trainer.train(outdir, steps, resume)))
