@@ -27,8 +27,8 @@ from tests.processes import ENVIRONMENT, ROOT, kill_when, launcher
 TRAIN, FSDP = ROOT / "pref_grpo.py", ROOT / "tests" / "fsdp_run.py"
 SHORT = [
     "--config", ROOT / "configs" / "miniature_flow.yaml", "--prompts_per_step", 2, "--num_generations", 4,
-    "--render_batch_size", 4, "--render_steps", 4, "--resolution", 16, "--rewards", "hps", "--eval_prompts", 2,
-    "--eval_every", 3, "--max_steps", 5, "--save_steps", 2, "--held_out",
+    "--render_batch_size", 4, "--render_steps", 4, "--resolution", 16, "--rewards", "git", "--eval_prompts", 2,
+    "--eval_every", 3, "--max_steps", 5, "--save_steps", 2,
 ]  # fmt: skip
 
 
@@ -59,9 +59,9 @@ def record(outdir: Path) -> tuple:
 def test_a_run_leaves_what_others_read(flow_runs):
     outdir = flow_runs["lora"]
     [step] = rows(outdir / "rollouts" / "step_000001.jsonl")[:1]
-    assert step["rewrite"] == step["prompt"] and step["reasoning"] is None and set(step["parts"]) == {"hps"}
+    assert step["rewrite"] == step["prompt"] and step["reasoning"] is None and set(step["parts"]) == {"git"}
     first, last = rows(outdir / "metrics.jsonl")
-    assert first["win_rate"] == 0.5 and {"reward", "rewards/hps/mean", "kl/level_00", "grad_norm"} <= first.keys()
+    assert first["win_rate"] == 0.5 and {"reward", "rewards/git/mean", "kl/level_00", "grad_norm"} <= first.keys()
     assert [path.name for path in sorted((outdir / "evaluations").iterdir())] == [
         "step_000000.jsonl",
         "step_000001.jsonl",
@@ -143,7 +143,7 @@ def test_two_processes_under_zero_2_and_under_fsdp2_are_the_run_of_one(tmp_path)
 def test_a_judge_that_fails_a_fifth_of_its_calls_does_not_stop_two_processes(tmp_path):
     with JudgeServer(lambda samples: [np.asarray(s.images[0]).mean() / 255 for s in samples], fail_share=0.2) as url:
         judge = ["--judge_url", url, "--judge_model", "miniature", "--judge_timeout", 1]
-        launched(tmp_path / "run", *judge, "--rewards", "preference", "hps", "--held_out", "judge", "--max_steps", 3)
+        launched(tmp_path / "run", *judge, "--rewards", "preference", "git", "--held_out", "judge", "--max_steps", 3)
     logged = rows(tmp_path / "run" / "metrics.jsonl")
     assert [row["step"] for row in logged] == [1, 2, 3, 3] and "win_rate/preference" in logged[-1]
     found = [row for path in (tmp_path / "run" / "rollouts").iterdir() for row in rows(path)]
@@ -158,8 +158,8 @@ def test_a_judge_that_fails_a_fifth_of_its_calls_does_not_stop_two_processes(tmp
     "options",
     [
         ["--num_generations", 1], ["--prompts_per_step", 3, "--num_generations", 3], ["--updates_per_rollout", 3],
-        ["--sde_window", "sliding", "--sde_steps", 4, "--loss", "grpo"], ["--render_steps", 1], ["--rewards", "hps", "length"],
-        ["--rewards", "format"], ["--held_out", "hps"], ["--reward_weights", 1, 2], ["--resolution", 50],
+        ["--sde_window", "sliding", "--sde_steps", 4, "--loss", "grpo"], ["--render_steps", 1], ["--rewards", "git", "length"],
+        ["--rewards", "format"], ["--held_out", "git"], ["--reward_weights", 1, 2], ["--resolution", 50],
         ["--preference_pairs", "anchor"], ["--train_guidance", "cfg"], ["--eval_prompts", 999], ["--loss", "ppo"],
         ["--sdmodel_name", "http://127.0.0.1:1/v1"], ["--highest_noise", 1.5], ["--render_batch_size", "auto"],
         ["--rewards", "judge", "--judge_url", "http://127.0.0.1:1/v1"], ["--lora_target_modules", "nowhere"],
