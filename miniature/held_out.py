@@ -1,15 +1,17 @@
-"""What did a run learn? The oracle reads pictures of the held-out prompts, drawn from four texts each.
+"""What did a run learn? The oracle reads pictures of the held-out prompts, as each of several systems drew them.
 
-raw: the prompt itself. start, trained: rewrites by the policy before and after training, sampled as in training.
-written: a right layout caption by the world, which is what the renderer can do at best. A prompt's pictures start from
-the same noise for all four; step 0 is never a training step, so no picture of the training is drawn again.
+Those of a reprompter are four texts. raw: the prompt itself. start, trained: rewrites by the policy before and after
+training, sampled as in training. written: a right layout caption by the world, which is what the renderer can do at
+best. A prompt's pictures start from the same noise for all systems; step 0 is never a training step, so no picture of
+the training is drawn again.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,18 +32,20 @@ CATEGORIES = {
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The held-out prompts of one run, and for each of SYSTEMS what came of them.
+    """The held-out prompts of one run, and for each system, such as those in SYSTEMS, what came of them.
 
     Attributes:
-        rewrites: of "start" and "trained".
+        labels: system -> what the table calls it.
         pictures: as many for each prompt; None where nothing could be drawn.
         correct: (prompts, samples) of bool: does the picture keep its prompt?
+        rewrites: of those that rewrite.
     """
 
     prompts: list[Prompt]
-    rewrites: dict[str, list[Rewrite]]
+    labels: Mapping[str, str]
     pictures: dict[str, list[list[Image.Image | None]]]
     correct: dict[str, np.ndarray]
+    rewrites: dict[str, list[Rewrite]] = field(default_factory=dict)
 
     def mean(self, system: str) -> float:
         """Share of right pictures."""
@@ -70,23 +74,39 @@ def measure(run: Path, renderer: Renderer, samples: int) -> HeldOut:
     }
     drawn_from = {"raw": texts, "written": [world.describe(world.layout(prompt, rng)) for prompt in prompts]}
     drawn_from |= {name: [row.rewrite for row in rows] for name, rows in rewrites.items()}
-    print(f"drawing {4 * samples} pictures of each of {len(prompts)} held-out prompts for the oracle", flush=True)
+    drawn = {system: (renderer, drawn_from[system]) for system in SYSTEMS}
+    return replace(look(prompts, SYSTEMS, drawn, seed, samples), rewrites=rewrites)
+
+
+def look(
+    prompts: list[Prompt], labels: Mapping[str, str], drawn: Mapping[str, tuple[Renderer, Sequence[str]]],
+    seed: int, samples: int,
+) -> HeldOut:  # fmt: skip
+    """Draw and judge the prompts, with `samples` pictures a prompt and system.
+
+    Args:
+        labels: see `HeldOut`.
+        drawn: system -> what draws, and a text for each prompt.
+    """
+    many = len(labels) * samples
+    print(f"drawing {many} pictures of each of {len(prompts)} held-out prompts for the oracle", flush=True)
     seeds = [render_seed(seed, prompt.id, 0, k) for prompt in prompts for k in range(samples)]
     pictures, correct = {}, {}
-    for system in SYSTEMS:
-        flat = renderer([text for text in drawn_from[system] for _ in range(samples)], seeds)
+    for system in labels:
+        renderer, texts = drawn[system]
+        flat = renderer([text for text in texts for _ in range(samples)], seeds)
         pictures[system] = [flat[i : i + samples] for i in range(0, len(flat), samples)]
         rows = zip(prompts, pictures[system], strict=True)
         correct[system] = np.array(
             [[image is not None and world.holds(p, world.see(image)) for image in row] for p, row in rows]
         )
-    return HeldOut(prompts, rewrites, pictures, correct)
+    return HeldOut(prompts, labels, pictures, correct)
 
 
 def table(found: HeldOut) -> dict:
     """The oracle's table as a run's `summary.json` carries it: see report/page.py."""
     rows = []
-    for system, label in SYSTEMS.items():
+    for system, label in found.labels.items():
         per_prompt = found.correct[system].mean(axis=1)
         draws = np.random.default_rng(0).choice(per_prompt, size=(4000, len(per_prompt))).mean(axis=1)
         of_task = {task: [] for task in CATEGORIES}

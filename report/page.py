@@ -8,11 +8,12 @@ text, so everything goes through Jinja's autoescaping, and pictures are only rea
 files give the same bytes.
 
 A program that measures a run may add `summary.json`, with any of
-    table     {"title", "note", "columns", "rows": [{"label", "mean", "ci95", "cells", "main"}]}; a mean or a cell is
-              null where nothing was measured; the main row stands out
+    table     {"title", "note", "columns", "rows": [{"name", "label", "mean", "ci95", "cells", "main"}]}; a mean or a
+              cell is null where nothing was measured; the main row stands out
     figures   label -> text, to be read first
     rollouts, rollouts_per_second, seconds: {"total", and of each phase}
-and `gallery.jsonl`, a row per prompt: prompt, task, and for "raw", "start" and "trained" image, correct and rewrite.
+and `gallery.jsonl`, a row per prompt: prompt, task, and for "raw", "start", "trained" and other names of the table's
+image, correct and, if it was drawn from one, rewrite.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import base64
 import io
 import json
 import re
+from collections.abc import Iterable
 from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean
@@ -30,11 +32,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template, sel
 from PIL import Image
 
 from errors import UserError
-from report.plots import COLOURS, CURVE_POINTS, PHASES, column, panels
+from report.plots import COLOURS, CURVE_POINTS, PHASES, column, panels, spread
 from report.terminal import number, print_anywhere
 
 SIDES = {"raw": "raw prompt", "start": "policy before", "trained": "policy after"}  # of the gallery
 GALLERY_ROWS = 24  # half of them folded away
+EVALUATIONS, WATCHED = 6, 8  # columns and rows of the pictures through training
 GROUPS_PER_STEP, PICTURES_PER_ROLLOUT = 3, 2
 LARGE = 288  # pixels, beyond which a picture is shrunk
 
@@ -115,16 +118,25 @@ def rollout_steps(folder: Folder) -> list[dict]:
     for name in dict.fromkeys((first, last)):
         groups = _drawn(folder, name)
         shown = [_group(folder, rows) for rows in groups[:GROUPS_PER_STEP]]
-        steps.append({"step": int(re.sub(r"\D", "", name)), "groups": shown, "of": len(groups)})
+        rewritten = any(end["rewritten"] for group in shown for end in group["ends"])
+        steps.append({"step": _step_of(name), "groups": shown, "of": len(groups), "rewritten": rewritten})
     return steps
+
+
+def _step_of(name: str) -> int:
+    return int(re.sub(r"\D", "", name))
 
 
 def _drawn(folder: Folder, name: str) -> list[list[dict]]:
     """The groups of a step's file that have a picture."""
     groups: dict[str, list[dict]] = {}
     for row in folder.rows(f"rollouts/{name}"):
-        groups.setdefault(str(row.get("prompt_id", row.get("prompt"))), []).append(row)
+        groups.setdefault(_key(row), []).append(row)
     return [rows for rows in groups.values() if any(image for row in rows for image in row.get("images") or ())]
+
+
+def _key(row: dict) -> str:
+    return str(row.get("prompt_id", row.get("prompt")))
 
 
 def _group(folder: Folder, rows: list[dict]) -> dict:
@@ -132,24 +144,50 @@ def _group(folder: Folder, rows: list[dict]) -> dict:
     ends = []
     for label, row in zip(("best", "worst"), [scored[0], scored[-1]] if len(scored) > 1 else scored, strict=False):
         pictures = [folder.picture(name) for name in (row.get("images") or [None])[:PICTURES_PER_ROLLOUT]]
-        ends.append({**row, "label": label, "pictures": pictures})
+        rewritten = bool(row.get("completion")) or row.get("rewrite") != row.get("prompt")
+        ends.append({**row, "label": label, "pictures": pictures, "rewritten": rewritten})
     unreadable = sum(row.get("rewrite") is None for row in rows)
     return {"rows": rows, "absent": len(rows) - len(scored), "unreadable": unreadable, "ends": ends}
 
 
-def gallery(folder: Folder) -> dict | None:
-    """Held-out prompts drawn as they are, rewritten before and rewritten after training."""
-    rows = folder.rows("gallery.jsonl")
+def through_training(folder: Folder) -> dict | None:
+    """Some prompts, each drawn from the same noise at some evaluations, from the first to the last."""
+    names = sorted(path.name for path in (folder.root / "evaluations").glob("step_*.jsonl"))
+    files = {_step_of(name): folder.rows(f"evaluations/{name}") for name in spread(names, EVALUATIONS)}
+    drawn = {step: {_key(row): row for row in rows} for step, rows in files.items()}
+    prompts = {key: row for rows in reversed(drawn.values()) for key, row in rows.items()}
+    scorers = sorted({name for rows in files.values() for row in rows for name in row.get("wins") or ()})
+    shown = [
+        {**row, "cells": [_seen(folder, step, rows.get(_key(row), {})) for step, rows in drawn.items()]}
+        for row in _in_turns(prompts.values())[:WATCHED]
+    ]
+    return {"rows": shown, "of": len(prompts), "evaluations": len(names), "scorers": scorers} if shown else None
+
+
+def _seen(folder: Folder, step: int, row: dict) -> dict:
+    wins = [win for win in map(number, (row.get("wins") or {}).values()) if win is not None]
+    compared = len(wins) if step else 0  # step 0 is what the others are compared with
+    return {"step": step, "picture": folder.picture(row.get("image")), "won": sum(wins), "compared": compared}
+
+
+def _in_turns(rows: Iterable[dict]) -> list[dict]:
+    """The first of every task, whatever their outcome, then the second of every task, and so on."""
     by_task: dict[str, list[dict]] = {}
     for row in rows:
         by_task.setdefault(str(row.get("task") or ""), []).append(row)
-    turns = zip_longest(*by_task.values())  # the first of every task, whatever their outcome, then the second
-    shown = [row for turn in turns for row in turn if row is not None][:GALLERY_ROWS]
+    return [row for turn in zip_longest(*by_task.values()) for row in turn if row is not None]
+
+
+def gallery(folder: Folder, sides: Iterable[str]) -> dict | None:
+    """Held-out prompts as each of `sides` drew them, such as before and after training."""
+    rows = folder.rows("gallery.jsonl")
+    shown = _in_turns(rows)[:GALLERY_ROWS]
     for row in shown:
-        there = {name: row[name] for name in SIDES if row.get(name)}
+        there = {name: row[name] for name in sides if row.get(name)}
         row["sides"] = {name: {**side, "picture": folder.picture(side.get("image"))} for name, side in there.items()}
     outcome = [tuple((row.get(name) or {}).get("correct") for name in ("start", "trained")) for row in rows]
     changed = {"gained": outcome.count((False, True)), "lost": outcome.count((True, False))}
+    changed["rewritten"] = any("rewrite" in side for row in shown for side in row["sides"].values())
     return {"cards": shown, "unfolded": GALLERY_ROWS // 2, "of": len(rows), **changed} if rows else None
 
 
@@ -211,7 +249,8 @@ def write_report(run_dir: Path) -> Path:
         raise UserError(f"no run folder at {run_dir}: name the --outdir of a training run, e.g. runs/demo")
     folder = Folder(run_dir)
     run, summary = folder.record("run.json"), folder.record("summary.json")
-    rows = logged_steps(folder)
+    rows, table = logged_steps(folder), summary.get("table")
+    sides = SIDES | {row["name"]: row["label"] for row in (table or {}).get("rows", ()) if "name" in row}
     page = _template("report.html.jinja").render(
         title=folder.root.name,
         run=run,
@@ -222,10 +261,11 @@ def write_report(run_dir: Path) -> Path:
         panels=panels(rows),
         steps=len(rows),
         curve_points=CURVE_POINTS,
-        gallery=gallery(folder),
-        sides=SIDES,
+        gallery=gallery(folder, sides),
+        sides=sides,
+        through=through_training(folder),
         rollouts=rollout_steps(folder),
-        table=summary.get("table"),
+        table=table,
         trouble=trouble(folder, rows, run),  # the last, because all reading adds notes
     )
     path = run_dir / "report.html"

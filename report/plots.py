@@ -1,22 +1,28 @@
 """The plots of a run: metrics of every step -> SVG images. The page adds titles and legends.
 
-A value that is absent is a gap in its line. Nothing is read or written here.
+A value that is absent is a gap in its line, but for what is measured now and then: its values are joined. Nothing is
+read or written here.
 """
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import cycle
+from typing import TypeVar
 
+import numpy as np
 from matplotlib import style
 from matplotlib.figure import Figure
 
 from report.terminal import number, thin
 
 PHASES = ("generate", "render", "score", "train")
+Item = TypeVar("Item")
 CURVE_POINTS = 200
+LINES = 8  # of a plot; of more, such as one for each denoising step, some are shown
+EACH = r"((?:step|level)_\d+)"  # denoising step or noise level
 GREY = "#8a8780"
 COLOURS = (  # to be told apart on a white page and on a black one
     "#3d85c6", "#d9822b", "#35a583", "#9673c9", GREY, "#c7608f", "#a8952f", "#33a3b9", "#6f9d3a", "#c25555",
@@ -24,7 +30,7 @@ COLOURS = (  # to be told apart on a white page and on a black one
 STYLE = {
     "svg.fonttype": "none", "svg.hashsalt": "the same lines give the same bytes", "font.size": 8, "axes.grid": True,
     "figure.figsize": (4.2, 1.9), "figure.subplot.left": 0.13, "figure.subplot.right": 0.98,
-    "figure.subplot.bottom": 0.22, "figure.subplot.top": 0.97, "axes.formatter.useoffset": False,
+    "figure.subplot.bottom": 0.22, "figure.subplot.top": 0.9, "axes.formatter.useoffset": False,
     "axes.edgecolor": "none", "grid.color": GREY, "grid.alpha": 0.3, "axes.labelcolor": GREY, "xtick.color": GREY,
     "ytick.color": GREY,
 }  # fmt: skip
@@ -32,6 +38,8 @@ STYLE = {
 # title, what it means, pattern of its metrics, whether the axis shows zero; a line has the name of its metric in
 # metrics.jsonl, or what the pattern has in parentheses
 PANELS = (
+    ("Win rate against the untrained model", "same noise, 0.5 is no better", r"win_rate/(.+)", True),
+    ("Scores of the evaluation", "mean; the same prompts and noise each time", r"eval/(.+)/mean", False),
     ("Held-out scorers", "mean; nothing is trained on them", r"held_out/(.+)/mean", False),
     ("Held-out against the reward", "correlation within groups", r"held_out/(.+)/correlation", False),
     ("Do rewards agree?", "mean correlation with the others, within groups", r"agreement/(.+)", False),
@@ -40,6 +48,7 @@ PANELS = (
     ("Judge answers that could not be read", "of a batch", r"(.+)/unparsable", True),
     ("Spread within a group", "standard deviation of the reward", "reward_std", True),
     ("Groups without a signal", "share whose rewards are all equal", "frac_reward_zero_std", True),
+    ("Groups that chance explains", "share whose win rates differ no more", r"groups/(.+)_by_chance", True),
     ("Win rate against the raw prompt", "same noise, 0.5 is no better", "preference/win_rate_vs_raw", True),
     ("First picture won", "share; an unbiased judge has 0.5", "preference/first_position", True),
     ("Pairs without a winner", "shares", "preference/(ties|failed_pairs)", True),
@@ -51,6 +60,12 @@ PANELS = (
     ("KL", "from the reference policy", "kl", True),
     ("Entropy", "of the policy per token", "entropy", True),
     ("Gradient norm", "before clipping", "grad_norm", True),
+    ("Ratio", "new policy over old, by step or noise level", f"ratio/{EACH}", False),
+    ("Clipped", "share of the pictures, by step or noise level", f"clipped/{EACH}", True),
+    ("KL by step", "from the old policy; levels: squared velocity error", f"kl/{EACH}", True),
+    ("Gradient by step", "or noise level; its norm at the velocity", f"gradient/{EACH}", True),
+    ("Norm of the velocity", "root mean square; --max_drift bounds its change", "velocity_norm", False),
+    ("Replay gap", "log-probabilities computed again, largest difference", "replay_gap", True),
     ("Seconds a step", "by phase", f"seconds/({'|'.join(PHASES)})", True),
 )
 
@@ -83,15 +98,31 @@ def panels(rows: list[dict]) -> list[dict]:
     plots = []
     for title, note, pattern, from_zero in (*wanted, *PANELS):
         matches = [match for key in columns if (match := re.fullmatch(pattern, key))]
-        lines = []
-        for match, colour in zip(matches, cycle(COLOURS), strict=False):
-            values, mean = columns[match[0]], smooth(columns[match[0]])
+        lines, shown = [], spread(matches, LINES)
+        note += f"; {len(shown)} of {len(matches)} lines" if len(shown) < len(matches) else ""
+        for match, colour in zip(shown, cycle(COLOURS), strict=False):
+            values = columns[match[0]]
+            mean = joined(values) if 2 * values.count(None) > len(values) else smooth(values)
             last = next(value for value in reversed(mean) if value is not None)
             label = match[match.lastindex or 0]
             lines.append({"label": label, "colour": colour, "values": values, "mean": mean, "last": f"{last:.3g}"})
         if lines:
             plots.append({"title": title, "note": note, "svg": draw(steps, lines, from_zero), "lines": lines})
     return plots
+
+
+def spread(items: Sequence[Item], most: int) -> list[Item]:
+    """At most `most` (2 or more) of them, evenly from the first to the last."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+
+
+def joined(values: list[float | None]) -> list[float | None]:
+    """Straight lines from each value that is there, of one or more, to the next."""
+    known = [i for i, value in enumerate(values) if value is not None]
+    line = np.interp(range(known[0], known[-1] + 1), known, [values[i] for i in known]).tolist()
+    return [*[None] * known[0], *line, *[None] * (len(values) - 1 - known[-1])]
 
 
 def smooth(values: list[float | None]) -> list[float | None]:

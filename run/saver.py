@@ -25,7 +25,8 @@ from run.heartbeat import Heartbeat
 
 ADAM_BYTES = 12  # of a trained parameter: two float32 moments, and the optimiser's own float32 copy
 CANNOT_WRITE = (OSError, RuntimeError, SafetensorError)  # of file, torch's zip writer and safetensors on a full disk
-LAST = ("config.json", "adapter_config.json")  # a policy without them is no policy, so they are put in place last
+# What tells that trained weights are complete is put in place last.
+LAST = ("config.json", "adapter_config.json", "ema")
 
 
 class Saver:
@@ -63,6 +64,7 @@ class Saver:
         self.state.wait_for_everyone()
         if self.state.is_main_process:
             for path in sorted(aside.iterdir(), key=lambda path: path.name in LAST):
+                shutil.rmtree(self.folder.path / path.name, ignore_errors=True)  # a folder that a killed run left
                 path.replace(self.folder.path / path.name)
             shutil.rmtree(self.staging)
 

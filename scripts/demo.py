@@ -6,7 +6,7 @@ Trains with the real trainer (`r1_prompter.py --config configs/miniature.yaml`),
 share out the groups of a step: models this small gain more from a second process than from a second thread. Then the
 oracle of the miniature world reads pictures of 240 held-out prompts (miniature/held_out.py), and `summary.json`,
 `gallery.jsonl`, `before_after.png` and `report.html` are written into the run folder. The same command again goes on
-where it stopped; a run that is complete is only shown.
+where it stopped; a run that is complete is only shown. scripts/demo_flow.py does the same with another trainer.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from types import ModuleType
+from typing import Any
 
 import yaml
 
@@ -37,7 +39,6 @@ from run.options import SEED, option, parse_known, run_main
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "miniature.yaml"
 GALLERY = 4  # prompts a category in the before/after gallery
-SHEET = {"raw": "the prompt itself", "start": "rewrite before", "trained": "rewrite after"}
 
 
 @dataclass
@@ -50,51 +51,71 @@ class DemoOptions:
     processes: int = option(min(2, os.cpu_count() or 1), "That train together.", changes="run", choices=[1, 2, 4])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    words, others = sys.argv[1:] if argv is None else argv, "All other options are the trainer's."
-    return run_main("demo", lambda: run(*parse_known((DemoOptions,), words, epilog=others)))
+@dataclass(frozen=True)
+class Demo:
+    """What a demo does in its own way.
+
+    Attributes:
+        trainer: its module.
+        options: the kind of the demo's own options.
+        words: what these add to the trainer's command line.
+        last: what a finished training has left in its run folder.
+        rollouts: the derived number of `run.json` that counts those of a step.
+        measure: run folder, number of pictures -> what the oracle saw.
+        told: of that, what `summary.json` says beside the table.
+        sheet: system -> label of its row in `before_after.png`.
+    """
+
+    trainer: ModuleType
+    options: type[DemoOptions]
+    words: Callable[[DemoOptions], list[str]]
+    last: str
+    rollouts: str
+    measure: Callable[[Path, int], HeldOut]
+    told: Callable[[HeldOut], dict[str, Any]]
+    sheet: Mapping[str, str]
+
+    def main(self, argv: Sequence[str] | None = None) -> int:
+        """Run the command line; returns the exit code."""
+        words, others = sys.argv[1:] if argv is None else argv, "All other options are the trainer's."
+        return run_main("demo", lambda: run(self, *parse_known((self.options,), words, epilog=others)))
 
 
-def run(options: DemoOptions, trainer_options: Sequence[str]) -> int:
+def run(demo: Demo, options: DemoOptions, others: Sequence[str]) -> int:
     """Train, measure and show; returns the trainer's exit code if it failed."""
     started = time.time()
     outdir = Path(options.outdir)
-    words = trainer_words(outdir, options, trainer_options)
-    r1_prompter.parse_options(words)  # or a mistake is told by each process, and by what launched them
+    words = ["--outdir", str(outdir.resolve()), "--seed", str(options.seed), *demo.words(options), *others]
+    demo.trainer.parse_options(words)  # or a mistake is told by each process, and by what launched them
     summary_file = outdir / "summary.json"
     if not summary_file.exists() or "table" not in json.loads(summary_file.read_text(encoding="utf-8")):
-        if not (outdir / "report.html").exists():  # the last thing that the trainer writes
-            code = train(outdir, options.processes, words)
+        if not (outdir / demo.last).exists():
+            code = train(demo.trainer.__name__, outdir, options.processes, words)
             if code:
                 return code
-        found = measure(outdir, build.renderer(), options.samples)
-        gallery = write_gallery(outdir, found)
-        draw_before_after(outdir, gallery)
-        summary = summarise(outdir, found, started)
+        trained = time.time() - started
+        found = demo.measure(outdir, options.samples)
+        gallery = write_gallery(outdir, found, demo.sheet)
+        draw_before_after(outdir, gallery, demo.sheet)
+        summary = summarise(outdir, demo, found)
+        earlier = sum(summary["seconds"].values()) - trained  # seconds of training that calls before this one took
+        summary["seconds"] = {"total": time.time() - started + max(0, earlier), **summary["seconds"]}
         summary_file.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     show(outdir)
     return 0
 
 
-def trainer_words(outdir: Path, options: DemoOptions, others: Sequence[str]) -> list[str]:
-    """The trainer's command line."""
-    batch = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))["per_device_train_batch_size"] // options.processes
-    words = ["--config", str(CONFIG), "--outdir", str(outdir.resolve())]
-    return [*words, "--per_device_train_batch_size", str(batch), "--seed", str(options.seed), *others]
-
-
-def train(outdir: Path, processes: int, words: Sequence[str]) -> int:
+def train(trainer: str, outdir: Path, processes: int, words: Sequence[str]) -> int:
     """Train, or go on from the newest checkpoint; returns the trainer's exit code."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command += ["r1_prompter.py", *words]
+    command += [f"{trainer}.py", *words]
     resume = ["--resume"] if any(outdir.glob("checkpoint-*")) else []
     threads = str(max(1, (os.cpu_count() or 1) // processes))
     environment = {"OMP_NUM_THREADS": threads, **os.environ}
     return subprocess.run([*command, *resume], cwd=ROOT, env=environment, check=False).returncode
 
 
-def write_gallery(outdir: Path, found: HeldOut) -> list[dict]:
+def write_gallery(outdir: Path, found: HeldOut, systems: Mapping[str, str]) -> list[dict]:
     """Write `gallery.jsonl`, the first prompts of each category whatever came of them; returns its rows."""
     (outdir / "images").mkdir(exist_ok=True)
     taken: Counter[str] = Counter()
@@ -104,7 +125,7 @@ def write_gallery(outdir: Path, found: HeldOut) -> list[dict]:
         if taken[prompt.task] > GALLERY:
             continue
         row = {"prompt": prompt.text, "task": prompt.task}
-        for system in SHEET:
+        for system in systems:
             image, name = found.pictures[system][i][0], f"images/held_out_{i:03}_{system}.png"
             if image is not None:
                 save_png(image, outdir / name)
@@ -119,33 +140,35 @@ def write_gallery(outdir: Path, found: HeldOut) -> list[dict]:
     return rows
 
 
-def draw_before_after(outdir: Path, gallery: Sequence[dict]) -> None:
-    """One prompt of each category, its first: pictures of the prompt and of both rewrites."""
+def draw_before_after(outdir: Path, gallery: Sequence[dict], systems: Mapping[str, str]) -> None:
+    """One prompt of each category, its first: a picture of each system, above the text that it was drawn from."""
     shown = list({row["task"]: row for row in reversed(gallery)}.values())[::-1]
 
     def cell(row: dict, system: str) -> Cell:
         side = row[system]
-        text = row["prompt"] if system == "raw" else side["rewrite"] or "(unreadable)"
+        text = side.get("rewrite", row["prompt"]) or "(unreadable)"
         return Cell(outdir / side["image"] if side["image"] else None, text, side["correct"])
 
-    lines = {label: [cell(row, system) for row in shown] for system, label in SHEET.items()}
+    lines = {label: [cell(row, system) for row in shown] for system, label in systems.items()}
     contact_sheet(outdir / "before_after.png", [row["task"] for row in shown], lines)
 
 
-def summarise(outdir: Path, found: HeldOut, started: float) -> dict:
+def steps_of(outdir: Path) -> list[dict]:
+    """The metrics of each training step; not those of the last evaluation."""
+    return [row for row in Folder(outdir).rows("metrics.jsonl") if "reward" in row]
+
+
+def summarise(outdir: Path, demo: Demo, found: HeldOut) -> dict:
     """What `summary.json` holds: the oracle's table, the figures to be read first, and the costs."""
-    rows, record = Folder(outdir).rows("metrics.jsonl"), json.loads((outdir / "run.json").read_text(encoding="utf-8"))
-    seconds = {phase: sum(row[f"seconds/{phase}"] for row in rows) for phase in PHASES}
-    rollouts = len(rows) * record["derived"]["completions_per_generation"]
+    rows, record = steps_of(outdir), json.loads((outdir / "run.json").read_text(encoding="utf-8"))
+    phases = [phase for phase in PHASES if f"seconds/{phase}" in rows[0]]
+    seconds = {phase: sum(row[f"seconds/{phase}"] for row in rows) for phase in phases}
+    rollouts = len(rows) * record["derived"][demo.rollouts]
     return {
         "table": table(found),
-        "figures": {
-            "oracle accuracy, before → after": f"{found.mean('start'):.2f} → {found.mean('trained'):.2f}",
-            "of the gap to the ideal rewrite closed": f"{found.gap_closed():.0%}",
-        },
-        "gap_closed": found.gap_closed(),
+        **demo.told(found),
         "seed": record["config"]["seed"],
-        "seconds": {"total": time.time() - started, **seconds},
+        "seconds": seconds,
         "rollouts": rollouts,
         "rollouts_per_second": rollouts / sum(seconds.values()),
     }
@@ -154,17 +177,41 @@ def summarise(outdir: Path, found: HeldOut, started: float) -> dict:
 def show(outdir: Path) -> None:
     """Print the reward's course, the table and the costs; write the report."""
     summary = json.loads((outdir / "summary.json").read_text(encoding="utf-8"))
-    rewards = [row["reward"] for row in Folder(outdir).rows("metrics.jsonl")]
+    rewards = [row["reward"] for row in steps_of(outdir)]
     tenth = max(1, len(rewards) // 10)
     print(f"\nreward   {sparkline(rewards)}   {fmean(rewards[:tenth]):.3f} -> {fmean(rewards[-tenth:]):.3f}\n")
     print(text_table(summary["table"]))
-    print(f"\ngap closed, (after - raw) / (written - raw): {summary['gap_closed']:.2f}")
+    if "gap_closed" in summary:
+        print(f"\ngap closed, (after - raw) / (written - raw): {summary['gap_closed']:.2f}")
     seconds = summary["seconds"]
     phases = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items() if name != "total")
     print(f"\n{summary['rollouts']} rollouts at {summary['rollouts_per_second']:.0f} per second; {phases}; ", end="")
     print(f"the whole demo {seconds['total'] / 60:.1f} min")
     print(f"report: {write_report(outdir)}   (delete {outdir} to train again)")
 
+
+def trainer_words(options: DemoOptions) -> list[str]:
+    """The configuration, its batch shared out among the processes."""
+    batch = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))["per_device_train_batch_size"] // options.processes
+    return ["--config", str(CONFIG), "--per_device_train_batch_size", str(batch)]
+
+
+def told(found: HeldOut) -> dict[str, Any]:
+    """Accuracy of the policy before and after, and how much of the way to ideal rewrites it has gone."""
+    return {
+        "figures": {
+            "oracle accuracy, before → after": f"{found.mean('start'):.2f} → {found.mean('trained'):.2f}",
+            "of the gap to the ideal rewrite closed": f"{found.gap_closed():.0%}",
+        },
+        "gap_closed": found.gap_closed(),
+    }
+
+
+main = Demo(
+    r1_prompter, DemoOptions, trainer_words, "report.html", "completions_per_generation",
+    lambda outdir, samples: measure(outdir, build.renderer(), samples), told,
+    {"raw": "the prompt itself", "start": "rewrite before", "trained": "rewrite after"},
+).main  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,29 @@ def test_reward_rises_on_the_miniature_and_the_demo_shows_it(tmp_path):
     cells = [float(cell) for cell in (tmp_path / "transfer.md").read_text().splitlines()[-1].split("|")[2:-1]]
     assert cells[:4] == [round(means[name], 3) for name in ("raw", "start", "trained", "written")]
     assert cells[4] == round(summary["gap_closed"], 3)
+
+
+def test_the_demo_of_the_image_model_shows_untrained_trained_and_averaged_weights_and_goes_on(tmp_path):
+    out = tmp_path / "flow"
+    small = ["--prompts_per_step", 4, "--num_generations", 4, "--render_batch_size", 8, "--eval_prompts", 4]
+    words = ["scripts/demo_flow.py", "--outdir", out, "--samples", 1, "--max_steps", 2, "--save_steps", 2, *small]
+    run(*words)
+    summary = json.loads((out / "summary.json").read_text())
+    means = {row["name"]: row["mean"] for row in summary["table"]["rows"]}
+    assert list(means) == ["start", "trained", "ema"] and 0.1 < means["start"] < 0.3  # as the untrained one draws
+    assert summary["rollouts"] == 2 * 16 and set(summary["seconds"]) == {"total", "render", "score", "train"}
+    shown = rows(out / "gallery.jsonl")
+    assert len(shown) == 24 and all((out / row[system]["image"]).exists() for row in shown for system in means)
+    assert any((out / row["start"]["image"]).read_bytes() != (out / row["ema"]["image"]).read_bytes() for row in shown)
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "Through training" in page and "averaged weights" in page and (out / "before_after.png").exists()
+    (out / "summary.json").unlink()  # and then as if it had been stopped after its last checkpoint
+    published = [out / "ema", *(file.parent for file in out.glob("*/*config.json") if file.parent.name != "best")]
+    for folder in dict.fromkeys(published):
+        shutil.rmtree(folder)
+    assert "averaged weights" in run(*words).stdout
+    assert [row["step"] for row in rows(out / "metrics.jsonl") if "reward" in row] == [1, 2]
+    assert json.loads((out / "summary.json").read_text())["table"] == summary["table"]
 
 
 def test_the_real_prompt_file_trains_two_steps(tmp_path):

@@ -44,6 +44,7 @@ PROGRAMS = {  # program -> (what it needs, flags with a bad value, the last word
         "--temperature -1", "--images_per_rewrite 0", "--best_of 0", "--price_in -1", "--render_steps 0",
     ]),
     "scripts.demo": ("--outdir {out}", ["--seed -1", "--samples 0", "--render_steps 0", "--resolution 50"]),
+    "scripts.demo_flow": ("--outdir {out}", ["--seed -1", "--samples 0", "--loss ppo", "--resolution 50"]),
     "scripts.bench": ("--target cpu", ["--prompts 0", "--group 1", "--minutes nan"]),
     "data.make_prompts": ("--out_dir {out}", ["--rl 0", "--cold_start -1"]),
 }  # fmt: skip

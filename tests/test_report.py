@@ -202,6 +202,47 @@ def test_whatever_table_and_figures_a_summary_has_are_on_the_page(run_dir):
     assert page.count("<th>short</th>") == page.count("<th>long</th>") == 1
 
 
+def test_the_same_prompts_are_shown_at_evaluations_from_the_first_to_the_last(run_dir):
+    assert "Through training" not in html(run_dir)
+    for step in range(0, 220, 20):
+        wins = {"hps": 0.5, "git": None, "orm": 1.0} if step else dict.fromkeys(("hps", "git", "orm"), 0.5)
+        known = {"scores": {}, "wins": wins, "image": f"images/{step % 6:02}.png"}
+        rows = [{"prompt_id": str(i), "prompt": f"cat {i} & co", "task": TASKS[i // 3], **known} for i in range(18)]
+        write_lines(run_dir / "evaluations" / f"step_{step:06}.jsonl", rows[:-1] if step == 200 else rows)
+    write_lines(run_dir / "evaluations" / "step_000040.jsonl", [{**row, "image": None, "wins": {}} for row in rows])
+    section = html(run_dir).partition("Through training")[2].partition("</section>")[0]
+    shown = re.findall(r"cat (\d+) &amp; co", section)
+    assert shown == ["0", "3", "6", "9", "12", "15", "1", "4"] and "8 of 18 prompts" in section
+    courses = section.split('class="course"')[1:]
+    assert [re.findall(r">step (\d+)", course) for course in courses] == [["0", "40", "80", "120", "160", "200"]] * 8
+    assert section.count("1.5 of 2") == 8 * 4 and section.count("not drawn") == 8 and section.count("<img") == 8 * 5
+
+
+def test_pictures_without_a_rewrite_are_shown_without_the_prompt_a_second_time(run_dir):
+    rows = [
+        {**row, "rewrite": row["prompt"], "reasoning": None, "completion": ""} for row in rollouts("images/00.png")
+    ]
+    for name in ("step_000001.jsonl", "step_000060.jsonl"):
+        write_lines(run_dir / "rollouts" / name, rows)
+    section = html(run_dir).partition("Best and worst")[2].partition("</section>")[0]
+    assert section.count(rows[0]["prompt"]) == 2 and "rewrites" not in section and "unreadable" not in section
+
+
+def test_what_is_logged_for_each_denoising_step_is_one_plot_that_can_be_read(run_dir):
+    assert "Ratio" not in html(run_dir) and "untrained model" not in html(run_dir)
+    of_steps = {f"ratio/step_{i:02}": 1 + i / 100 for i in range(14)} | {"kl/level_01": 0.1, "replay_gap": 0.0}
+    now_and_then = {1: {"win_rate/hps": 0.5, "eval/hps/mean": 0.2}, 60: {"win_rate/hps": 0.9, "eval/hps/mean": 0.3}}
+    rows = [{**row, **of_steps, **now_and_then.get(row["step"], {})} for row in metrics(60)]
+    write_lines(run_dir / "metrics.jsonl", rows)
+    page = html(run_dir)
+    ratio = page.partition("<h3>Ratio</h3>")[2].partition("</figure>")[0]
+    assert "8 of 14 lines" in ratio and ratio.count("</i>step_") == 8 and "step_00" in ratio and "step_13" in ratio
+    assert "</i>level_01" in page and "<h3>Replay gap</h3>" in page and "<h3>Clipped</h3>" not in page
+    rate = plot(page, "Win rate against the untrained model")
+    strong = re.findall(r"<path d=\"([^\"]*)\"[^>]*stroke-width: 1.6", rate)
+    assert len(strong) == 1 and strong[0].count("M") == 1, "two evaluations, joined"
+
+
 def test_a_folder_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(UserError, match="gone"):
         write_report(tmp_path / "gone")
