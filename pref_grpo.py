@@ -298,7 +298,9 @@ class PrefGRPO:
     def update(self, step: int, paths: Sequence[Trajectory], advantages: Tensor, loop: Loop) -> dict[str, float]:
         """The optimiser steps of one rollout; returns means of what was seen, by denoising step or noise level."""
         parts, seen = self.script.updates_per_rollout, {}
-        rows = list(zip(paths, advantages.to(self.accelerator.device).split(self.renderer.chunk_size), strict=True))
+        first = self.accelerator.process_index * len(paths)  # batches are counted over all processes
+        chunks = advantages.to(self.accelerator.device).split(self.renderer.chunk_size)
+        rows = list(zip(range(first, first + len(paths)), paths, chunks, strict=True))
         for part in range(parts):
             for loss, metrics in self._passes(step, rows[part::parts]):
                 self.accelerator.backward(loss)
@@ -311,9 +313,9 @@ class PrefGRPO:
             self.old.follow(min(LAG * step, self.script.old_decay))
         return {name: float(np.mean(values)) for name, values in seen.items()}
 
-    def _passes(self, step: int, rows: Sequence[tuple[Trajectory, Tensor]]) -> Passes:
+    def _passes(self, step: int, rows: Sequence[tuple[int, Trajectory, Tensor]]) -> Passes:
         """The forward passes of one optimiser step, each inside accelerate's accumulation."""
-        for number, (path, advantage) in enumerate(rows):
+        for number, path, advantage in rows:
             for one in self._noised(step, number, path) if self.is_forward else path.steps:
                 with self.accelerator.accumulate(self.net):
                     yield (self._forward_pass if self.is_forward else self._path_pass)(path, one, advantage)
@@ -361,8 +363,7 @@ class PrefGRPO:
     def _noised(self, step: int, number: int, path: Trajectory) -> Iterator[tuple[int, flow.Noised]]:
         """Finished pictures at each of `timesteps` noise levels, from a generator of their own."""
         latents, count = path.latents, self.script.timesteps
-        place = f"{self.seed}/{step}/{self.accelerator.process_index}/{number}"
-        generator = torch.Generator("cpu").manual_seed(render_seed(self.seed, place, step, 0))
+        generator = torch.Generator("cpu").manual_seed(render_seed(self.seed, "noise levels", step, number))
         levels = flow.noise_levels(len(latents), count, self.script.highest_noise, generator)
         for level in range(count):
             noise = torch.randn(latents.shape, generator=generator)

@@ -76,7 +76,9 @@ def make_trainable(net: ModelMixin, options: LoopArguments) -> list[torch.nn.Par
     if options.use_peft:
         lora = LoraConfig(r=options.lora_r, lora_alpha=options.lora_alpha, target_modules=options.lora_target_modules)
         try:
-            net.add_adapter(lora)
+            with torch.random.fork_rng():
+                torch.manual_seed(options.seed)
+                net.add_adapter(lora)
         except ValueError as error:
             raise UserError(f"--lora_target_modules {' '.join(options.lora_target_modules)}: {error}") from error
     else:
