@@ -92,7 +92,9 @@ class FlowArguments:
     timesteps: int = option(3, "Noise levels at which nft and awm train on a picture.", changes="run", least=1)
     highest_noise: float = option(1.0, "They lie below this.", changes="run", above=0, most=1)
     strength: float = option(1.0, "nft's β; awm's weight of the velocity error.", changes="run", above=0)
-    old_decay: float = option(0.5, "Of nft's and awm's old policy, at most.", changes="run", least=0, below=1)
+    old_decay: float = option(
+        0.5, "Of nft's and awm's old policy, at most; 0: newest.", changes="run", least=0, below=1
+    )
     clip_range: float | None = option(None, "Unset: the loss's published one; dppo's is a KL.", changes="run", above=0)
     advantage_clip: float = option(5.0, "Bounds advantages; nft and awm divide by it.", changes="run", above=0)
     spread_floor: float = option(0.3, "Least spread of a group, as share of the batch's.", changes="run", least=0)
@@ -125,7 +127,7 @@ def parse_options(argv: Sequence[str]) -> Options:
     return Options(*parse(kinds, RECIPE, argv))
 
 
-def plan(options: Options, processes: int) -> dict[str, int]:
+def plan(options: Options, prompts: int, processes: int) -> dict[str, int]:
     """The numbers that follow from the options; those that cut a group or a batch in two are refused.
 
     Raises:
@@ -141,6 +143,8 @@ def plan(options: Options, processes: int) -> dict[str, int]:
     for name, count in (("prompts_per_step", script.prompts_per_step), ("eval_prompts", options.watch.eval_prompts)):
         if count % processes:
             raise UserError(f"{name} {count} is not a multiple of the {processes} processes: no group may be split")
+    if script.prompts_per_step > prompts:
+        raise UserError(f"prompts_per_step {script.prompts_per_step}: {script.data} has {prompts} prompts")
     local = script.prompts_per_step // processes * group
     if local % (batch * parts):
         raise UserError(
@@ -409,7 +413,7 @@ def train(options: Options) -> None:
     check_rewards(options)
     prompts = load_prompts(script.data)
     watched = watch.prompts(prompts)
-    numbers = plan(options, int(os.environ.get("WORLD_SIZE", "1")))
+    numbers = plan(options, len(prompts), int(os.environ.get("WORLD_SIZE", "1")))
     check_method(render.sdmodel_name, script.loss, script.train_guidance)
     accelerator = make_accelerator(numbers["passes_per_optimizer_step"], render.render_batch_size, loop.max_grad_norm)
     device, rank = str(accelerator.device), accelerator.process_index

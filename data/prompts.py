@@ -66,12 +66,10 @@ def hash_of_ids(prompts: Sequence[Prompt]) -> str:
 
 
 def prompts_of_step(step: int, prompts: Sequence[Prompt], count: int, seed: int) -> list[Prompt]:
-    """The `count` prompts of a step, from 1 on: each epoch has an order of its own and leaves none out."""
-    chosen = []
-    for place in range((step - 1) * count, step * count):
-        epoch, index = divmod(place, len(prompts))
-        chosen.append(prompts[np.random.default_rng([seed, epoch]).permutation(len(prompts))[index]])
-    return chosen
+    """The `count` distinct prompts of a step, from 1 on; each epoch has its own order, and leaves out the end."""
+    epoch, place = divmod(step - 1, len(prompts) // count)
+    order = np.random.default_rng([seed, epoch]).permutation(len(prompts))
+    return [prompts[index] for index in order[place * count :][:count]]
 
 
 def dump_prompt(prompt: Prompt) -> dict:

@@ -104,7 +104,7 @@ class Evaluator:
         texts = [prompt.text for prompt in self.prompts]
         images = self.draw(texts, self.seeds)
         before = [self.cache.get(*key) for key in zip(texts, self.seeds, strict=True)]
-        if step == 0 or not any(before):
+        if step == 0:
             before = images
             for text, seed, image in zip(texts, self.seeds, images, strict=True):
                 if image is not None:
