@@ -25,6 +25,7 @@ from scoring.cache import PictureCache
 from scoring.progress import Collapse, Evaluator
 from tests.processes import ENVIRONMENT, ROOT, kill_when, launcher
 
+RECIPES = {"pref_grpo_flux": 8, "flow_grpo_sd35": 8, "flux_lora_24gb": 1, "miniature_flow": 2}  # -> processes
 TRAIN, FSDP = ROOT / "pref_grpo.py", ROOT / "tests" / "fsdp_run.py"
 SHORT = [
     "--config", ROOT / "configs" / "miniature_flow.yaml", "--prompts_per_step", 2, "--num_generations", 4,
@@ -266,12 +267,11 @@ def test_a_copy_of_weights_follows_stands_in_and_comes_back():
 # Recipes -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", ["pref_grpo_flux", "flow_grpo_sd35", "flux_lora_24gb", "miniature_flow"])
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_fills_whole_groups_and_batches(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # as if bitsandbytes were installed
     options = pref_grpo.parse_options(
         ["--config", str(ROOT / "configs" / f"{recipe}.yaml"), "--outdir", str(tmp_path)]
     )
-    processes = {"pref_grpo_flux": 8, "flow_grpo_sd35": 8, "miniature_flow": 2}.get(recipe, 1)
-    assert pref_grpo.plan(options, 840, processes)["passes_per_optimizer_step"] >= 1
+    assert pref_grpo.plan(options, 840, RECIPES[recipe])["passes_per_optimizer_step"] >= 1
     pref_grpo.check_rewards(options)

@@ -188,10 +188,11 @@ def test_the_recipe_holds_for_the_bare_command_and_yields_to_yaml_and_flags(tmp_
 def test_every_yaml_loads(monkeypatch):
     import r1_prompter
     import sft
+    from tests.test_pref_grpo import RECIPES as FLOW_RECIPES
 
     monkeypatch.setattr("run.options.need", lambda package, asker: None)
     for path in (ROOT / "configs").glob("*.yaml"):
-        if not path.name.startswith("deepspeed"):
+        if not path.name.startswith("deepspeed") and path.stem not in FLOW_RECIPES:
             program = sft if "cold_start" in path.name else r1_prompter
             program.parse_options(["--config", str(path), "--data", "x", "--outdir", "y"])
     for path in (ROOT / "deepspeed_2.yaml", ROOT / "configs" / "deepspeed_2_cpu.yaml"):
