@@ -18,6 +18,7 @@ from scoring.drawing import Drawer
 from scoring.rollouts import Scorer
 from scripts import bench, bench_gpu
 from scripts.bench_common import plain_loop, table
+from scripts.bench_flow import bench_flow
 from scripts.bench_levers import bench_levers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -128,3 +129,10 @@ def test_the_table_of_levers_has_gains_differences_and_reasons():
     assert rows["VAE in slices"]["gain"] > 0 and rows["VAE in slices"]["most"] < 20  # bfloat16
     assert rows["half the steps"]["mean"] > rows["VAE in slices"]["mean"]
     assert "torchao" in rows["quantised, fp8"]["skipped"] and "attention" in rows["attention flash"]["skipped"]
+
+
+@pytest.mark.slow
+def test_the_flow_target_measures_every_phase_of_every_side():
+    rows = bench_flow(1, 2)["rows"]
+    assert [row["phase"] for row in rows] == ["render", "score", "train", "all", "times the published speed"]
+    assert all(value > 0 for row in rows for value in list(row.values())[1:]) and rows[-1]["published"] == 1
