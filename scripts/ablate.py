@@ -158,8 +158,9 @@ def figures(folder: Path) -> dict[str, float]:
     if (folder / "summary.json").exists():
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         means = {row["name"]: row["mean"] for row in summary["table"]["rows"]}
-        found = {"raw": means["raw"], "before": means["start"], "after": means["trained"]}
-        found["gap_closed"] = summary["gap_closed"]
+        columns = {"raw": "raw", "before": "start", "after": "trained", "averaged": "ema"}
+        found = {column: means[name] for column, name in columns.items() if name in means}
+        found |= {"gap_closed": summary["gap_closed"]} if "gap_closed" in summary else {}
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     names = sorted({key for row in rows for key in row if re.fullmatch(r"(held_out|rewards)/[^/]+/mean", key)})
     tenth = max(1, len(rows) // 10)

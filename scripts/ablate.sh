@@ -15,3 +15,8 @@ ablate() {
   "$python" scripts/ablate.py --outdir "$out" --table "$out/$1.md" --launch "$launch" --seeds $seeds \
     --jobs "${JOBS:-1}" "${@:2}"
 }
+
+# The trainer of the image model: a fifth of its demo's steps, half its pictures.
+flow="${LAUNCH:-$python scripts/demo_flow.py --processes 1 --samples 1}"
+short_flow=(--max_steps 20 --prompts_per_step 8 --render_batch_size 32 --save_steps 20)
+path="--loss grpo --learning_rate 1e-4" # a loss over denoising steps, which wants smaller ones

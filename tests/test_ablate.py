@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import pref_grpo
 import r1_prompter
 from errors import UserError
 from scripts import ablate
@@ -97,7 +98,7 @@ def test_every_ablation_script_trains_variants_that_differ_by_options_that_exist
     launch = f"{sys.executable} tests/launch_recorded.py {noted}"
     settings = {"SEEDS": "1", "OUTDIR": str(out), "LAUNCH": launch, "PYTHON": str(python)}
     done = subprocess.run(
-        ["bash", f"scripts/{name}", "--logging_steps", "7"],
+        ["bash", f"scripts/{name}", "--save_steps", "7"],
         cwd=ROOT, env={**ENVIRONMENT, **settings}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
@@ -107,5 +108,8 @@ def test_every_ablation_script_trains_variants_that_differ_by_options_that_exist
     assert len(runs) == len(list(out.glob("*.done"))) >= 2
     assert len({tuple(options[:-2]) for options in runs}) == len(runs)
     for options in runs:
-        training = r1_prompter.parse_options(["--config", "configs/miniature.yaml", *options]).training
-        assert (training.seed, training.logging_steps) == (1, 7)
+        if "flow" in name:
+            loop = pref_grpo.parse_options(["--config", "configs/miniature_flow.yaml", *options]).loop
+        else:
+            loop = r1_prompter.parse_options(["--config", "configs/miniature.yaml", *options]).training
+        assert (loop.seed, loop.save_steps) == (1, 7)
