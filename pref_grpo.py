@@ -50,6 +50,7 @@ from run.loop_options import LoopArguments
 from run.options import may_differ, option, parse, run_main
 from run.progress import start_run
 from run.seeds import render_seed
+from run.signals import Leave, leaving
 from scoring import diagnostics
 from scoring.advantages import mix, spread_by_chance
 from scoring.cache import PictureCache
@@ -265,6 +266,8 @@ class PrefGRPO:
         started, paths, samples, sampling = time.perf_counter(), [], [], self._sampling(step)
         with Prefetcher([*self.rewards, *self.held_out]) as prefetcher, self._drawing_policy():
             for first in range(0, len(rows), size):
+                if code := leaving():
+                    raise Leave(code)
                 some, whole = slice(first, first + size), len(samples) // group
                 texts = [prompt.text for prompt, _ in rows[some]]
                 paths.append(self.renderer.sample(texts, seeds[some], noises[some], sampling))

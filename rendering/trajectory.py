@@ -52,7 +52,9 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Step:
-    """A stochastic step of a path: number, x_σ and x_σ' (B, ...) in float32, σ, σ', and what was sampled from."""
+    """A stochastic step of a path: its number, x_σ and x_σ' (B, ...) in float32, σ and σ', what was sampled, and (B,)
+    σ as the transformer takes it.
+    """
 
     index: int
     x: Tensor
@@ -60,7 +62,7 @@ class Step:
     sigma: float
     sigma_next: float
     taken: Taken
-    timestep: Tensor = field(default_factory=lambda: torch.empty(0))  # (B,) as the transformer takes it
+    timestep: Tensor
 
 
 @dataclass
@@ -117,11 +119,10 @@ class Trajectory:
         outputs = []
         for call in self.calls[0]:
             copies = len(call["timestep"]) // len(x)
+            given = {name: value for name, value in call.items() if name not in ("dtype", "timestep")}
             hidden = torch.cat([x.to(call["dtype"])] * copies)
-            given = {name: value for name, value in call.items() if name != "dtype"}
-            outputs += model(**{**given, "hidden_states": hidden, "timestep": timestep.repeat(copies)})[0].chunk(
-                copies
-            )
+            output = model(hidden_states=hidden, timestep=timestep.repeat(copies), **given)[0]
+            outputs += output.chunk(copies)
             if copies == 2:  # one call for both: the unconditional rows come first
                 outputs.reverse()
         if len(outputs) == 1:
