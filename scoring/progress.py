@@ -165,13 +165,15 @@ class Collapse:
                 f"{self.max_drift:g}: the model falls apart; {self._advice()}"
             )
 
-    def is_best(self, step: int, metrics: Mapping[str, float], held_out: Sequence[Reward]) -> bool:
+    def check_evaluation(self, step: int, metrics: Mapping[str, float], held_out: Sequence[Reward]) -> bool:
         """Whether this evaluation is the best so far; Stopped if the model is worse than untrained."""
         rate = metrics.get("win_rate")
         if rate is None:
             return False
         for scorer in held_out:
-            now = metrics.get(f"win_rate/{scorer.name}", 0.0)
+            now = metrics.get(f"win_rate/{scorer.name}")
+            if now is None:
+                continue
             self.held[scorer.name] = max(now, self.held.get(scorer.name, 0.0))
             if step and now < self.held[scorer.name] - WARNED:
                 logger.warning(
@@ -247,7 +249,7 @@ class Training:
         self.loop.heartbeat.enter("evaluate", step)
         with self.method.ema.in_place():
             metrics = self.evaluator(step)
-            if self.collapse.is_best(step, metrics, self.method.held_out):
+            if self.collapse.check_evaluation(step, metrics, self.method.held_out):
                 aside, best = self.folder.path / ".best", self.folder.path / "best"
                 self.method.write(aside)
                 if self.accelerator.is_main_process:

@@ -235,7 +235,7 @@ def test_pictures_are_compared_with_the_untrained_models_from_the_same_noise(tmp
 def test_a_collapse_stops_the_run_and_names_the_best_weights_and_a_cheat_is_warned_of(tmp_path, caplog):
     before, good, even, bad = evaluations(tmp_path, [200, 100, 50])
     watch = Collapse(2.0)
-    assert [watch.is_best(step, one, [Bright()]) for step, one in enumerate((before, good, even))] == [
+    assert [watch.check_evaluation(step, one, [Bright()]) for step, one in enumerate((before, good, even))] == [
         False,
         True,
         False,
@@ -244,7 +244,7 @@ def test_a_collapse_stops_the_run_and_names_the_best_weights_and_a_cheat_is_warn
     again = Collapse(2.0)
     again.load_state_dict(watch.state_dict())
     with pytest.raises(Stopped, match="step 1"):
-        again.is_best(3, bad, [])
+        again.check_evaluation(3, bad, [])
     for norm in (1.0, 1.9, 0.6):
         again.check_norm(1, norm)
     for norm in (2.1, 0.4, float("nan")):
