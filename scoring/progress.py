@@ -96,9 +96,13 @@ class Evaluator:
                 known = [row[kind][scorer.name] for row in rows if row[kind][scorer.name] is not None]
                 if known and (kind == "wins" or not scorer.needs_baseline_images):
                     metrics[key] = float(np.mean(known))
-        decide = self.held_out or self.rewards
-        rates = [metrics[f"win_rate/{one.name}"] for one in decide if f"win_rate/{one.name}" in metrics]
-        return metrics | ({"win_rate": float(np.mean(rates)), "eval/pictures": float(len(rows))} if rates else {})
+        rates = {one.name: metrics.get(f"win_rate/{one.name}") for one in (*self.rewards, *self.held_out)}
+        known = [rate for rate in rates.values() if rate is not None]
+        deciding = [rates[one.name] for one in self.held_out or self.rewards if rates[one.name] is not None]
+        if known and deciding:
+            means = {"win_rate": float(np.mean(deciding)), "win_rate_of_all": float(np.mean(known))}
+            metrics |= {**means, "eval/pictures": float(len(rows))}
+        return metrics
 
     def _rows(self, step: int) -> list[dict[str, Any]]:
         texts = [prompt.text for prompt in self.prompts]
@@ -166,7 +170,7 @@ class Collapse:
             )
 
     def check_evaluation(self, step: int, metrics: Mapping[str, float], held_out: Sequence[Reward]) -> bool:
-        """Whether this evaluation is the best so far; Stopped if the model is worse than untrained."""
+        """Whether this evaluation is the best so far; Stopped if by all scorers the model is worse than untrained."""
         rate = metrics.get("win_rate")
         if rate is None:
             return False
@@ -180,9 +184,10 @@ class Collapse:
                     "step %d: the held-out %s falls (wins %.2f, had won %.2f): the rewards are being hacked",
                     step, scorer.name, now, self.held[scorer.name],
                 )  # fmt: skip
-        if step and rate < min(FALLEN, 0.5 - metrics["eval/pictures"] ** -0.5):  # by two standard errors of a coin
+        of_all, chance = metrics["win_rate_of_all"], metrics["eval/pictures"] ** -0.5  # two standard errors of a coin
+        if step and of_all < min(FALLEN, 0.5 - chance):
             raise Stopped(
-                f"step {step}: pictures win {rate:.2f} of comparisons with the untrained model's: {self._advice()}"
+                f"step {step}: pictures win {of_all:.2f} of comparisons with the untrained model's: {self._advice()}"
             )
         if step and rate >= self.best:
             self.best, self.best_step = rate, step
