@@ -5,6 +5,6 @@
 source "$(dirname "$0")/ablate.sh"
 launch="$flow"
 ablate flow_pairs \
-  --variant "pairwise: --rewards preference" \
-  --variant "pointwise: --rewards judge" \
+  --variant "pairwise: --rewards preference --reward_weights 1" \
+  --variant "pointwise: --rewards judge --reward_weights 1" \
   -- "${short_flow[@]}" "$@"

@@ -29,8 +29,8 @@ RECIPES = {"pref_grpo_flux": 8, "flow_grpo_sd35": 8, "flux_lora_24gb": 1, "minia
 TRAIN, FSDP = ROOT / "pref_grpo.py", ROOT / "tests" / "fsdp_run.py"
 SHORT = [
     "--config", ROOT / "configs" / "miniature_flow.yaml", "--prompts_per_step", 2, "--num_generations", 4,
-    "--render_batch_size", 4, "--render_steps", 4, "--resolution", 16, "--rewards", "git", "--eval_prompts", 2,
-    "--eval_every", 3, "--max_steps", 5, "--save_steps", 2,
+    "--render_batch_size", 4, "--render_steps", 4, "--resolution", 16, "--rewards", "git", "--reward_weights", 1,
+    "--eval_prompts", 2, "--eval_every", 3, "--max_steps", 5, "--save_steps", 2,
 ]  # fmt: skip
 
 
@@ -155,7 +155,20 @@ def flat(pipeline: Path) -> torch.Tensor:
 def test_a_judge_that_fails_a_fifth_of_its_calls_does_not_stop_two_processes(tmp_path):
     with JudgeServer(lambda samples: [np.asarray(s.images[0]).mean() / 255 for s in samples], fail_share=0.2) as url:
         judge = ["--judge_url", url, "--judge_model", "miniature", "--judge_timeout", 1]
-        launched(tmp_path / "run", *judge, "--rewards", "preference", "git", "--held_out", "judge", "--max_steps", 3)
+        launched(
+            tmp_path / "run",
+            *judge,
+            "--rewards",
+            "preference",
+            "git",
+            "--reward_weights",
+            1,
+            1,
+            "--held_out",
+            "judge",
+            "--max_steps",
+            3,
+        )
     logged = rows(tmp_path / "run" / "metrics.jsonl")
     assert [row["step"] for row in logged] == [1, 2, 3, 3] and "win_rate/preference" in logged[-1]
     found = [row for path in (tmp_path / "run" / "rollouts").iterdir() for row in rows(path)]
