@@ -178,6 +178,15 @@ def test_rewards_are_normalised_in_their_groups_before_they_are_mixed():
     np.testing.assert_allclose(found, total / total.std(), atol=5e-3)
 
 
+@pytest.mark.parametrize("floor", [0.0, 0.5])
+def test_absent_members_change_no_other_advantage(floor):
+    scores = [0.0, 1.0, 2.0, 0.1, 0.2, 0.6]
+    alone = mix({"r": scores}, [1.0], 3, floor=floor).advantages
+    assert mix({"r": [*scores, None, None, None]}, [1.0], 3, floor=floor).advantages == pytest.approx(
+        [*alone, 0, 0, 0]
+    )
+
+
 def test_a_tiny_spread_is_not_blown_up_beyond_its_floor():
     scores = [0.0, 1.0, 0.500, 0.501]
     loud, quiet = (mix({"r": scores}, [1.0], 2, floor=floor).advantages for floor in (0.0, 0.5))
