@@ -17,16 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import pref_grpo
+from evaluation.run import with_tuned
 from interfaces import Renderer
-from miniature import build, world
+from miniature import world
 from miniature.held_out import HeldOut, look
-from rendering import RenderOptions
+from rendering import RenderOptions, load_renderer
 from run.options import option
 from scripts.demo import ROOT, Demo, DemoOptions
 
 CONFIG = ROOT / "configs" / "miniature_flow.yaml"
 SYSTEMS = {"start": "untrained model", "trained": "trained weights", "ema": "averaged weights"}
-LORA = "pytorch_lora_weights.safetensors"
 
 
 @dataclass
@@ -48,10 +48,8 @@ def measure(outdir: Path, samples: int) -> HeldOut:
 
 def renderer(config: dict[str, Any], weights: Path | None) -> Renderer:
     """Draws as in that training: with what a folder holds, a LoRA or a whole pipeline, or untrained if it is None."""
-    changes = {field.name: config[field.name] for field in fields(RenderOptions) if field.name in config}
-    if weights is not None:
-        changes["render_lora" if (weights / LORA).exists() else "sdmodel_name"] = str(weights.resolve())
-    return build.renderer(**changes)
+    render = RenderOptions(**{one.name: config[one.name] for one in fields(RenderOptions) if one.name in config})
+    return load_renderer(render if weights is None else with_tuned(render, str(weights)), "cpu")
 
 
 def told(found: HeldOut) -> dict[str, Any]:
