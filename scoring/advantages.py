@@ -40,18 +40,18 @@ def mix(
         chance: reward name -> the spread within a group of scores given at random: what is not above it teaches
             nothing.
     """
-    total_PG, known_PG, by_chance = 0, None, {}
+    total_PG, by_chance = 0, {}
+    known = max(1, *(len(scores) - list(scores).count(None) for scores in columns.values()))
     for weight, (name, scores) in zip(weights, columns.items(), strict=True):
-        centred_PG, spread_P1, here_PG = _centred(scores, group)
-        known_PG = here_PG if known_PG is None else known_PG | here_PG
+        centred_PG, spread_P1 = _centred(scores, group)
         varied_P1 = spread_P1 > EPSILON
         if chance and name in chance and varied_P1.any():
             heard_P1 = spread_P1 > chance[name]
             by_chance[name] = 1 - float(heard_P1[varied_P1].mean())
             centred_PG = centred_PG * heard_P1
-        least = floor * _spread_of(centred_PG[here_PG])
+        least = floor * math.sqrt((centred_PG**2).sum() / known)  # deviations have the mean 0, absent ones are 0
         total_PG = total_PG + weight * centred_PG / (np.maximum(spread_P1, least) + EPSILON)
-    return Mixed((total_PG / (_spread_of(total_PG[known_PG]) + EPSILON)).ravel().tolist(), by_chance)
+    return Mixed((total_PG / (math.sqrt((total_PG**2).sum() / known) + EPSILON)).ravel().tolist(), by_chance)
 
 
 def advantages(totals: Sequence[float | None], group: int) -> list[float]:
@@ -59,7 +59,7 @@ def advantages(totals: Sequence[float | None], group: int) -> list[float]:
 
     An absent member (None) gets 0 and is left out of mean and spread.
     """
-    centred_PG, spread_P1, _ = _centred(totals, group)
+    centred_PG, spread_P1 = _centred(totals, group)
     return (centred_PG / (spread_P1 + EPSILON)).ravel().tolist()
 
 
@@ -69,16 +69,11 @@ def spread_by_chance(group: int, partners: int) -> float:
     return math.sqrt(of_one * group / (group - 1))
 
 
-def _spread_of(known: np.ndarray) -> float:
-    return float(known.std()) if len(known) else 0.0
-
-
-def _centred(scores: Sequence[float | None], group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(P, G) scores less their group's mean, 0 where absent; (P, 1) spreads of groups; (P, G) which are known."""
+def _centred(scores: Sequence[float | None], group: int) -> tuple[np.ndarray, np.ndarray]:
+    """(P, G) scores less their group's mean, 0 where absent; (P, 1) standard deviations of groups."""
     scores_PG = np.array([np.nan if score is None else score for score in scores], dtype=float).reshape(-1, group)
     known_PG = ~np.isnan(scores_PG)
     counts_P1 = np.maximum(known_PG.sum(axis=1, keepdims=True), 1)
     means_P1 = np.where(known_PG, scores_PG, 0).sum(axis=1, keepdims=True) / counts_P1
     centred_PG = np.where(known_PG, scores_PG - means_P1, 0)
-    spread_P1 = np.sqrt((centred_PG**2).sum(axis=1, keepdims=True) / np.maximum(counts_P1 - 1, 1))
-    return centred_PG, spread_P1, known_PG
+    return centred_PG, np.sqrt((centred_PG**2).sum(axis=1, keepdims=True) / np.maximum(counts_P1 - 1, 1))

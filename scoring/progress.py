@@ -156,9 +156,7 @@ class Collapse:
         return {"norm": self.norm, "best": self.best, "best_step": self.best_step, "held": self.held}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.norm, self.best, self.best_step, self.held = (
-            state[name] for name in ("norm", "best", "best_step", "held")
-        )
+        vars(self).update(state)
 
     def check_norm(self, step: int, norm: float) -> None:
         """Raise Stopped if the velocity's norm is not what it was at the start; all processes see the same number."""
