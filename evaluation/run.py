@@ -6,7 +6,8 @@
     ... --n 4 --select hps          best of four rewrites, by a reward, beside them
     ... --revise 2 --select gdino   draw, look, tell the policy what is missing, twice at most
     ... --rewrites file.jsonl       somebody else's rewrites: rows of prompt and rewrite
-    ... --tuned runs/flow           the user's own words, drawn with the weights that pref_grpo.py trained
+    ... --tuned runs/flow           the user's own words, drawn with what pref_grpo.py or t2i_r1.py trained
+    ... --render_plan true          ... and drawn after a plan that the untrained Janus writes
     ... --images old new            pictures that are there already, each folder in the benchmark's own layout
     accelerate launch --num_processes 8 scripts/evaluate.py ...                    the same, shared; the same table
 
@@ -47,7 +48,7 @@ from evaluation.table import absences, cost, cost_table, text_table
 from inference import Reprompter, Rewrite
 from interfaces import Renderer
 from models.devices import DTYPES
-from models.hub import contents_of
+from models.hub import contents_of, is_janus
 from models.policy import policy_contents
 from prompting import well_formed
 from rendering import RenderOptions, load_renderer, renderer_contents
@@ -69,7 +70,9 @@ class EvaluateOptions:
     out: str = option(help="Folder to write to, or to continue in.", changes="nothing")
     gpt_path: str | None = option(None, "Policy: folder, adapter folder or hub name.", changes="run")
     rewrites: str | None = option(None, "A .jsonl with `prompt` and `rewrite`, to be drawn.", changes="run")
-    tuned: str | None = option(None, "Run of pref_grpo.py, or its best/, to draw raw prompts with.", changes="run")
+    tuned: str | None = option(
+        None, "Run of pref_grpo.py or t2i_r1.py, or its best/, to draw raw prompts with.", changes="run"
+    )
     images: list[str] = option([], "Folders of pictures to judge, in the benchmark's layout.", changes="run")
     samples: int | None = option(None, "Pictures a prompt; unset: the protocol's.", changes="run", least=1)
     seed: int = option(42, "Of noise and sampling.", changes="run", **SEED)
@@ -128,8 +131,10 @@ def with_tuned(render: RenderOptions, run: str) -> RenderOptions:
         return replace(render, render_lora=run)
     if Path(run, "model_index.json").is_file():
         return replace(render, sdmodel_name=run)
-    raise UserError(f"--tuned {run} has neither {LORA} nor model_index.json: give the folder of a finished run of "
-                    "pref_grpo.py, or its best/")  # fmt: skip
+    if is_janus(run):
+        return replace(render, sdmodel_name=run, render_plan=True)
+    raise UserError(f"--tuned {run} has neither {LORA} nor model_index.json, and is no Janus: give the folder of a "
+                    "finished run of pref_grpo.py or t2i_r1.py, or its best/")  # fmt: skip
 
 
 # What is drawn -----------------------------------------------------------------------------------------------------
@@ -144,9 +149,11 @@ def systems(options: Options, items: Sequence[Item], samples: int) -> dict[str, 
             raise UserError(f"--images {' '.join(args.images)}: the table goes by their last names: rename one")
         return {name: There(place, args.benchmark, items, samples) for name, place in places.items()}
     device = str(PartialState().device)
-    renderer = load_renderer(options.render, device)
+    renderer = load_renderer(replace(options.render, render_plan=False), device)
     raw = {item.id: (well_formed(item.prompt.text), True) for item in items}
     made: dict[str, System] = {"raw": Fixed(renderer, raw, {})}
+    if options.render.render_plan:
+        made["planned"] = Fixed(load_renderer(options.render, device), raw, {})
     if args.tuned:
         made["tuned"] = Fixed(load_renderer(with_tuned(options.render, args.tuned), device), raw, {})
     if args.rewrites:

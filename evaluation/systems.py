@@ -1,7 +1,8 @@
 """What is compared: ways from a prompt to a picture. Every one draws sample k of a prompt from the same noise.
 
     raw         the user's own words
-    tuned       the same words, drawn with what `pref_grpo` made of the renderer
+    planned     the same words, and a plan that the renderer (a Janus) writes itself
+    tuned       the same words, drawn with what `pref_grpo` or `t2i_r1` made of the renderer
     rewrite     the policy's rewrite, greedy; the user's own words where the answer cannot be read
     given       rewrites from a file
     best_of     n sampled rewrites, all drawn; the picture that a reward likes best is kept

@@ -17,13 +17,12 @@ from dataclasses import fields
 import numpy as np
 import torch
 import yaml
-from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
 from interfaces import Prompt
 from miniature import fit, second, world
-from miniature.fit import PADDED, ROOT, TEXT_TOKENS, WEIGHTS, pixels
+from miniature.fit import PADDED, ROOT, TEXT_TOKENS, WEIGHTS, pictures, pixels
 from miniature.policy import build_instruct, build_policy
 from miniature.preferences import build_hps, build_imagereward, build_pickscore
 from miniature.readers import build_gdino, build_git, build_orm
@@ -64,12 +63,6 @@ def reconstruction(vae: nn.Module, scenes: int = 500) -> float:
     truth = [world.random_scene(rng) for _ in range(scenes)]
     drawn = vae.decode(vae.encode(pixels([world.draw(scene, rng) for scene in truth])).latent_dist.mean).sample
     return np.mean([world.reads_exactly(s, world.see(p)) for s, p in zip(truth, pictures(drawn), strict=True)])
-
-
-def pictures(batch: torch.Tensor) -> list[Image.Image]:
-    """(B, 3, H, W) in [-1, 1] -> PIL, the inverse of `pixels`."""
-    arrays = ((batch.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    return [Image.fromarray(array) for array in arrays]
 
 
 GUIDANCE = 3.5  # FLUX.1-dev's distilled guidance is an input; here it is constant

@@ -72,6 +72,12 @@ def pixels(pictures: list[Image.Image]) -> torch.Tensor:
     return torch.from_numpy(stacked).permute(0, 3, 1, 2) / 127.5 - 1
 
 
+def pictures(batch: torch.Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) in [-1, 1] -> PIL, the inverse of `pixels`."""
+    arrays = ((batch.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(array) for array in arrays]
+
+
 def word_tokenizer():
     """One token a word of the world, `<unk>` for any other; used by both text encoders of the miniature FLUX."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors

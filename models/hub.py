@@ -7,6 +7,7 @@ eight processes are a person's decision; the error names the command, the size a
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from models.weights import absent_shards, check_folder, fingerprint, locked
 from run.files import Contents
 
 READ = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors", "*.py")  # of a model that is not locked
+OLD_JANUS = "multi_modality"  # model_type of its authors' own files
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 Download = Callable[[str, str | None], str]  # (hub name, revision) -> folder in the hub's cache
@@ -122,6 +124,20 @@ def let_count(part: Any) -> Any:
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return part
+
+
+def model_type(folder: Path) -> str:
+    """What `config.json` of a folder says that it is; "" if it says nothing."""
+    try:
+        return str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type", ""))
+    except (OSError, ValueError, AttributeError):
+        return ""
+
+
+def is_janus(path: str) -> bool:
+    """Whether there is a Janus on this disk, in transformers' layout or its authors'."""
+    folder = on_disk(path)
+    return folder is not None and model_type(folder) in ("janus", OLD_JANUS)
 
 
 def is_adapter(path: str) -> bool:

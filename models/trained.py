@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -12,21 +12,83 @@ from diffusers import ModelMixin
 from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
+from trl.models.utils import add_hooks, remove_hooks
 
 from errors import UserError
 from run.loop_options import LoopArguments
 
 
+def merged(state: Mapping[str, Tensor], options: LoopArguments) -> dict[str, Tensor]:
+    """The weights of a model, from those of the model with an unmerged LoRA; without one, as they are.
+
+    Names lose the first part, which is that of the wrapper.
+    """
+    scale, found = options.lora_alpha / options.lora_r, {}
+    for name, weight in state.items():
+        if ".lora_" in name:
+            continue
+        if ".base_layer." in name:
+            a, b = (state[name.replace("base_layer", f"lora_{which}.default")].float() for which in "AB")
+            weight = (weight.float() + scale * b @ a).to(weight.dtype)
+        found[name.partition(".")[2].replace(".base_layer.", ".")] = weight
+    return found
+
+
+@contextmanager
+def whole(net: torch.nn.Module, accelerator: Accelerator) -> Iterator[None]:
+    """All weights are on every process, for passes that processes do not make in step (ZeRO-3, FSDP2)."""
+    parts = [part for part in net.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.unshard()
+        part.set_reshard_after_forward(False, recurse=False)
+    try:
+        with _gathered(net) if is_zero3(accelerator) else nullcontext():
+            yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(True, recurse=False)
+            part.reshard()
+
+
+@contextmanager
+def _gathered(net: torch.nn.Module) -> Iterator[None]:
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(net.parameters())):
+        remove_hooks(net)  # which would shard each layer again behind its pass
+        try:
+            yield
+        finally:
+            add_hooks(net)
+
+
+def is_zero3(accelerator: Accelerator) -> bool:
+    """Whether weights are sharded by DeepSpeed."""
+    return accelerator.distributed_type == "DEEPSPEED" and accelerator.deepspeed_plugin.zero_stage == 3
+
+
+def whole_state(net: torch.nn.Module, accelerator: Accelerator) -> dict[str, Tensor]:
+    """All weights of `net`, for the main process."""
+    if not is_zero3(accelerator):
+        return accelerator.get_state_dict(net)
+    with _gathered(net):
+        return {
+            name: value.detach().cpu().clone() for name, value in accelerator.unwrap_model(net).state_dict().items()
+        }
+
+
 class Shadow:
     """A copy of the weights that a module trains, as they are now: an average, an old policy, the reference.
 
-    It is in float32, and sharded as the weights are (DDP, ZeRO-2, FSDP2). It takes their place for the length of a
+    It is in float32, and sharded as the weights are (DDP, ZeRO, FSDP2). It takes their place for the length of a
     `with` block, so that one network serves as many policies. It has a state for checkpoints.
     """
 
     def __init__(self, module: torch.nn.Module):
-        self.live = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
+        self.live = {name: _own(weight) for name, weight in module.named_parameters() if weight.requires_grad}
         self.copies = {name: weight.detach().float().clone() for name, weight in self.live.items()}
 
     @torch.no_grad()
@@ -63,12 +125,17 @@ class Shadow:
             copy.copy_(value)
 
 
+def _own(weight: torch.nn.Parameter) -> Tensor:
+    """What of a weight this process keeps: under ZeRO-3 its shard, which is not the parameter itself."""
+    return weight.ds_tensor if "ds_tensor" in vars(weight) else weight
+
+
 def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def make_trainable(net: ModelMixin, options: LoopArguments) -> list[torch.nn.Parameter]:
-    """The parameters to train: of a new LoRA, or all of the transformer, in float32.
+def make_trainable(net: ModelMixin | PreTrainedModel, options: LoopArguments) -> list[torch.nn.Parameter]:
+    """The parameters to train: of a new LoRA, or all of the network, in float32.
 
     Raises:
         UserError: no layer has such a name.
@@ -86,8 +153,6 @@ def make_trainable(net: ModelMixin, options: LoopArguments) -> list[torch.nn.Par
     trained = [weight for weight in net.parameters() if weight.requires_grad]
     for weight in trained:
         weight.data = weight.data.float()
-    if options.gradient_checkpointing:
-        net.enable_gradient_checkpointing()
     return trained
 
 

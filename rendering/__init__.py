@@ -1,4 +1,5 @@
-"""Rewrite + seed -> picture: `local` draws with a diffusers pipeline in this process, `remote` on other machines.
+"""Text + seed -> picture: `local` draws with a diffusers pipeline in this process, `janus` with a Janus, `remote` on
+other machines.
 
 `options` says what a user may choose. A pipeline's packages are imported only when a renderer is loaded. See
 `interfaces.Renderer`.
@@ -12,13 +13,14 @@ from typing import TYPE_CHECKING
 
 from errors import UserError
 from models.devices import pick_device
-from models.hub import contents_of
+from models.hub import contents_of, is_janus
 from rendering.options import AUTO, RenderOptions
 from run.files import Contents
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from rendering.janus import JanusRenderer
     from rendering.local import LocalRenderer
     from rendering.remote import RemoteRenderer
 
@@ -31,6 +33,10 @@ def renderer_contents(options: RenderOptions) -> Contents:
         from rendering.remote import RemoteRenderer
 
         return {"sdmodel_name": (options.sdmodel_name, RemoteRenderer(options).card_hash)}
+    if is_janus(options.sdmodel_name):
+        from models.janus import find_janus
+
+        return contents_of({"sdmodel_name": find_janus(options.sdmodel_name)})
     from rendering.levers import find_lora
     from rendering.local import find_pipeline
 
@@ -40,7 +46,7 @@ def renderer_contents(options: RenderOptions) -> Contents:
 
 def load_renderer(
     options: RenderOptions, device: str, *, measuring: bool = False, pipe: DiffusionPipeline | None = None
-) -> LocalRenderer | RemoteRenderer:
+) -> LocalRenderer | JanusRenderer | RemoteRenderer:
     """Servers, or a pipeline in this process.
 
     Args:
@@ -64,6 +70,10 @@ def load_renderer(
         from rendering.remote import RemoteRenderer
 
         return RemoteRenderer(options, processes=int(os.environ.get("WORLD_SIZE", "1")))
+    if is_janus(options.sdmodel_name):
+        from rendering.janus import load_janus_renderer
+
+        return load_janus_renderer(options, pick_device(options.render_device or device))
     from rendering.local import LocalRenderer  # diffusers: seconds that a bad option need not cost
 
     return LocalRenderer(options, pick_device(options.render_device or device), pipe)

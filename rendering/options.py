@@ -40,6 +40,7 @@ class RenderOptions:
         words=[AUTO],
         least=1,
     )
+    render_plan: bool = option(False, "A Janus writes a plan for each text, and draws from both.", changes="pictures")
     render_dtype: str = option(
         AUTO,
         "Renderer's weights and arithmetic. auto: bfloat16 where GPU or CPU have it; else float16 on a GPU, float32 "

@@ -64,7 +64,7 @@ PANELS = (
     ("Clipped", "share of the pictures, by step or noise level", f"clipped/{EACH}", True),
     ("KL by step", "from the old policy; levels: squared velocity error", f"kl/{EACH}", True),
     ("Gradient by step", "or noise level; its norm at the velocity", f"gradient/{EACH}", True),
-    ("Norm of the velocity", "root mean square; --max_drift bounds its change", "velocity_norm", False),
+    ("Norm of the output", "root mean square; --max_drift bounds its change", "output_norm", False),
     ("Replay gap", "log-probabilities computed again, largest difference", "replay_gap", True),
     ("Seconds a step", "by phase", f"seconds/({'|'.join(PHASES)})", True),
 )

@@ -120,6 +120,11 @@ def held_out(rows: Sequence[Row], group: int) -> dict[str, float]:
     return found
 
 
+def means(seen: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Each metric's mean over the passes in which it was seen."""
+    return {name: float(np.mean(values)) for name, values in seen.items()}
+
+
 def mean_of_processes(measured: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Each metric's mean over the processes that have it."""
     names = dict.fromkeys(name for metrics in measured for name in metrics)

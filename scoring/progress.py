@@ -47,7 +47,9 @@ class WatchArguments:
     eval_prompts: int = option(16, "The first so many of them.", changes="run", least=1)
     eval_every: int = option(20, "Rollouts from one evaluation to the next.", changes="run", least=1)
     eval_resolution: int | None = option(None, "Side of its pictures; unset: --resolution.", changes="run", least=1)
-    max_drift: float = option(3.0, "Change of the velocity's norm that stops the run.", changes="run", above=1)
+    max_drift: float = option(
+        3.0, "Change of the norm of what the model gives out that stops the run.", changes="run", above=1
+    )
 
     def prompts(self, data: Sequence[Prompt]) -> list[Prompt]:
         """Those that are drawn; UserError if there are too few."""
@@ -66,6 +68,7 @@ class Evaluator:
         rewards: that are trained on, and others that compare with `Sample.baseline_images`.
         held_out: these decide which weights are best, if there are any; else the rewards do.
         cache: of the untrained model's pictures.
+        measures: further metrics of the model as it is; the same on every process.
     """
 
     def __init__(
@@ -77,12 +80,14 @@ class Evaluator:
         folder: RunFolder,
         cache: PictureCache,
         seed: int,
+        measures: Sequence[Callable[[], Mapping[str, float]]] = (),
     ):
         state = PartialState()
         share = len(prompts) // state.num_processes
         self.prompts = prompts[state.process_index * share : (state.process_index + 1) * share]
         self.seeds = [render_seed(seed, prompt.id, 0, 0) for prompt in self.prompts]
         self.draw, self.rewards, self.held_out, self.folder, self.cache = draw, rewards, held_out, folder, cache
+        self.measures = measures
         self._before: dict[str, list[float | None]] = {}
 
     def __call__(self, step: int) -> dict[str, float]:
@@ -102,6 +107,8 @@ class Evaluator:
         if known and deciding:
             means = {"win_rate": float(np.mean(deciding)), "win_rate_of_all": float(np.mean(known))}
             metrics |= {**means, "eval/pictures": float(len(rows))}
+        for measure in self.measures:
+            metrics |= measure()
         return metrics
 
     def _rows(self, step: int) -> list[dict[str, Any]]:
@@ -145,7 +152,7 @@ class Collapse:
     """Stops a run whose model falls apart, warns of one that cheats, and knows the best evaluation. Has a state.
 
     Args:
-        max_drift: largest factor by which the velocity's norm may have grown or shrunk.
+        max_drift: largest factor by which the output's norm may have grown or shrunk.
     """
 
     def __init__(self, max_drift: float):
@@ -159,11 +166,11 @@ class Collapse:
         vars(self).update(state)
 
     def check_norm(self, step: int, norm: float) -> None:
-        """Raise Stopped if the velocity's norm is not what it was at the start; all processes see the same number."""
+        """Raise Stopped if the output's norm is not what it was at the start; all processes see the same number."""
         self.norm = self.norm or norm
         if not self.norm / self.max_drift <= norm <= self.norm * self.max_drift:
             raise Stopped(
-                f"step {step}: the norm of the velocity is {norm:.3g}, was {self.norm:.3g}, beyond --max_drift "
+                f"step {step}: the norm of the model's output is {norm:.3g}, was {self.norm:.3g}, beyond --max_drift "
                 f"{self.max_drift:g}: the model falls apart; {self._advice()}"
             )
 
@@ -209,7 +216,7 @@ class Method(Protocol):
     held_out: Sequence[Reward]
 
     def learn(self, step: int, loop: Loop) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """One rollout and its updates; metrics, with `velocity_norm`, and rollouts of all processes."""
+        """One rollout and its updates; metrics, with `output_norm`, and rollouts of all processes."""
         ...
 
     def write(self, folder: Path) -> None:
@@ -240,7 +247,7 @@ class Training:
                 metrics, rows = self.method.learn(step, self.loop)
                 self.loop.log({**metrics, **watched}, rows)
                 self.watchdog.check(metrics, [])
-                self.collapse.check_norm(step, metrics["velocity_norm"])
+                self.collapse.check_norm(step, metrics["output_norm"])
             last = self.evaluate(self.loop.done)
             self.loop.saver.publish(self.loop.done, self.publish)
         if self.accelerator.is_main_process:

@@ -17,14 +17,11 @@ from pathlib import Path
 import torch
 
 import pref_grpo
-from data.prompts import load_prompts
-from interfaces import Sample
+from group_training import Batch
 from pref_grpo import PrefGRPO
-from rendering.trajectory import FlowRenderer
-from rewards import RewardContext, build
-from run.folder import Resume, RunFolder
 from run.heartbeat import Heartbeat
-from run.loop import Loop, make_accelerator
+from run.loop import Loop
+from scoring.judge import Judged
 from scripts.bench_common import ROOT
 
 STEPS = 3  # of ours; the first warms up
@@ -57,17 +54,12 @@ def _side(folder: Path, count: int, group: int, words: str) -> tuple[dict[str, f
     options = pref_grpo.parse_options(
         [*config, *words.split(), "--prompts_per_step", str(count), "--num_generations", str(group)]
     )
-    prompts = load_prompts(ROOT / options.script.data)
-    numbers = pref_grpo.plan(options, len(prompts), 1)
-    accelerator = make_accelerator(numbers["passes_per_optimizer_step"])
-    renderer = FlowRenderer(options.render, "cpu", folder / "texts")
-    rewards = build(options.script.rewards, options.reward, RewardContext(prompts=prompts))
-    method = PrefGRPO(options, accelerator, renderer, prompts, rewards, [])
-    folder.mkdir()
-    run = RunFolder(folder, {})
+    setup, renderer = pref_grpo.prepare(options)
+    method = PrefGRPO(options, setup, renderer)
     loop = Loop(
-        accelerator, run, Resume(), Heartbeat(folder, 0, 600), total=STEPS, save_every=STEPS, model=renderer.denoiser
-    )
+        setup.accelerator, setup.folder, setup.resume, Heartbeat(folder, 0, 600), total=STEPS, save_every=STEPS,
+        model=renderer.denoiser,
+    )  # fmt: skip
     is_plain, peaks, found = options.render.render_batch_size == 1, [], {}
     for step in range(1, 2 if is_plain else STEPS + 1):
         found = _plain(method, step, loop) if is_plain else _ours(method, step, loop)
@@ -81,21 +73,20 @@ def _ours(method: PrefGRPO, step: int, loop: Loop) -> dict[str, float]:
     batch = method.rollout(step, loop.heartbeat)
     started = time.perf_counter()
     advantages, _ = method.advantages(batch.judged.parts)
-    method.update(step, batch.paths, torch.tensor(advantages, dtype=torch.float32), loop)
+    method.update(step, batch, torch.tensor(advantages, dtype=torch.float32), loop)
     seconds = {name.removeprefix("seconds/"): value for name, value in batch.seconds.items()}
     return {**seconds, "train": time.perf_counter() - started}
 
 
 def _plain(method: PrefGRPO, step: int, loop: Loop) -> dict[str, float]:
     method.renderer._encoded = {}  # as `LocalRenderer` has it: forgotten after each call
-    group, started = method.script.num_generations, time.perf_counter()
-    wanted = pref_grpo.prompts_of_step(step, method.prompts, method.script.prompts_per_step, method.seed)
-    rows = [(prompt, member) for prompt in wanted for member in range(group)]
-    paths = [method.renderer.sample([p.text], [m], [m], method._sampling(step)) for p, m in rows]
-    drawn = time.perf_counter()
-    samples = [Sample(p, "", p.text, tuple(path.images)) for (p, _), path in zip(rows, paths, strict=True)]
+    started, rows = time.perf_counter(), method.rows_of(step)
+    drawn = [method.draw(step, [row]) for row in rows]
+    samples, paths = [sample for found, _ in drawn for sample in found], [path for _, path in drawn]
+    rendered = time.perf_counter()
     parts = [{reward.name: reward([sample])[0] for reward in method.rewards} for sample in samples]
     scored = time.perf_counter()
     advantages, _ = method.advantages(parts)
-    method.update(step, paths, torch.tensor(advantages, dtype=torch.float32), loop)
-    return {"render": drawn - started, "score": scored - drawn, "train": time.perf_counter() - scored}
+    batch = Batch(rows, samples, paths, Judged(parts, [], {}), {})
+    method.update(step, batch, torch.tensor(advantages, dtype=torch.float32), loop)
+    return {"render": rendered - started, "score": scored - rendered, "train": time.perf_counter() - scored}

@@ -63,6 +63,16 @@ def toy(tmp_path_factory) -> ToyStack:
 
 
 @pytest.fixture(scope="session")
+def tiny_janus(tmp_path_factory) -> Path:
+    """A Janus with the miniature's words, and random weights."""
+    from tests.tiny import random_janus
+
+    folder = tmp_path_factory.mktemp("janus") / "tiny"
+    random_janus().save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def flow_runs(tmp_path_factory) -> dict[str, Path]:
     """A run of pref_grpo.py on the miniature that trained a LoRA, and one that trained all weights; one step each."""
     import pref_grpo

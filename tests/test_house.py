@@ -17,7 +17,7 @@ FLOORS = [
     {"run", "data"},
     {"models", "clients", "scoring"},
     {"rendering", "rewards"},
-    {"r1_prompter", "pref_grpo", "sft", "inference"},
+    {"group_training", "r1_prompter", "pref_grpo", "t2i_r1", "sft", "inference"},
     {"evaluation"},
     {"doctor", "miniature"},
     {"scripts"},
@@ -140,6 +140,7 @@ def test_no_file_edits_the_path_that_modules_are_found_by():
 
 
 def options() -> Iterator[type]:
+    import group_training
     import pref_grpo
     import r1_prompter
     import sft
@@ -154,6 +155,7 @@ def options() -> Iterator[type]:
     yield from (r1_prompter.ScriptArguments, sft.ScriptArguments, RenderOptions, RewardOptions)
     yield from (run.EvaluateOptions, benchmarks.BenchmarkOptions, reprompt.RepromptOptions, reprompt.Drawing)
     yield from (make_sft.Options, draw.DrawOptions, pref_grpo.FlowArguments, LoopArguments, WatchArguments)
+    yield group_training.GroupArguments
 
 
 @pytest.mark.parametrize("kind", options(), ids=lambda kind: f"{kind.__module__}.{kind.__name__}")

@@ -287,4 +287,4 @@ def test_every_recipe_fills_whole_groups_and_batches(recipe, tmp_path, monkeypat
         ["--config", str(ROOT / "configs" / f"{recipe}.yaml"), "--outdir", str(tmp_path)]
     )
     assert pref_grpo.plan(options, 840, RECIPES[recipe])["passes_per_optimizer_step"] >= 1
-    pref_grpo.check_rewards(options)
+    options.groups.check_rewards(options.reward)

@@ -74,3 +74,20 @@ def write_clip(folder: Path, words: list[str] = WORDS, hidden_act: str = "quick_
     vision = {**size, "image_size": 48, "patch_size": 16}
     randomize(CLIPModel(CLIPConfig(projection_dim=16, text_config=text, vision_config=vision))).save_pretrained(folder)
     return folder
+
+
+def random_janus():
+    """With the miniature's words and sizes but a VQ that has every kind of block."""
+    from transformers import JanusVQVAEConfig
+    from transformers.models.janus.modeling_janus import JanusVQVAE
+
+    from miniature.janus import WIDTH, new_janus
+
+    torch.manual_seed(0)
+    vq = JanusVQVAE(
+        JanusVQVAEConfig(
+            embed_dim=8, num_embeddings=64, latent_channels=32, base_channels=32, channel_multiplier=[1, 1, 1, 2],
+            num_res_blocks=1, num_patches=6, projection_dim=WIDTH, image_token_embed_dim=WIDTH,
+        )
+    )  # fmt: skip
+    return new_janus(vq).eval()
