@@ -25,6 +25,7 @@ from accelerate.utils import gather_object
 from data.prompts import load_prompts, prompts_of_step
 from errors import UserError
 from interfaces import Prompt, Reward, Sample
+from models.frozen import without_zero3_init
 from models.trained import Shadow
 from rewards import RewardContext, RewardOptions, build, check, reward_contents
 from rewards.offload import describe
@@ -316,7 +317,8 @@ def set_up(
     verdicts = folder.path / f"verdicts_{accelerator.process_index}.sqlite"
     context = RewardContext(device, None, prompts, loop.seed, verdicts)
     names = [*groups.rewards, *groups.held_out]
-    scorers = build(names, reward, context)
+    with without_zero3_init():
+        scorers = build(names, reward, context)
     rewards, held_out = scorers[: len(groups.rewards)], scorers[len(groups.rewards) :]
     folder.contents = {**held, **reward_contents(names, reward)}
     lines = [*announcement, *(f"  {describe(scorer, prompts)}" for scorer in scorers)]

@@ -297,13 +297,14 @@ class T2IR1(GroupMethod):
     ) -> tuple[Tensor, dict[str, float]]:
         """The loss of a chunk, and what there is to say of both levels."""
         levels, metrics, script = [], {}, self.script
-        vocabularies = (self.janus.tokenizer, self.janus.model.model.generation_embeddings.weight)
+        config = self.janus.model.config
+        vocabularies = (config.text_config.vocab_size, config.vq_config.num_embeddings)
         for i, (name, part, scored) in enumerate(zip(("plan", "image"), (chunk.plan, chunk.image), new, strict=True)):
             if part is None:
                 continue
             old = scored.log_prob.detach() if chunk.old is None else chunk.old[i].log_prob
             advantage = bicot.by_entropy(
-                chunk.advantage, scored.entropy, part.mask, len(vocabularies[i]), script.entropy_mask,
+                chunk.advantage, scored.entropy, part.mask, vocabularies[i], script.entropy_mask,
                 script.entropy_bonus,
             )  # fmt: skip
             found = bicot.policy_loss(scored.log_prob, old, advantage, self.clip)
@@ -367,9 +368,9 @@ def choose_weights(janus: Janus, script: JanusArguments, loop: LoopArguments) ->
 
 def train(options: Options) -> None:
     """One run, from options to trained weights and report; see `group_training.run`."""
+    questions = load_questions(options.script.questions) if options.script.questions else []
     setup, renderer = prepare(options)
     method = T2IR1(options, setup, renderer)
-    questions = load_questions(options.script.questions) if options.script.questions else []
     measures = [lambda: method.accuracy(questions)] if questions else []
     run(setup, method, method.evaluate, method.janus, measures)
 

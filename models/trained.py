@@ -7,7 +7,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather
 from diffusers import ModelMixin
 from peft import LoraConfig
 from safetensors.torch import load_file
@@ -88,7 +89,9 @@ class Shadow:
     """
 
     def __init__(self, module: torch.nn.Module):
-        self.live = {name: _own(weight) for name, weight in module.named_parameters() if weight.requires_grad}
+        trained = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
+        self.shards = {name for name, weight in trained.items() if _is_shard(weight)}
+        self.live = {name: weight.ds_tensor if name in self.shards else weight for name, weight in trained.items()}
         self.copies = {name: weight.detach().float().clone() for name, weight in self.live.items()}
 
     @torch.no_grad()
@@ -113,21 +116,24 @@ class Shadow:
             weight.data.copy_(values[name])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The whole copy, on every process."""
-        return {name: _whole(copy) for name, copy in self.copies.items()}
+        """The whole copy, on every process; of weights under ZeRO-3 all shards in a row."""
+        return {name: gather(copy) if name in self.shards else _whole(copy) for name, copy in self.copies.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take the values of a `state_dict`."""
+        ranks = PartialState()
         for name, copy in self.copies.items():
             value = state[name].to(copy.device)
+            if name in self.shards:
+                value = value.chunk(ranks.num_processes)[ranks.process_index]
             if isinstance(copy, DTensor):
                 value = distribute_tensor(value, copy.device_mesh, copy.placements)
             copy.copy_(value)
 
 
-def _own(weight: torch.nn.Parameter) -> Tensor:
-    """What of a weight this process keeps: under ZeRO-3 its shard, which is not the parameter itself."""
-    return weight.ds_tensor if "ds_tensor" in vars(weight) else weight
+def _is_shard(weight: torch.nn.Parameter) -> bool:
+    """Whether this process keeps but a part of it, beside the parameter, which is empty (ZeRO-3)."""
+    return "ds_tensor" in vars(weight)
 
 
 def _whole(tensor: Tensor) -> Tensor:

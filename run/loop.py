@@ -53,7 +53,12 @@ def make_accelerator(passes: int = 1, batch_size: int = 1, max_norm: float = 1.0
     accelerator = Accelerator(gradient_accumulation_steps=passes)
     if accelerator.distributed_type == "DEEPSPEED":
         known = {"train_micro_batch_size_per_gpu": batch_size, "gradient_clipping": max_norm}
-        accelerator.deepspeed_plugin.deepspeed_config.update(known)
+        config = accelerator.deepspeed_plugin.deepspeed_config
+        config.update(known)
+        if (
+            config["zero_optimization"]["stage"] == 3
+        ):  # or small weights stay whole, and copies cannot take their place
+            config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     return accelerator
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +23,10 @@ from models.trained import Shadow
 from run.folder import RunFolder
 from scoring.cache import PictureCache
 from scoring.progress import Collapse, Evaluator
-from tests.processes import ENVIRONMENT, ROOT, kill_when, launcher
+from tests.processes import ROOT, kill_when, launch
 
 RECIPES = {"pref_grpo_flux": 8, "flow_grpo_sd35": 8, "flux_lora_24gb": 1, "miniature_flow": 2}  # -> processes
-TRAIN, FSDP = ROOT / "pref_grpo.py", ROOT / "tests" / "fsdp_run.py"
+TRAIN, FSDP = ROOT / "pref_grpo.py", (ROOT / "tests" / "fsdp_run.py", "pref_grpo")
 SHORT = [
     "--config", ROOT / "configs" / "miniature_flow.yaml", "--prompts_per_step", 2, "--num_generations", 4,
     "--render_batch_size", 4, "--render_steps", 4, "--resolution", 16, "--rewards", "git", "--reward_weights", 1,
@@ -114,16 +114,8 @@ def test_a_run_killed_anywhere_ends_bit_for_bit_where_the_undisturbed_one_ends(t
     assert record(killed) == record(reference)
 
 
-def launched(outdir: Path, *options: object, program: Path = TRAIN) -> None:
-    done = subprocess.run(
-        launcher(program, *words(outdir, *options)),
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def launched(outdir: Path, *options: object, program: Sequence[object] = (TRAIN,)) -> None:
+    launch(*program, *words(outdir, *options))
 
 
 @pytest.mark.slow
