@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import gather_object
 
 from data.prompts import load_prompts, prompts_of_step
@@ -177,10 +178,12 @@ class GroupMethod(ABC):
     Attributes:
         chunk: rows that are drawn at once.
         ema: the average of the trained weights.
+        optimizer: as accelerate prepared it.
     """
 
     chunk: int
     ema: Shadow
+    optimizer: AcceleratedOptimizer
 
     def __init__(self, groups: GroupArguments, loop: LoopArguments, pairs: str | int, setup: Setup):
         self.groups, self.loop_options, self.pairs, self.accelerator = groups, loop, pairs, setup.accelerator
@@ -214,6 +217,8 @@ class GroupMethod(ABC):
         started, count, judged = time.perf_counter(), len(batch.samples), batch.judged
         advantages, said = self.advantages(gather_object(judged.parts), self._more_columns_of_all(batch))
         mine = advantages[self.accelerator.process_index * count :][:count]
+        for weights in self.optimizer.param_groups:
+            weights["lr"] = self.loop_options.learning_rate_of(step)
         learnt = self.update(step, batch, torch.tensor(mine, dtype=torch.float32), loop)
         measured = {**learnt, **batch.seconds, "seconds/train": time.perf_counter() - started, **judged.metrics}
         rollouts = [

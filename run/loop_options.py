@@ -19,7 +19,8 @@ class LoopArguments:
     lora_target_modules: list[str] = option(
         ["to_q", "to_k", "to_v", "to_out.0"], "Layers that get one, by the ends of their names.", changes="run"
     )
-    learning_rate: float = option(1e-4, "Constant.", changes="run", least=0)
+    learning_rate: float = option(1e-4, "Constant after the warm-up.", changes="run", least=0)
+    warmup_steps: int = option(0, "Rollouts over which the learning rate rises to it.", changes="run", least=0)
     weight_decay: float = option(1e-4, "AdamW's.", changes="run", least=0)
     max_grad_norm: float = option(1.0, "Gradients are shrunk to this norm.", changes="run", above=0)
     ema_decay: float = option(
@@ -41,6 +42,10 @@ class LoopArguments:
         1800.0, "Seconds of one phase after which all stacks are written down.", changes="nothing", above=0
     )
     resume: str | None = resume_option()
+
+    def learning_rate_of(self, step: int) -> float:
+        """Of the rollout of `step`, from 1."""
+        return self.learning_rate * min(1.0, step / (self.warmup_steps + 1))
 
     def pictures_to_keep(self, step: int) -> int:
         """Of the rollout of `step`, on all processes together."""
