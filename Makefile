@@ -1,16 +1,19 @@
-# make demo | demo-flow | test | test-slow | test-all | check | miniature | size | lock   (all of it in .venv, made from requirements.lock)
+# make demo | demo-flow | demo-janus | test | test-slow | test-all | check | miniature | size | lock   (all of it in .venv, made from requirements.lock)
 PYTHON ?= python3.11
 VENV := .venv
 RUN := $(VENV)/bin/python
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
 
-.PHONY: demo demo-flow test test-slow test-all check miniature size lock environment
+.PHONY: demo demo-flow demo-janus test test-slow test-all check miniature size lock environment
 
 demo: environment
 	$(RUN) scripts/demo.py
 
 demo-flow: environment
 	$(RUN) scripts/demo_flow.py
+
+demo-janus: environment
+	$(RUN) scripts/demo_janus.py
 
 test: environment check   # the quick lane: at most four minutes on two idle cores
 	$(PYTEST) -m "not slow"

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from interfaces import Prompt
-from miniature import fit, second, world
+from miniature import fit, janus, second, world
 from miniature.fit import PADDED, ROOT, TEXT_TOKENS, WEIGHTS, pictures, pixels
 from miniature.policy import build_instruct, build_policy
 from miniature.preferences import build_hps, build_imagereward, build_pickscore
@@ -166,7 +166,8 @@ def measure() -> None:
 STAGES = {
     "prompts": write_prompts, "vae": build_vae, "flux": build_flux, "sd3": second.build_sd3, "hps": build_hps,
     "pickscore": build_pickscore, "imagereward": build_imagereward, "git": build_git, "gdino": build_gdino,
-    "orm": build_orm, "instruct": build_instruct, "policy": build_policy, "measure": measure,
+    "orm": build_orm, "instruct": build_instruct, "policy": build_policy, "questions": janus.write_questions,
+    "janus_vq": janus.build_vq, "janus": janus.build_janus, "measure": measure,
 }  # fmt: skip
 
 

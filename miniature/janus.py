@@ -6,6 +6,7 @@ and from a bare wish (badly, because alt text is careless), and answer questions
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from dataclasses import replace
@@ -19,8 +20,8 @@ from transformers.models.janus.modeling_janus import JanusVQVAE
 from data.grammar import TASKS
 from interfaces import Prompt
 from miniature import fit, world
-from miniature.fit import CACHE, WEIGHTS, pictures, pixels
-from models.janus import INSTRUCTION, SYSTEM, Janus, part_of
+from miniature.fit import CACHE, ROOT, WEIGHTS, pictures, pixels
+from models.janus import INSTRUCTION, SYSTEM, Janus, Settings, part_of
 
 SIDE, CODES, WIDTH = 6, 256, 128  # tokens of a picture's side, size of the codebook, width of the language model
 USER, ASSISTANT = "<|User|>:", "<|Assistant|>:"
@@ -306,6 +307,18 @@ def question(scene: world.Scene, rng: random.Random) -> tuple[str, str]:
     return ASKED.format(look), "yes" if look in there else "no"
 
 
+def write_questions(count: int = 40) -> None:
+    """`questions/`: pictures, and two questions about each, for --questions of t2i_r1.py."""
+    rng, rows, folder = random.Random("questions"), [], ROOT / "questions"
+    folder.mkdir(exist_ok=True)
+    for number in range(count):
+        scene, name = world.random_scene(rng), f"{number:02}.png"
+        world.draw(scene, rng).save(folder / name)
+        asked = {answer: text for text, answer in (question(scene, rng) for _ in range(30))}  # one "yes", one "no"
+        rows += [json.dumps({"image": name, "question": asked[one], "answer": one}) + "\n" for one in ("yes", "no")]
+    (folder / "questions.jsonl").write_text("".join(rows), encoding="utf-8")
+
+
 def build_vision(janus: Janus, lessons: Lessons, steps: int = 600, batch: int = 64) -> None:
     """Vision tower and aligner: each token of a picture is to know the thing of its place, which the tower alone."""
     tower, heads = janus.model.model.vision_model, nn.ModuleList(
@@ -371,4 +384,6 @@ def build_janus(steps: int = 5000, batch: int = 48, pool: int = 20_000, skill: f
         "aligner": inner.generation_aligner, "head": inner.generation_head, "seen": inner.aligner, "tags": tags,
     })  # fmt: skip
     fit.fit("janus", learning, loss_of, steps=steps, lr=2e-3)
+    model.eval().to(torch.float16)
+    janus.keep_settings(Settings(guidance=1.0, image_temperature=0.7, max_plan_tokens=48))
     janus.save(WEIGHTS / "janus")
