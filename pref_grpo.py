@@ -32,7 +32,7 @@ from errors import UserError
 from group_training import Batch, GroupArguments, GroupMethod, Row, Setup, processes, run, set_up
 from interfaces import Sample
 from models import flow
-from models.trained import Shadow, make_trainable, save_trained_alone
+from models.trained import Shadow, average, make_trainable, save_trained_alone
 from rendering import RenderOptions, renderer_contents
 from rendering.trajectory import FlowRenderer, Sampling, Step, Trajectory, check_method
 from rewards import RewardOptions
@@ -156,9 +156,9 @@ class PrefGRPO(GroupMethod):
         optimizer = torch.optim.AdamW(trained, options.loop.learning_rate, weight_decay=options.loop.weight_decay)
         self.net, self.optimizer = accelerator.prepare(renderer.denoiser, optimizer)
         renderer.pipe.transformer = accelerator.unwrap_model(self.net)
-        self.ema = Shadow(renderer.denoiser)
+        self.ema = average(renderer.denoiser, options.loop.ema_decay)
         self.old = Shadow(renderer.denoiser) if self.is_forward else self.ema
-        self.start = Shadow(renderer.denoiser) if self.groups.beta and self.script.loss != "awm" else self.old
+        self.start = Shadow(renderer.denoiser, None) if self.groups.beta and self.script.loss != "awm" else self.old
         accelerator.register_for_checkpointing(*dict.fromkeys((self.ema, self.old, self.start)))
 
     # Rollouts

@@ -35,7 +35,7 @@ from group_training import Batch, GroupArguments, GroupMethod, Row, Setup, proce
 from interfaces import Sample
 from models import bicot
 from models.janus import Janus, Part, Scored, Settings, find_janus, janus_contents, longest_prefix, part_of
-from models.trained import Shadow, make_trainable, merged, save_trained_alone, whole, whole_state
+from models.trained import Shadow, average, make_trainable, merged, save_trained_alone, whole, whole_state
 from rendering import AUTO, RenderOptions
 from rendering.janus import JanusRenderer, Picture, load_janus_renderer
 from rewards import RewardOptions
@@ -181,8 +181,8 @@ class T2IR1(GroupMethod):
         save_trained_alone(setup.accelerator, self.janus)
         optimizer = torch.optim.AdamW(trained, options.loop.learning_rate, weight_decay=options.loop.weight_decay)
         self.net, self.optimizer = setup.accelerator.prepare(self.janus, optimizer)
-        self.ema = Shadow(self.janus)
-        self.start = Shadow(self.janus) if self.needs_start else self.ema
+        self.ema = average(self.janus, options.loop.ema_decay)
+        self.start = Shadow(self.janus, None) if self.needs_start else self.ema
         setup.accelerator.register_for_checkpointing(*dict.fromkeys((self.ema, self.start)))
 
     # Rollouts: plans, then pictures

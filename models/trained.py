@@ -84,15 +84,19 @@ def whole_state(net: torch.nn.Module, accelerator: Accelerator) -> dict[str, Ten
 class Shadow:
     """A copy of the weights that a module trains, as they are now: an average, an old policy, the reference.
 
-    It is in float32, and sharded as the weights are (DDP, ZeRO, FSDP2). It takes their place for the length of a
-    `with` block, so that one network serves as many policies. It has a state for checkpoints.
+    It is sharded as the weights are (DDP, ZeRO, FSDP2). It takes their place for the length of a `with` block, so that
+    one network serves as many policies. It has a state for checkpoints.
+
+    Args:
+        module: one without weights stands for those that are trained themselves.
+        dtype: of the copy, which needs float32 to follow; None: the weights' own.
     """
 
-    def __init__(self, module: torch.nn.Module):
+    def __init__(self, module: torch.nn.Module, dtype: torch.dtype | None = torch.float32):
         trained = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
         self.shards = {name for name, weight in trained.items() if _is_shard(weight)}
         self.live = {name: weight.ds_tensor if name in self.shards else weight for name, weight in trained.items()}
-        self.copies = {name: weight.detach().float().clone() for name, weight in self.live.items()}
+        self.copies = {name: weight.detach().clone().to(dtype or weight.dtype) for name, weight in self.live.items()}
 
     @torch.no_grad()
     def follow(self, decay: float) -> None:
@@ -103,17 +107,24 @@ class Shadow:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """The copy in place of the weights. No graph that needs the weights may be waiting for its gradient."""
-        kept = {name: weight.detach().clone() for name, weight in self.live.items()}
+        kept = self._exchange({})
         try:
-            self._write(self.copies)
             yield
         finally:
-            self._write(kept)
+            self._exchange(kept)
 
     @torch.no_grad()
-    def _write(self, values: dict[str, Tensor]) -> None:
+    def _exchange(self, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Put the copy in place, or what is `kept`; tensors of one dtype change places, so only others need room."""
+        aside = {}
         for name, weight in self.live.items():
-            weight.data.copy_(values[name])
+            now, copy = weight.detach().clone(), self.copies[name]
+            weight.data.copy_(kept.get(name, copy))
+            if copy.dtype == weight.dtype:
+                copy.copy_(now)
+            elif not kept:
+                aside[name] = now
+        return aside
 
     def state_dict(self) -> dict[str, Tensor]:
         """The whole copy, on every process; of weights under ZeRO-3 all shards in a row."""
@@ -129,6 +140,11 @@ class Shadow:
             if isinstance(copy, DTensor):
                 value = distribute_tensor(value, copy.device_mesh, copy.placements)
             copy.copy_(value)
+
+
+def average(module: torch.nn.Module, decay: float) -> Shadow:
+    """Of the weights over the training; at `decay` 0 it is they, and needs no room."""
+    return Shadow(module if decay else torch.nn.Module())
 
 
 def _is_shard(weight: torch.nn.Parameter) -> bool:

@@ -24,7 +24,11 @@ class LoopArguments:
     weight_decay: float = option(1e-4, "AdamW's.", changes="run", least=0)
     max_grad_norm: float = option(1.0, "Gradients are shrunk to this norm.", changes="run", above=0)
     ema_decay: float = option(
-        0.9, "Of the average that is evaluated and saved beside the weights.", changes="run", least=0, below=1
+        0.9,
+        "Of the average that is evaluated and saved beside the weights; 0: the weights themselves.",
+        changes="run",
+        least=0,
+        below=1,
     )
     gradient_checkpointing: bool = option(
         True, "Recompute activations; less memory, a third more time.", changes="nothing"

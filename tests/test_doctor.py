@@ -13,8 +13,9 @@ import torch
 import transformers
 
 import r1_prompter
+import t2i_r1
 from doctor import __main__ as doctor
-from doctor import checks, memory
+from doctor import checks, janus, memory
 from doctor.report import GB, NOT_RUN, OK, PROBLEM, WARNING, Plan
 from miniature.judge_server import JudgeServer
 from tests.processes import ENVIRONMENT, launcher
@@ -248,3 +249,27 @@ def test_a_folder_counts_the_parameters_of_the_model_in_it():
     path = ROOT / "miniature/weights/policy"
     model = transformers.AutoModelForCausalLM.from_pretrained(path)
     assert memory.policy_of(str(path)).parameters == sum(one.numel() for one in model.parameters())
+
+
+# Janus --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_janus_of_7b_fits_where_the_published_code_with_its_released_rewards_does_not(capsys):
+    assert janus.main(["--gpus", "8", "--gpu_memory", "80", "--outdir", "x"]) == 0
+    total = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("total"))
+    mine, plain, released = map(float, total.split()[1:])
+    assert mine < 72 < 80 < released and plain < released
+
+
+@pytest.mark.parametrize("more", [["--image_batch", "64"], ["--ema_decay", "0.9"]])
+def test_what_makes_it_too_large_is_told_by_the_exit_code(more, capsys):
+    assert janus.main(["--outdir", "x", *more]) == 1
+    assert "does NOT fit" in capsys.readouterr().out
+
+
+def test_shares_become_smaller_with_more_gpus():
+    options = t2i_r1.parse_options(["--outdir", "x"])
+    model = janus.MODELS["deepseek-community/Janus-Pro-7B"]
+    one, many = (janus.ours(options, model, gpus, 3) for gpus in (4, 16))
+    assert many["weights"] == one["weights"] / 4 and many["KV cache of drawing"] == one["KV cache of drawing"]
+    assert janus.cache(model, 1, 424) == 2 * 2 * 30 * 4096 * 1000  # keys and values, two bytes each, 1,000 tokens
