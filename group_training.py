@@ -186,7 +186,8 @@ class GroupMethod(ABC):
     optimizer: AcceleratedOptimizer
 
     def __init__(self, groups: GroupArguments, loop: LoopArguments, pairs: str | int, setup: Setup):
-        self.groups, self.loop_options, self.pairs, self.accelerator = groups, loop, pairs, setup.accelerator
+        self.groups, self.loop_options, self.pairs = groups, loop, pairs
+        self.setup, self.accelerator = setup, setup.accelerator
         self.prompts, self.rewards, self.held_out, self.seed = setup.prompts, setup.rewards, setup.held_out, loop.seed
         self.weights = groups.reward_weights or [1.0] * len(self.rewards)
 

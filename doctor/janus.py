@@ -7,8 +7,8 @@ activations, logits. NOT counted are CUDA's own context, fragmentation, and one 
 compared with it. Exit code 1: it does not fit.
 
 The published code (T2I-R1) has a group's 8 rows at once everywhere, under ZeRO-3. It samples plans of 1024 tokens
-after 512 of prompt, keeps the graph of their loss while it draws all images, in 16 rows, and has its rewards beside it; its
-released script has the ORM among them.
+after 512 of prompt, keeps the graph of their loss while it draws all images, in 16 rows, and has its rewards beside
+it; its released script has the ORM among them.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
     python scripts/bench.py --target cpu        a rollout against a plain loop, in one run
     python scripts/bench.py --target gpu        real shapes, random weights: scripts/bench_gpu.py
     python scripts/bench.py --target levers     each lever of the renderer: scripts/bench_levers.py
-    python scripts/bench.py --target flow       pref_grpo.py against the published loop: scripts/bench_flow.py
+    python scripts/bench.py --target flow       pref_grpo.py against the published loop: scripts/bench_own.py
+    python scripts/bench.py --target janus      t2i_r1.py against the published loop: scripts/bench_own.py
 
 A rollout: write a completion, draw it, score it with the rewards of configs/miniature.yaml. Both sides get the same
 completions, sampled in batches as TRL does. The plain loop takes them one by one, as RePrompt and T2I-R1 do: each
@@ -20,6 +21,7 @@ import resource
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,9 +36,9 @@ from run.options import option, parse, run_main
 from scoring.drawing import Drawer
 from scoring.rollouts import Scorer
 from scripts.bench_common import MINIATURE, MINIATURE_REWARDS, ROOT, measure, plain_loop, table
-from scripts.bench_flow import bench_flow
 from scripts.bench_gpu import SCALES, bench_gpu
 from scripts.bench_levers import bench_levers
+from scripts.bench_own import bench_flow, bench_janus, bench_real
 
 BATCH = 128  # completions in one call of `generate`, as in the miniature's run
 
@@ -45,14 +47,14 @@ BATCH = 128  # completions in one call of `generate`, as in the miniature's run
 class BenchOptions:
     """What is measured."""
 
-    target: str = option(help="What to measure.", changes="run", choices=["cpu", "gpu", "levers", "flow"])
+    target: str = option(help="What to measure.", changes="run", choices=["cpu", "gpu", "levers", "flow", "janus"])
     json: str | None = option(None, "Write the figures to this file too.", changes="nothing")
-    prompts: int = option(16, "cpu, flow: prompts, one group each.", changes="run", least=1)
-    group: int = option(8, "cpu, flow: completions or pictures a prompt.", changes="run", least=2)
+    prompts: int = option(16, "cpu, flow, janus: prompts, one group each.", changes="run", least=1)
+    group: int = option(8, "cpu, flow, janus: completions or pictures a prompt.", changes="run", least=2)
     minutes: float = option(8.0, "gpu, levers: what would take longer is left out.", changes="run", above=0)
     scale: str | None = option(
-        None, "gpu, levers: real shapes or the miniature; unset: real for gpu, tiny for levers.", changes="run",
-        choices=["real", "tiny"],
+        None, "Real shapes or the miniature; unset: real for gpu, tiny for levers, the published loop for the others.",
+        changes="run", choices=["real", "tiny"],
     )  # fmt: skip
 
 
@@ -69,7 +71,11 @@ def bench(options: BenchOptions) -> None:
         "gpu": lambda: bench_gpu(SCALES[options.scale or "real"], options.minutes, device),
         "levers": lambda: bench_levers(options.scale or "tiny", options.minutes, device),
         "flow": lambda: bench_flow(options.prompts, options.group),
-    }[options.target]()
+        "janus": lambda: bench_janus(options.prompts, options.group),
+    }[options.target]
+    if options.target in ("flow", "janus") and options.scale:
+        found = partial(bench_real, options.target, SCALES[options.scale], device)
+    found = found()
     if options.json is not None:
         Path(options.json).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     rows = found.pop("rows", [])

@@ -18,8 +18,8 @@ from scoring.drawing import Drawer
 from scoring.rollouts import Scorer
 from scripts import bench, bench_gpu
 from scripts.bench_common import plain_loop, table
-from scripts.bench_flow import bench_flow
 from scripts.bench_levers import bench_levers
+from scripts.bench_own import bench_flow, bench_janus, bench_real
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -132,7 +132,15 @@ def test_the_table_of_levers_has_gains_differences_and_reasons():
 
 
 @pytest.mark.slow
-def test_the_flow_target_measures_every_phase_of_every_side():
-    rows = bench_flow(1, 2)["rows"]
+@pytest.mark.parametrize("bench", [bench_flow, bench_janus])
+def test_the_own_targets_measure_every_phase_of_every_side(bench):
+    rows = bench(1, 2)["rows"]
     assert [row["phase"] for row in rows] == ["render", "score", "train", "all", "times the published speed"]
     assert all(value > 0 for row in rows for value in list(row.values())[1:]) and rows[-1]["published"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("target", "models"), [("flow", 1), ("janus", 2)])
+def test_a_step_at_given_shapes_has_seconds_and_a_share_of_the_ceiling(target, models):
+    rows = bench_real(target, bench_gpu.TINY, CPU)["rows"]
+    assert len(rows) == models and all(row["render"] > 0 and row["train"] > 0 and 0 < row["share"] < 1 for row in rows)

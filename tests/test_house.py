@@ -33,7 +33,7 @@ FLOOR = {name: number for number, names in enumerate(FLOORS, 1) for name in name
 BUDGETS = {
     "r1_prompter": 500, "pref_grpo": 500, "t2i_r1": 500, "group_training": 400, "sft": 260, "run": 1820,
     "report": 525, "scoring": 1235, "models": 1830, "clients": 770, "rendering": 2230, "rewards": 2350, "data": 1630,
-    "evaluation": 3725, "doctor": 830, "miniature": 2470, "scripts": 2800,
+    "evaluation": 3725, "doctor": 830, "miniature": 2470, "scripts": 2860,
 }  # fmt: skip
 WHOLE, TESTS, REWARD, BENCHMARK = 23_900, 14_900, 200, 450
 LARGER = {  # imagereward builds its network here; preference holds its prompt; __init__ holds the options of all
