@@ -379,6 +379,10 @@ def prepare(options: Options) -> tuple[Setup, JanusRenderer]:
     """All that a run needs but its method; bad input is refused before any model is loaded where that is possible."""
     groups, script = options.groups, options.script
     groups.check_rewards(options.reward)
+    if script.token_similarity and script.levels == "plan":
+        raise UserError(
+            "--token_similarity true weighs image tokens, and with --levels plan none learn: leave one out"
+        )
     prompts = load_prompts(groups.data)
     watched = options.watch.prompts(prompts)
     numbers = plan(options, len(prompts), processes())

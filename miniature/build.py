@@ -158,6 +158,8 @@ def measure() -> None:
     for name, guidance in (("flux", None), ("sd3", second.GUIDANCE)):
         share = drawing(renderer(sdmodel_name=WEIGHTS / name, guidance=guidance), held_out)
         print(f"drawing, {name}: {share['written']:.1%} of written layouts, {share['raw']:.1%} of raw prompts")
+    told = ", ".join(f"{name} {share:.1%}" for name, share in janus.measure(world.splits()[1]).items())
+    print(f"drawing, janus, after plans: {told}")
     print("share of 300 pairs in which the right picture scores higher:")
     for name, share in meaning.measure().items():
         print(f"    {name:28s} {share:.1%}")

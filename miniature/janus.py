@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -18,10 +19,11 @@ from transformers import JanusForConditionalGeneration, JanusProcessor
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from data.grammar import TASKS
+from data.questions import load_questions
 from interfaces import Prompt
 from miniature import fit, world
 from miniature.fit import CACHE, ROOT, WEIGHTS, pictures, pixels
-from models.janus import INSTRUCTION, SYSTEM, Janus, Settings, part_of
+from models.janus import INSTRUCTION, SYSTEM, Janus, Settings, load_janus, part_of
 
 SIDE, CODES, WIDTH = 6, 256, 128  # tokens of a picture's side, size of the codebook, width of the language model
 USER, ASSISTANT = "<|User|>:", "<|Assistant|>:"
@@ -387,3 +389,23 @@ def build_janus(steps: int = 5000, batch: int = 48, pool: int = 20_000, skill: f
     model.eval().to(torch.float16)
     janus.keep_settings(Settings(guidance=1.0, image_temperature=0.7, max_plan_tokens=48))
     janus.save(WEIGHTS / "janus")
+
+
+def measure(prompts: Sequence[Prompt], path: str = str(WEIGHTS / "janus")) -> dict[str, float]:
+    """Oracle accuracy after ideal plans, after its own and without any; and the share of questions answered right."""
+    janus, rng = load_janus(path, "float32", "cpu"), random.Random("janus")
+    seeds, how = range(len(prompts)), janus.settings
+    own, _ = janus.write([janus.plan_prefix(p.text) for p in prompts], seeds, how.max_plan_tokens)
+    plans = {
+        "ideal": [world.describe(world.layout(prompt, rng)) for prompt in prompts],
+        "own": [janus.text_of(plan) for plan in own], "none": [None] * len(prompts),
+    }  # fmt: skip
+    found = {}
+    for name, texts in plans.items():
+        prefixes = [janus.image_prefix(p.text, text) for p, text in zip(prompts, texts, strict=True)]
+        drawn = janus.pictures(janus.draw(prefixes, seeds, how.guidance, how.image_temperature).tokens)
+        kept = [world.holds(p, world.see(image)) for p, image in zip(prompts, drawn, strict=True)]
+        found[name] = sum(kept) / len(kept)
+    asked = load_questions(ROOT / "questions" / "questions.jsonl")
+    said = janus.says_yes([one.text for one in asked], [one.picture for one in asked])
+    return {**found, "sees": sum(one.is_yes == yes for one, yes in zip(asked, said, strict=True)) / len(asked)}

@@ -6,6 +6,7 @@ picture depends on its text and seed alone.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -22,6 +23,9 @@ from rendering.levers import smallest_good_batch
 from rendering.options import RenderOptions
 from rendering.rows import OnRow, Outcome, Row, draw_distinct
 
+logger = logging.getLogger(__name__)
+
+NOT_TAKEN = ("render_steps", "resolution", "max_sequence_length", "render_lora")
 TRIAL_TEXT = "a photo of {} things, of no importance whatever"
 
 
@@ -129,6 +133,9 @@ class JanusRenderer:
 
 def load_janus_renderer(options: RenderOptions, device: str) -> JanusRenderer:
     """The Janus at `sdmodel_name`; `render_plan` says whether it plans, `guidance` replaces its folder's."""
+    unused = {name: vars(options)[name] for name in NOT_TAKEN if vars(options)[name] is not None}
+    if unused:
+        logger.warning("a Janus draws its tokens one by one and at its own size: %s is not used", unused)
     with without_zero3_init():
         janus = load_janus(options.sdmodel_name, options.render_dtype, device)
     janus.requires_grad_(False)

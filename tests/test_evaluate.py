@@ -32,6 +32,7 @@ from miniature import evaluate as mini
 from miniature import world
 from miniature.fit import WEIGHTS
 from models.hub import contents_of
+from models.janus import load_janus
 from rendering import load_renderer
 from tests.processes import ENVIRONMENT, ROOT, kill_when, launcher, run_forked
 
@@ -436,6 +437,21 @@ def test_two_folders_of_one_name_are_refused(tmp_path, capfd):
 def test_a_folder_of_another_evaluation_is_refused_with_what_differs(whole, capfd):
     assert mini.run([*POLICY, "--out", str(whole), *SMALL, "--seed", "7"]) == 2
     assert "seed 42 -> 7" in capfd.readouterr().err
+
+
+def test_a_janus_is_judged_raw_planned_and_trained(tmp_path):
+    """The trained one is the miniature's with other settings, as t2i_r1 leaves them."""
+    folder, trained, out = WEIGHTS / "janus", load_janus(str(WEIGHTS / "janus"), "float32", "cpu"), tmp_path / "out"
+    trained.keep_settings(trained.settings._replace(temperature=0.5))
+    trained.save(tmp_path / "run")
+    line = [*POLICY[:2], "--out", str(out), "--limit", "2", "--samples", "1", "--sdmodel_name", str(folder)]
+    assert mini.run([*line, "--render_plan", "true", "--tuned", str(tmp_path / "run")]) == 0
+    found = {name: [row for row in rows(out) if row["system"] == name] for name in ("raw", "planned", "tuned")}
+    assert {len(side) for side in found.values()} == {12}
+    right = {
+        name: sum(value for row in side for value in next(iter(row["parts"].values()))) for name, side in found.items()
+    }
+    assert right["raw"] < min(right["planned"], right["tuned"])
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])

@@ -177,6 +177,7 @@ def flat(folder: Path) -> torch.Tensor:
         ["--num_generations", 1], ["--prompts_per_step", 3, "--num_generations", 3], ["--guidance", 0.5],
         ["--rewards", "git", "length"], ["--rewards", "format"], ["--max_plan_tokens", 480], ["--levels", "none"],
         ["--rewards", "judge", "--judge_url", "http://127.0.0.1:1/v1"], ["--token_weight", 2],
+        ["--token_similarity", "true", "--levels", "plan"], ["--clip_range", 0],
         ["--model_path", ROOT / "miniature" / "weights" / "policy"], ["--questions", "nowhere.jsonl"],
     ],
     ids=lambda options: " ".join(map(str, options)),

@@ -86,6 +86,15 @@ def test_advantages_are_those_of_the_formula_and_an_absent_row_has_none(toy, tmp
     np.testing.assert_allclose([row["advantage"] for row in step], expected_advantages(parts, 4), atol=1e-4)
 
 
+def test_a_rewriter_trains_in_front_of_a_frozen_janus(toy, tiny_janus, tmp_path):
+    options = ["--sdmodel_name", tiny_janus, "--max_steps", 1, "--save_strategy", "no"]
+    assert main("--config", toy.config, "--outdir", tmp_path / "run", *options) == 0
+    record = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
+    assert record["config"]["sdmodel_name"] == str(tiny_janus)
+    step = rollouts(tmp_path / "run")[1]
+    assert any(row["images"][0] for row in step) and all(row["tokens"] for row in step if row["rewrite"])
+
+
 def test_three_batches_without_scores_stop_the_run_with_code_1(toy, tmp_path, monkeypatch, capfd):
     import rewards
 
