@@ -21,6 +21,6 @@ flow="${LAUNCH:-$python scripts/demo_flow.py --processes 1 --samples 1}"
 short_flow=(--max_steps 20 --prompts_per_step 8 --render_batch_size 32 --save_steps 20)
 path="--loss grpo --learning_rate 1e-4" # a loss over denoising steps, which wants smaller ones
 
-# The trainer of the Janus: a third of its demo's steps, half its pictures.
+# The trainer of the Janus: a quarter of its demo's steps.
 janus="${LAUNCH:-$python scripts/demo_janus.py --processes 1 --samples 1}"
-short_janus=(--max_steps 20 --prompts_per_step 8 --save_steps 20)
+short_janus=(--max_steps 30 --save_steps 30)

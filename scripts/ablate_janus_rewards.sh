@@ -4,11 +4,11 @@
 source "$(dirname "$0")/ablate.sh"
 launch="$janus"
 ablate janus_rewards \
-  --variant "h: --rewards hps" \
-  --variant "d: --rewards gdino" \
-  --variant "v: --rewards git" \
-  --variant "o: --rewards orm" \
-  --variant "hd: --rewards hps gdino" \
-  --variant "hdv: --rewards hps gdino git" \
-  --variant "hdvo: --rewards hps gdino git orm" \
+  --variant "h: --rewards hps --reward_weights 1" \
+  --variant "d: --rewards gdino --reward_weights 1" \
+  --variant "v: --rewards git --reward_weights 1" \
+  --variant "o: --rewards orm --reward_weights 1" \
+  --variant "hd: --rewards hps gdino --reward_weights 1 1" \
+  --variant "hdv: --rewards hps gdino git --reward_weights 1 1 1" \
+  --variant "hdvo: --reward_weights 1 1 1 1" \
   -- "${short_janus[@]}" "$@"
