@@ -13,11 +13,15 @@ from __future__ import annotations
 import json
 import random
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 import t2i_r1
+from inference import Rewrite
 from miniature import world
 from miniature.held_out import HeldOut, look
 from models.janus import Settings, load_janus
@@ -40,21 +44,32 @@ class JanusOptions(DemoOptions):
     outdir: str = option(str(ROOT / "runs" / "demo_janus"), "Run folder.", changes="nothing")
 
 
-class WithPlans:
-    """Draws each prompt after the plan that is given for it."""
+class Told:
+    """Draws prompts after plans, given ones or the model's own, and keeps the plan of each prompt's first picture."""
 
-    def __init__(self, renderer: JanusRenderer, plans: dict[str, str]):
-        self.renderer, self.plans = renderer, plans
+    def __init__(self, renderer: JanusRenderer, given: Mapping[str, str] | None = None):
+        self.renderer, self.given, self.plans = renderer, given, dict(given or {})
 
-    def __call__(self, texts, seeds):
-        janus, how, found = self.renderer.janus, self.renderer.settings, []
-        prefixes = [janus.image_prefix(text, self.plans[text]) for text in texts]
+    def __call__(self, texts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image | None]:
+        """See `interfaces.Renderer`."""
+        found, janus, how = [], self.renderer.janus, self.renderer.settings
         for i in range(0, len(texts), BATCH):
-            part = slice(i, i + BATCH)
-            found += janus.pictures(
-                janus.draw(prefixes[part], seeds[part], how.guidance, how.image_temperature).tokens
-            )
+            some, noise = texts[i : i + BATCH], seeds[i : i + BATCH]
+            if self.given is None:
+                pictures = self.renderer.sample(some, noise)
+                for text, picture in zip(some, pictures, strict=True):
+                    self.plans.setdefault(text, picture.text)
+                found += [picture.image for picture in pictures]
+            else:
+                prefixes = [janus.image_prefix(text, self.given[text]) for text in some]
+                found += janus.pictures(janus.draw(prefixes, noise, how.guidance, how.image_temperature).tokens)
         return found
+
+    def rewrites(self, texts: Sequence[str]) -> list[Rewrite]:
+        """The plans, as the demo shows what a picture was drawn from."""
+        count = self.renderer.count_tokens
+        rows = [(text, self.plans[text]) for text in texts]
+        return [Rewrite(text, "", plan, True, plan, count(text), count(plan), count(plan)) for text, plan in rows]
 
 
 def measure(outdir: Path, samples: int) -> HeldOut:
@@ -65,12 +80,15 @@ def measure(outdir: Path, samples: int) -> HeldOut:
     prompts, rng = world.splits()[1], random.Random(config["seed"])
     texts = [prompt.text for prompt in prompts]
     ideal = {prompt.text: world.describe(world.layout(prompt, rng)) for prompt in prompts}
-    planning = JanusRenderer(before, how, True, BATCH)
-    drawn = {
-        "raw": JanusRenderer(before, how, False, BATCH), "start": planning,
-        "trained": JanusRenderer(after, how, True, BATCH), "written": WithPlans(planning, ideal),
+    untrained = JanusRenderer(before, how, True, BATCH)
+    planned = {
+        "start": Told(untrained), "trained": Told(JanusRenderer(after, how, True, BATCH)),
+        "written": Told(untrained, ideal),
     }  # fmt: skip
-    return look(prompts, SYSTEMS, {name: (draw, texts) for name, draw in drawn.items()}, config["seed"], samples)
+    drawn = {"raw": (JanusRenderer(before, how, False, BATCH), texts)}
+    drawn |= {name: (draw, texts) for name, draw in planned.items()}
+    found = look(prompts, SYSTEMS, drawn, config["seed"], samples)
+    return replace(found, rewrites={name: draw.rewrites(texts) for name, draw in planned.items()})
 
 
 def told(found: HeldOut) -> dict[str, Any]:

@@ -89,6 +89,23 @@ def test_the_demo_of_the_image_model_shows_untrained_trained_and_averaged_weight
     assert json.loads((out / "summary.json").read_text())["table"] == summary["table"]
 
 
+@pytest.mark.slow
+def test_the_demo_of_the_janus_shows_plans_of_its_own_and_of_the_world(tmp_path):
+    out = tmp_path / "janus"
+    small = ["--prompts_per_step", 4, "--num_generations", 4, "--train_batch_size", 8, "--image_batch", 8]
+    small += ["--eval_prompts", 4, "--max_steps", 2, "--save_steps", 2]
+    run("scripts/demo_janus.py", "--outdir", out, "--samples", 1, *small)
+    summary = json.loads((out / "summary.json").read_text())
+    means = {row["name"]: row["mean"] for row in summary["table"]["rows"]}
+    assert list(means) == ["raw", "start", "trained", "written"]
+    assert means["raw"] < means["start"] < means["written"] and means["written"] > 0.95
+    shown = rows(out / "gallery.jsonl")
+    assert all(row["written"]["rewrite"].startswith("a ") and row["start"]["rewrite"] for row in shown)
+    assert "own plans, after" in (out / "report.html").read_text(encoding="utf-8")
+    understood = [row["eval/understanding"] for row in rows(out / "metrics.jsonl") if "eval/understanding" in row]
+    assert len(understood) == 2 and all(0.5 < share <= 1 for share in understood)
+
+
 def test_the_real_prompt_file_trains_two_steps(tmp_path):
     data = "data/generation_prompts_1k_filterd.txt"
     options = ["--data", data, "--max_steps", 2, "--per_device_train_batch_size", 16, "--save_steps", 2]
