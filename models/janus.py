@@ -91,7 +91,6 @@ class Janus(nn.Module):
         self.pad, self.bos, self.eos = ids.pad_token_id, ids.bos_token_id, ids.eos_token_id
         self.boi = ids.convert_tokens_to_ids(ids.boi_token)
         self.length = model.config.vision_config.num_image_tokens  # tokens of a picture
-        self.side = model.config.vision_config.image_size  # pixels
 
     @property
     def device(self) -> torch.device:

@@ -23,6 +23,7 @@ Item = TypeVar("Item")
 CURVE_POINTS = 200
 LINES = 8  # of a plot; of more, such as one for each denoising step, some are shown
 EACH = r"((?:step|level)_\d+)"  # denoising step or noise level
+PART = rf"(?:{EACH}|(plan|image))"
 GREY = "#8a8780"
 COLOURS = (  # to be told apart on a white page and on a black one
     "#3d85c6", "#d9822b", "#35a583", "#9673c9", GREY, "#c7608f", "#a8952f", "#33a3b9", "#6f9d3a", "#c25555",
@@ -39,7 +40,12 @@ STYLE = {
 # metrics.jsonl, or what the pattern has in parentheses
 PANELS = (
     ("Win rate against the untrained model", "same noise, 0.5 is no better", r"win_rate/(.+)", True),
-    ("Scores of the evaluation", "mean; the same prompts and noise each time", r"eval/(.+)/mean", False),
+    (
+        "Scores of the evaluation",
+        "mean; the same prompts and noise each time",
+        r"eval/(.+)/mean|eval/(understanding)",
+        False,
+    ),
     ("Held-out scorers", "mean; nothing is trained on them", r"held_out/(.+)/mean", False),
     ("Held-out against the reward", "correlation within groups", r"held_out/(.+)/correlation", False),
     ("Do rewards agree?", "mean correlation with the others, within groups", r"agreement/(.+)", False),
@@ -53,15 +59,15 @@ PANELS = (
     ("First picture won", "share; an unbiased judge has 0.5", "preference/first_position", True),
     ("Pairs without a winner", "shares", "preference/(ties|failed_pairs)", True),
     ("Lost samples", "shares of all rollouts", "samples/absent|rewrites/unreadable", True),
-    ("Rewrites", "shares: not read to their end, same as the prompt", "rewrites/(overflow|copied)", True),
+    ("Rewrites", "shares: not read to their end, same as the prompt", "rewrites/(overflow|copied)|(plans/cut)", True),
     ("Variety", "words changed from the prompt, distinct n-grams", r"rewrites/(edit_distance|distinct_\d)", True),
-    ("Length in tokens", "the policy's, the renderer's", "completions/mean_length|rewrites/tokens", True),
+    ("Length in tokens", "the policy's, the renderer's", "completions/mean_length|rewrites/tokens|plans/tokens", True),
     ("Loss", "GRPO's is near 0 by construction", "loss|eval_loss", False),
-    ("KL", "from the reference policy", "kl", True),
-    ("Entropy", "of the policy per token", "entropy", True),
+    ("KL", "from the reference policy", r"kl(?:/(plan|image))?", True),
+    ("Entropy", "of the policy per token", r"entropy(?:/(plan|image))?", True),
     ("Gradient norm", "before clipping", "grad_norm", True),
-    ("Ratio", "new policy over old, by step or noise level", f"ratio/{EACH}", False),
-    ("Clipped", "share of the pictures, by step or noise level", f"clipped/{EACH}", True),
+    ("Ratio", "new policy over old, by step, noise level, or part", f"ratio/{PART}", False),
+    ("Clipped", "share, by step, noise level, or part", f"clipped/{PART}", True),
     ("KL by step", "from the old policy; levels: squared velocity error", f"kl/{EACH}", True),
     ("Gradient by step", "or noise level; its norm at the velocity", f"gradient/{EACH}", True),
     ("Norm of the output", "root mean square; --max_drift bounds its change", "output_norm", False),

@@ -14,8 +14,10 @@ from data.questions import load_questions
 from errors import UserError
 from interfaces import Prompt
 from models.janus import Settings, load_janus, longest_prefix, part_of
+from models.trained import make_trainable, merged
 from rendering import RenderOptions, load_renderer, renderer_contents
 from rendering.janus import JanusRenderer
+from run.loop_options import LoopArguments
 from scripts import reason_inference
 from tests.tiny import picture
 
@@ -107,6 +109,19 @@ def test_a_prompt_cannot_smuggle_in_the_models_own_tokens(janus):
     ids = janus.image_prefix(hostile)
     assert ids.count(janus.boi) == 1 and ids[-1] == janus.boi
     assert janus.model.config.image_token_id not in ids
+
+
+def test_a_merged_lora_computes_what_the_unmerged_one_does(tiny_janus):
+    one, other = (load_janus(str(tiny_janus), "float32", "cpu").requires_grad_(False) for _ in range(2))
+    options = LoopArguments(outdir="x", lora_r=4, lora_alpha=12, lora_target_modules=["q_proj", "down_proj"])
+    make_trainable(one.model.model.language_model, options)
+    for name, weight in one.named_parameters():
+        if ".lora_B." in name:
+            weight.data = torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name))) / 10
+    other.model.load_state_dict(merged(one.state_dict(), options))
+    part = part_of([one.image_prefix(text) for text in TEXTS[:2]], [[1, 2, 3], [4, 5, 6]], one.pad)
+    scored = [janus(None, part)[1].log_prob for janus in (one, other)]
+    assert torch.allclose(*scored, atol=1e-4) and len(merged(other.state_dict(), options)) == len(other.state_dict())
 
 
 def test_settings_travel_with_the_weights(janus, tmp_path):
