@@ -184,6 +184,7 @@ class T2IR1(GroupMethod):
         self.ema = average(self.janus, options.loop.ema_decay)
         self.start = Shadow(self.janus, None) if self.needs_start else self.ema
         setup.accelerator.register_for_checkpointing(*dict.fromkeys((self.ema, self.start)))
+        self.net(None, None)  # FSDP2 must see its first pass from outside, and sampling begins inside
 
     # Rollouts: plans, then pictures
 

@@ -22,7 +22,8 @@ ZERO_3 = ROOT / "configs" / "deepspeed_3_cpu.yaml"
 RECIPES = {"t2i_r1": 8, "t2i_r1_1b_24gb": 1, "miniature_janus": 2}  # -> processes
 SHORT = [
     "--config", ROOT / "configs" / "miniature_janus.yaml", "--prompts_per_step", 2, "--num_generations", 4,
-    "--train_batch_size", 4, "--image_batch", 4, "--max_plan_tokens", 12, "--rewards", "git", "--reward_weights", 1, "--held_out", "hps",
+    "--train_batch_size", 4, "--image_batch", 4, "--max_plan_tokens", 12, "--rewards", "git", "--reward_weights", 1,
+    "--held_out", "hps",
     "--eval_prompts", 2, "--eval_every", 3, "--max_steps", 5, "--save_steps", 2, "--learning_rate", 1e-3,
 ]  # fmt: skip
 
