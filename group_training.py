@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import gather_object
 
-from data.prompts import load_prompts, prompts_of_step
+from data.prompts import prompts_of_step
 from errors import UserError
 from interfaces import Prompt, Reward, Sample
 from models.frozen import without_zero3_init
@@ -293,7 +293,7 @@ class GroupMethod(ABC):
 
 def set_up(
     parts: Sequence[Any], numbers: Mapping[str, int], batch: int, contents: Callable[[str], Contents],
-    announcement: Sequence[str],
+    announcement: Sequence[str], prompts: list[Prompt], watched: list[Prompt],
 ) -> Setup:  # fmt: skip
     """Accelerator, run folder, rewards.
 
@@ -303,13 +303,14 @@ def set_up(
         batch: rows of one pass.
         contents: device -> what the trained model holds; downloads it if it must be, and settles its options.
         announcement: lines about what is about to run.
+        watched: prompts of the evaluation.
 
     Raises:
         UserError: bad input, found before any model is loaded where that is possible.
     """
-    groups, loop, watch, reward = (
+    groups, loop, reward = (
         next(part for part in parts if isinstance(part, kind))
-        for kind in (GroupArguments, LoopArguments, WatchArguments, RewardOptions)
+        for kind in (GroupArguments, LoopArguments, RewardOptions)
     )
     accelerator = make_accelerator(numbers["passes_per_optimizer_step"], batch, loop.max_grad_norm)
     device = reward.reward_device or str(accelerator.device)
@@ -319,7 +320,6 @@ def set_up(
     folder.plan()
     if (folder.path / "ema").exists():
         raise UserError(f"--outdir {folder.path} is complete: it holds the trained weights")
-    prompts = load_prompts(groups.data)
     verdicts = folder.path / f"verdicts_{accelerator.process_index}.sqlite"
     context = RewardContext(device, None, prompts, loop.seed, verdicts)
     names = [*groups.rewards, *groups.held_out]
@@ -331,9 +331,7 @@ def set_up(
     resume = start_run(folder, numbers, lines)
     anchored = replace(reward, preference_pairs="anchor")  # in a group the mean win rate is one half
     compared = [build([r.name], anchored, context)[0] if r.name == "preference" else r for r in rewards]
-    return Setup(
-        tuple(parts), accelerator, folder, prompts, watch.prompts(prompts), rewards, held_out, compared, resume
-    )
+    return Setup(tuple(parts), accelerator, folder, prompts, watched, rewards, held_out, compared, resume)
 
 
 def run(setup: Setup, method: GroupMethod, draw: Draw, model: torch.nn.Module, more: Iterable[Callable] = ()) -> None:

@@ -305,7 +305,9 @@ def prepare(options: Options) -> tuple[Setup, FlowRenderer]:
         render.settle(device)
         return renderer_contents(render)
 
-    setup = set_up(parts, numbers, render.render_batch_size, render_contents, announce(options, numbers))
+    setup = set_up(
+        parts, numbers, render.render_batch_size, render_contents, announce(options, numbers), prompts, watched
+    )
     renderer = FlowRenderer(render, setup.device, setup.folder.path / "cache" / "texts")
     texts = list(dict.fromkeys(prompt.text for prompt in (*prompts, *watched)))
     state = setup.accelerator

@@ -390,7 +390,7 @@ def prepare(options: Options) -> tuple[Setup, JanusRenderer]:
     find_janus(script.model_path)
     most = longest_prefix(script.model_path, [prompt.text for prompt in (*prompts, *watched)], script.max_plan_tokens)
     render = RenderOptions(
-        sdmodel_name=script.model_path, render_dtype=script.dtype, render_plan=True, guidance=script.guidance,
+        sdmodel_name=script.model_path, render_dtype=script.dtype, render_plan=True,
         render_batch_size=script.image_batch if isinstance(script.image_batch, int) else 1,
     )  # fmt: skip
     parts = tuple(vars(options).values())
@@ -398,7 +398,9 @@ def prepare(options: Options) -> tuple[Setup, JanusRenderer]:
     def contents(device: str) -> Contents:
         return janus_contents(script.model_path)
 
-    setup = set_up(parts, numbers, script.train_batch_size, contents, announce(options, numbers, most))
+    setup = set_up(
+        parts, numbers, script.train_batch_size, contents, announce(options, numbers, most), prompts, watched
+    )
     renderer = load_janus_renderer(render, setup.device)
     renderer.settings = script.settings()
     if script.image_batch == AUTO:

@@ -174,9 +174,12 @@ def new_config(original: Mapping[str, Any], tokenizer: Any, state: Mapping[str, 
         embed_dim=dim, num_embeddings=codes, projection_dim=params["gen_head"]["n_embed"],
         image_token_embed_dim=params["gen_head"]["image_token_embed"], **vq_shape(state),
     )  # fmt: skip
-    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    language = LlamaConfig(
+        **text, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, tie_word_embeddings=False,
+    )  # fmt: skip
     return JanusConfig(
-        text_config=LlamaConfig(**text, **ids, tie_word_embeddings=False), vision_config=vision, vq_config=vq,
+        text_config=language, vision_config=vision, vq_config=vq,
         tie_word_embeddings=False, image_token_id=tokenizer.convert_tokens_to_ids(MARKS["image_token"]),
     )  # fmt: skip
 

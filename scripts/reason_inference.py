@@ -92,8 +92,8 @@ def infer(options: ReasonOptions) -> None:
         atomic_write(out / "pictures.jsonl", text.encode())
         cells = {name: Cell(None if name in failed else out / name, known.get(name) or "", None) for name in known}
         lines = {
-            prompt.text[:24]: [cells.get(name, Cell(None, "", None)) for name in rows]
-            for prompt, rows in list(zip(prompts, files, strict=True))[:SHOWN]
+            f"{place}. {prompt.text[:24]}": [cells.get(name, Cell(None, "", None)) for name in rows]
+            for place, (prompt, rows) in enumerate(list(zip(prompts, files, strict=True))[:SHOWN], 1)
         }
         contact_sheet(out / "sheet.png", list(map(str, range(options.num_generation))), lines)
         there = len(files) * options.num_generation - len(failed)

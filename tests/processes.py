@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from safetensors.torch import load_file
+
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {
     **os.environ,
@@ -75,3 +77,21 @@ def launch(program: Path, *options: object, config: Path = ZERO_2) -> subprocess
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
+
+
+def rows(path: Path) -> list[dict]:
+    """Of a file of JSON Lines."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def record(outdir: Path) -> tuple:
+    """All that a run of a trainer without TRL was, but the times."""
+    weights = {str(p.relative_to(outdir)): load_file(p) for p in outdir.glob("[!c]*/**/*.safetensors")}
+    weights |= {path.name: load_file(path) for path in outdir.glob("*.safetensors")}
+    logged = [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows(outdir / "metrics.jsonl")]
+    files = sorted((outdir / "rollouts").iterdir()) + sorted((outdir / "evaluations").iterdir())
+    return (
+        {name: {key: value.tolist() for key, value in part.items()} for name, part in weights.items()},
+        logged,
+        [path.read_text() for path in files],
+    )

@@ -23,7 +23,7 @@ from models.trained import Shadow
 from run.folder import RunFolder
 from scoring.cache import PictureCache
 from scoring.progress import Collapse, Evaluator
-from tests.processes import ROOT, kill_when, launch
+from tests.processes import ROOT, kill_when, launch, record, rows
 
 RECIPES = {"pref_grpo_flux": 8, "flow_grpo_sd35": 8, "flux_lora_24gb": 1, "miniature_flow": 2}  # -> processes
 TRAIN, FSDP = ROOT / "pref_grpo.py", (ROOT / "tests" / "fsdp_run.py", "pref_grpo")
@@ -36,23 +36,6 @@ SHORT = [
 
 def words(outdir: Path, *options: object) -> list[str]:
     return [*map(str, SHORT), "--outdir", str(outdir), *map(str, options)]
-
-
-def rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def record(outdir: Path) -> tuple:
-    """All that a run was, but the times."""
-    weights = {str(p.relative_to(outdir)): load_file(p) for p in outdir.glob("[!c]*/**/*.safetensors")}
-    weights |= {path.name: load_file(path) for path in outdir.glob("*.safetensors")}
-    logged = [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows(outdir / "metrics.jsonl")]
-    files = sorted((outdir / "rollouts").iterdir()) + sorted((outdir / "evaluations").iterdir())
-    return (
-        {n: {k: v.tolist() for k, v in w.items()} for n, w in weights.items()},
-        logged,
-        [p.read_text() for p in files],
-    )
 
 
 # A run ---------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from transformers import JanusForConditionalGeneration
 import t2i_r1
 from models.janus import Settings, load_janus
 from rewards.git import GIT
-from tests.processes import ROOT, kill_when, launch
+from tests.processes import ROOT, kill_when, launch, record, rows
 
 TRAIN, FSDP = ROOT / "t2i_r1.py", (ROOT / "tests" / "fsdp_run.py", "t2i_r1")
 ZERO_3 = ROOT / "configs" / "deepspeed_3_cpu.yaml"
@@ -34,23 +34,6 @@ def words(tiny_janus):
         return [*map(str, SHORT), "--model_path", str(tiny_janus), "--outdir", str(outdir), *map(str, options)]
 
     return of
-
-
-def rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def record(outdir: Path) -> tuple:
-    """All that a run was, but the times."""
-    weights = {str(p.relative_to(outdir)): load_file(p) for p in outdir.glob("[!c]*/**/*.safetensors")}
-    weights |= {path.name: load_file(path) for path in outdir.glob("*.safetensors")}
-    logged = [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows(outdir / "metrics.jsonl")]
-    files = sorted((outdir / "rollouts").iterdir()) + sorted((outdir / "evaluations").iterdir())
-    return (
-        {name: {key: value.tolist() for key, value in part.items()} for name, part in weights.items()},
-        logged,
-        [path.read_text() for path in files],
-    )
 
 
 def changed(outdir: Path, start: Path) -> set[str]:
