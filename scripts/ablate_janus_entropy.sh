@@ -6,5 +6,5 @@ launch="$janus"
 ablate janus_entropy \
   --variant "none:" \
   --variant "mask: --entropy_mask 0.2" \
-  --variant "mask and bonus: --entropy_mask 0.2 --entropy_bonus 0.5" \
+  --variant "mask+bonus: --entropy_mask 0.2 --entropy_bonus 0.5" \
   -- "${short_janus[@]}" "$@"

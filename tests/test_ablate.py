@@ -11,6 +11,7 @@ import pytest
 
 import pref_grpo
 import r1_prompter
+import t2i_r1
 from errors import UserError
 from scripts import ablate
 from tests.processes import ENVIRONMENT, ROOT, run_forked
@@ -110,6 +111,8 @@ def test_every_ablation_script_trains_variants_that_differ_by_options_that_exist
     for options in runs:
         if "flow" in name:
             loop = pref_grpo.parse_options(["--config", "configs/miniature_flow.yaml", *options]).loop
+        elif "janus" in name:
+            loop = t2i_r1.parse_options(["--config", "configs/miniature_janus.yaml", *options]).loop
         else:
             loop = r1_prompter.parse_options(["--config", "configs/miniature.yaml", *options]).training
         assert (loop.seed, loop.save_steps) == (1, 7)
