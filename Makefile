@@ -18,7 +18,8 @@ demo-janus: environment
 test: environment check   # the quick lane: at most four minutes on two idle cores
 	$(PYTEST) -m "not slow"
 
-test-slow: environment   # the rest; the extra `quantize` apart, because its packages slow every start down
+test-slow: environment   # the rest, with the extra `ocr`; `quantize` apart, because its packages slow every start down
+	@$(VENV)/bin/uv pip install --quiet --python $(RUN) --no-build-isolation --constraint requirements.lock -e '.[ocr]'
 	$(PYTEST) -m slow --ignore tests/test_quantization.py
 	$(VENV)/bin/uv pip install --quiet --python $(RUN) --no-deps --target $(VENV)/quantize $$($(RUN) -c "import tomllib; \
 	  print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['quantize'])")

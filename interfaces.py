@@ -6,12 +6,20 @@ No torch here: images are PIL at every border, tensors stay inside the part that
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol
 
 from PIL import Image
+
+# A double mark after a digit means inches; a single one within a word, or before "90s" or "n'", is an apostrophe.
+QUOTED = re.compile(
+    r"(?<!\d)[\"＂“”„‟〝][^\"＂“”„‟〝〞]{1,500}[\"＂“”〞]|[«»‹›][^«»‹›]{1,500}[«»‹›]"
+    r"|[「『][^「」『』]{1,500}[」』]|`[^`]{1,500}(?:`|'')"
+    r"|(?<!\w)['‘‚](?!\s|(?i:\d0s|n|em|til|tis|twas)\b).{1,500}?(?<!\s)['’‘](?!\w)"
+)
 
 
 @dataclass(frozen=True)
@@ -20,7 +28,8 @@ class Prompt:
 
     Attributes:
         text: the user's words.
-        task: one of `data.grammar.TASKS`, or shape, texture, complex, non, size, spatial_3d, negation; "" if unknown.
+        task: one of `data.grammar.TASKS`, or shape, texture, complex, non, size, spatial_3d, negation, text; "" if
+            unknown.
         nouns: object names, singular, lower case, no article ("teddy bear").
         attr_nouns: attribute + noun in the order of `nouns` ("purple teddy bear"); empty if none was asked for.
         spatial: (object 1, relation, object 2), read "object 1 [is] relation object 2"; None if no relation.
@@ -38,6 +47,15 @@ class Prompt:
     def id(self) -> str:
         """16 hex digits of the text's SHA-256: the same prompt has the same id in every run and file."""
         return hashlib.sha256(self.text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """What the text quotes, between marks of any kind: words that the picture is to show."""
+        inner = self.text.strip()
+        if (whole := QUOTED.fullmatch(inner)) is not None:  # marks around all of it mean nothing
+            inner = whole[0][1:-1]
+        found = (match[0].strip(" \t'\"`＂“”„‟〝〞«»‹›「」『』‘’‚,") for match in QUOTED.finditer(inner))
+        return tuple(text for text in found if text)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from data.grammar import COLORS, MEDIA, plural, singular
 from data.text import fold, plain
-from interfaces import Prompt
+from interfaces import QUOTED, Prompt
 
 _TOKEN = re.compile(r"[^\W_]+(?:'[^\W_]+)*|[.,;:!?()\n]")
 _MOST_WORDS = 1000  # of a text that are read: more than any image model reads
@@ -83,12 +83,6 @@ _ENDS = {  # word of a place -> axis and end; "center" is the middle of both
 _PLACES = {words: dict(_ENDS[word] for word in words) for n in (1, 2) for words in product(_ENDS, repeat=n)}
 _PLACE_OPENERS = frozenset("the at in on to far".split())
 
-# A double mark after a digit means inches; a single one within a word, or before "90s" or "n'", is an apostrophe.
-_QUOTED = re.compile(
-    r"(?<!\d)[\"＂“”„‟〝][^\"＂“”„‟〝〞]{1,500}[\"＂“”〞]|[«»‹›][^«»‹›]{1,500}[«»‹›]"
-    r"|[「『][^「」『』]{1,500}[」』]|`[^`]{1,500}(?:`|'')"
-    r"|(?<!\w)['‘‚](?!\s|(?i:\d0s|n|em|til|tis|twas)\b).{1,500}?(?<!\s)['’‘](?!\w)"
-)
 _TOLD = re.compile(  # words with capitals that are not between marks
     r"\b(?:says?|saying|reads?|reading|words?|text|letters|labell?ed|titled|inscribed)(?: with| as)?[:,]? "
     r"([A-Z][\w'’&-]*(?: [A-Z0-9][\w'’&-]*)*)"
@@ -146,7 +140,7 @@ def can_check(prompt: Prompt) -> bool:
 def _take_quotations(text: str, which: Sequence[str] | None = None) -> tuple[str, list[str]]:
     """`text` with a mark for each quotation (of `which`, if given), and those; marks around all of it mean nothing."""
     text, found = text.strip(), []
-    if (whole := _QUOTED.match(text)) and whole.end() == len(text):
+    if (whole := QUOTED.match(text)) and whole.end() == len(text):
         text = text[1:-1]
 
     def take(match: re.Match) -> str:
@@ -157,7 +151,7 @@ def _take_quotations(text: str, which: Sequence[str] | None = None) -> tuple[str
         found.extend(ways)
         return ' " '
 
-    return _QUOTED.sub(take, text), found
+    return QUOTED.sub(take, text), found
 
 
 def _letters(text: str) -> str:

@@ -4,7 +4,7 @@
 
 Writes generation_prompts_1k_filterd.txt (the published file name, with its spelling), its .jsonl twin with the fields,
 and cold_start_prompts_8k.jsonl. GRPO's are of GenEval's six tasks, which every reward can judge; the cold start's are
-of these and seven more. The same seed gives the same bytes. "Disjoint", from benchmarks and of the two files from each
+of these and eight more. The same seed gives the same bytes. "Disjoint", from benchmarks and of the two files from each
 other, means: no normal form of a text in common, and no common `data.grammar.canonical` tuple. None of our
 objects is a COCO class, so GenEval's prompts cannot come up at all.
 """
@@ -30,7 +30,7 @@ from interfaces import Prompt
 from run.options import option, parse, run_main
 
 RL_STEM, COLD_START = "generation_prompts_1k_filterd", "cold_start_prompts_8k.jsonl"
-MORE_TASKS = ("texture", "shape", "size", "spatial_3d", "negation", "complex", "non")
+MORE_TASKS = ("texture", "shape", "size", "spatial_3d", "negation", "complex", "non", "text")
 _NUMBERS = ("", "one", "two", "three", "four", "five", "six")
 _MISSES = 5_000  # draws in a row without a new prompt after which a task counts as exhausted
 
@@ -120,7 +120,8 @@ _VALUES = {
     "relations": words.RELATIONS_2D, "depths": words.RELATIONS_3D, "textures": words.TEXTURES, "shapes": words.SHAPES,
     "sizes": words.SIZES, "reversed": (1, -1), "comparisons": words.COMPARISONS, "absences": words.ABSENCES,
     "scenes": words.SCENES, "looks": ("colors", "textures"), "compared": (True, False, False, False),
-    "alone": (True, False), **words.PARTS, **{f"forms of {nouns[0]}": forms for nouns, forms in words.FORMS.items()},
+    "alone": (True, False), "surfaces": words.SURFACES, "said": words.SAID, "words": words.WORDS,
+    "cases": words.CASES, **words.PARTS, **{f"forms of {nouns[0]}": forms for nouns, forms in words.FORMS.items()},
 }  # fmt: skip
 
 
@@ -189,6 +190,16 @@ def _free(of: _Decks) -> Prompt:
     return Prompt(text[0].upper() + text[1:], "non", tuple(nouns), colored, counts=tuple(counts))
 
 
+def _text(of: _Decks) -> Prompt:
+    """`a neon sign that says "Wet paint"`, one time in four with a thing beside it."""
+    surface, said = of.one("surfaces"), of.one("cases")(of.one("words"))
+    beside, nouns = "", ()
+    if of.one("compared"):
+        nouns = (of.one("nouns"),)
+        beside = f" next to {_a(nouns[0])}"
+    return Prompt(f'{_a(surface)} {of.one("said")} "{said}"{beside}', "text", (surface.lower(), *nouns))
+
+
 def _a(name: str) -> str:
     return f"{article(name)} {name}"
 
@@ -207,6 +218,7 @@ _MAKERS: dict[str, Callable[[_Decks], Prompt]] = {
     "negation": _negation,
     "complex": _scene,
     "non": _free,
+    "text": _text,
 }
 
 

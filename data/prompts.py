@@ -4,8 +4,8 @@
     .jsonl, .json   JSON Lines in T2I-R1's field names (or GenEval's evaluation_metadata.jsonl)
 
 T2I-R1's task types become the grammar's tasks where the two mean the same; "shape", "texture", "complex" and "non"
-stay as they are, and so do "size", "spatial_3d" and "negation", which are ours. A row that has nothing but a `prompt`
-is read by the grammar, like a line of text.
+stay as they are, and so do "size", "spatial_3d", "negation" and "text", which are ours. A row that has nothing but a
+`prompt` is read by the grammar, like a line of text.
 """
 
 from __future__ import annotations
@@ -28,7 +28,16 @@ log = logging.getLogger(__name__)
 
 _METADATA = ("task_type", "nouns", "attr_nouns", "spatial_info", "numeracy_info")
 _FIELDS = (*_METADATA, "include", "exclude", "tag", "prompt")
-_OTHER_TASKS = ("shape", "texture", "complex", "non", "size", "spatial_3d", "negation")  # the first four are T2I-R1's
+_OTHER_TASKS = (
+    "shape",
+    "texture",
+    "complex",
+    "non",
+    "size",
+    "spatial_3d",
+    "negation",
+    "text",
+)  # the first four are T2I-R1's
 _TASK_TYPES = {  # task -> T2I-R1's task_type; back again by the number of nouns
     "single_object": "object",
     "two_object": "object",

@@ -64,6 +64,21 @@ SIZES = (("big", "small"), ("large", "tiny"), ("tall", "short"), ("giant", "litt
 COMPARISONS = ("larger than", "smaller than", "taller than", "twice as big as", "half as big as")
 ABSENCES = ("without", "with no", "and no", "but without")
 
+# What carries words, and the words.
+SURFACES = (
+    "wooden sign", "label", "book cover", "neon sign", "T-shirt", "chalkboard", "storefront", "movie poster",
+    "birthday card", "coffee mug", "road sign", "newspaper", "billboard", "paper bag", "license plate",
+    "birthday cake", "postage stamp", "banner", "gravestone", "magazine cover",
+)  # fmt: skip
+SAID = ("that says", "reading", "with the words", "on which one reads")
+WORDS = (
+    "open", "closed", "welcome", "exit", "danger", "silence", "fragile", "tickets", "bakery", "museum", "library",
+    "pharmacy", "caution", "sold out", "no parking", "keep left", "wet paint", "staff only", "happy birthday",
+    "good night", "thank you", "stay curious", "be kind", "mind the gap", "do not disturb", "open all night",
+    "out of order", "fresh every day", "the last train", "room for one more", "once upon a time", "made by hand",
+)  # fmt: skip
+CASES = (str.upper, str.capitalize, str.title)
+
 # Scenes, worded so that a relation takes hold of its own two things only.
 SCENES = (
     "{one} {relation} {other}, and {many}",

@@ -197,6 +197,12 @@ def _length(options: RewardOptions, context: RewardContext) -> Reward:
     return Length(renderer.count_tokens, options.length_low, options.length_high, renderer.max_tokens)
 
 
+def _ocr(options: RewardOptions, context: RewardContext) -> Reward:
+    from rewards.ocr import OCR
+
+    return OCR()
+
+
 REWARDS: dict[str, Callable[[RewardOptions, RewardContext], Reward]] = {
     "hps": _hps,
     "git": _git,
@@ -208,6 +214,7 @@ REWARDS: dict[str, Callable[[RewardOptions, RewardContext], Reward]] = {
     "preference": _preference,
     "format": _format,
     "length": _length,
+    "ocr": _ocr,
 }
 
 
