@@ -1,24 +1,31 @@
 """Rewrite prompts with a trained policy: `Reprompter("runs/mine")(["a cat on a mat"])[0].rewrite`.
 
-No batch is padded: prompts of one exact token length are batched together. Greedy rewrites then do not depend on the
-batch size but for the rounding of matrix products. In float32 that is too small to matter (the tests compare sizes
-1, 3 and 8); in bfloat16 it can turn a near-tie, and a batch size of 1 is the way to be exact. A sampled rewrite is a
-function of the seed and of the prompts in its batch.
+A batch holds prompts of about one length, padded on the left. Greedy rewrites do not depend on the batch but for the
+rounding of matrix products: in float32 that is too small to matter (the tests compare sizes 1, 3 and 8); in bfloat16
+it can turn a near-tie, and a batch size of 1 is the way to be exact. A sampled rewrite is a function of the seed and
+of the prompts in its batch; behind `url` it is the server's.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from openai.types.chat import ChatCompletion
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from clients.chat import ChatClient
+from clients.http import CallFailed
+from errors import Stopped
 from interfaces import Prompt
-from models.policy import ChatTemplate, load_policy, load_tokenizer
+from models.policy import ChatTemplate, Conversation, load_policy, load_tokenizer
 from prompting import messages, parse, well_formed
+
+PART = 4  # times the calls in flight: what is asked of a server before rows are written
 
 
 @dataclass(frozen=True)
@@ -31,8 +38,8 @@ class Rewrite:
         rewrite: what the image model is given; the user's own text if the answer could not be read.
         readable: whether the answer could be read.
         completion: the whole answer, with what the chat template writes at its head.
-        prompt_tokens, completion_tokens, rewrite_tokens: lengths in the policy's tokens: of all that it read (system
-            prompt and template too), of all that it wrote (end token too), of `rewrite`.
+        prompt_tokens, completion_tokens: lengths in the policy's tokens: of all that it read (system prompt and
+            template too), of all that it wrote (end token too).
     """
 
     prompt: str
@@ -42,18 +49,21 @@ class Rewrite:
     completion: str
     prompt_tokens: int
     completion_tokens: int
-    rewrite_tokens: int
 
 
 class Reprompter:
     """A policy that rewrites prompts: `Reprompter(path)(["a cat"])[0].rewrite`.
 
     Args:
-        path: policy folder, PEFT adapter folder or hub name.
-        reasoning: whether the policy was trained to think first.
+        path: policy folder, PEFT adapter folder or hub name; with `url` the policy's name there.
+        batch_size: prompts rewritten at once.
         temperature: 0 is greedy; above, plain sampling (no top-k, no top-p, no repetition penalty, as in training).
         dtype, device: see `models.policy.load_policy`.
+        reasoning: whether the policy was trained to think first.
         template_kwargs: see `models.policy.load_tokenizer`; the folder of a trained policy has them in its template.
+        exact: batch only prompts of exactly one length, so that no batch is padded; without it batches are full.
+        url: base of an OpenAI-compatible API that serves the policy ("http://127.0.0.1:8000/v1"), in place of loading
+            it; the key is POLICY_API_KEY. dtype, device, template_kwargs and exact are then the server's.
 
     Raises:
         UserError: the policy or its tokenizer cannot be loaded.
@@ -70,22 +80,16 @@ class Reprompter:
         device: str = "auto",
         reasoning: bool = True,
         template_kwargs: Mapping[str, Any] | str | None = None,
+        exact: bool = False,
+        url: str | None = None,
     ) -> None:
-        self.reasoning = reasoning
-        self.tokenizer = load_tokenizer(path, template_kwargs=template_kwargs)
-        self.template = ChatTemplate(self.tokenizer, reasoning)
-        self.policy = load_policy(path, dtype, device)
-        self.batch_size = batch_size
-        self.seed = seed
-        self.end_tokens = _end_tokens(self.policy, self.tokenizer)
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        self.policy.generation_config = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            repetition_penalty=1.0,
-            eos_token_id=self.end_tokens,
-            pad_token_id=self.tokenizer.pad_token_id,
-            **(sampling if temperature > 0 else {"do_sample": False}),
-        )
+        self.reasoning, self.temperature, self.seed = reasoning, temperature, seed
+        if url is None:
+            self.policy = LocalPolicy(
+                path, batch_size, max_new_tokens, dtype, device, reasoning, template_kwargs, exact
+            )
+        else:
+            self.policy = ServedPolicy(url, path, batch_size, max_new_tokens)
 
     def __call__(self, texts: Sequence[str]) -> list[Rewrite]:
         """Rewrite `texts`; one Rewrite each, in their order. A text that comes twice is rewritten once."""
@@ -102,43 +106,156 @@ class Reprompter:
 
         Args:
             share: (i, n): only every n-th batch, from the i-th on.
+
+        Raises:
+            Stopped: the server no longer answers; what was yielded is not lost.
         """
         skip = set(skip)
-        inputs = [self.template.encode(messages(text, self.reasoning)) for text in texts]
-        for batch in _batches([len(ids) for ids in inputs], self.batch_size)[share[0] :: share[1]]:
+        inputs = [self.policy.encode(messages(text, self.reasoning)) for text in texts]
+        for batch in self.policy.batches(inputs)[share[0] :: share[1]]:
             if not all(texts[i] in skip for i in batch):
-                yield self._rewrite([texts[i] for i in batch], [inputs[i] for i in batch])
+                some = [texts[i] for i in batch]
+                seed = _seed(self.seed, [Prompt(text).id for text in some])
+                yield self._rewrite(some, [inputs[i] for i in batch], seed, self.temperature)
 
-    def sample(self, text: str, conversation: list[dict[str, str]], count: int, temperature: float) -> list[Rewrite]:
+    def sample(self, text: str, conversation: Conversation, count: int, temperature: float) -> list[Rewrite]:
         """`count` sampled answers to one conversation about `text`: a function of seed, conversation and count."""
-        key = "/".join(turn["content"] for turn in conversation)
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        return self._rewrite([text] * count, [self.template.encode(conversation)] * count, key, **sampling)
+        seed = _seed(self.seed, [Prompt("/".join(turn["content"] for turn in conversation)).id])
+        return self._rewrite([text] * count, [self.policy.encode(conversation)] * count, seed, temperature)
 
-    def _rewrite(self, texts: list[str], inputs: list[list[int]], key: str = "", **sampling) -> list[Rewrite]:
-        ids = torch.tensor(inputs, device=self.policy.device)  # (batch, tokens), no padding
-        gpus = [ids.device] if ids.is_cuda else []
-        with torch.random.fork_rng(devices=gpus):
-            torch.manual_seed(_batch_seed(self.seed, [key] if key else texts))
-            out = self.policy.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **sampling)
-        written = out[:, ids.shape[1] :].tolist()
-        return [self._read(text, ids.shape[1], row) for text, row in zip(texts, written, strict=True)]
+    def _rewrite(self, texts: list[str], inputs: list[Any], seed: int, temperature: float) -> list[Rewrite]:
+        written = self.policy.write(inputs, seed, temperature)
+        return [self._read(text, one) for text, one in zip(texts, written, strict=True)]
 
-    def _read(self, text: str, prompt_tokens: int, row: list[int]) -> Rewrite:
-        length = next((i + 1 for i, token in enumerate(row) if token in self.end_tokens), len(row))
-        completion = self.template.whole(self.tokenizer.decode(row[:length], skip_special_tokens=True))
-        answer = parse(completion, self.reasoning)
-        rewrite = answer.rewrite if answer else well_formed(text)
+    def _read(self, text: str, written: Written) -> Rewrite:
+        answer = parse(written.text, self.reasoning)
         return Rewrite(
             prompt=text,
             reasoning=(answer.reasoning or "") if answer else "",
-            rewrite=rewrite,
+            rewrite=answer.rewrite if answer else well_formed(text),
             readable=answer is not None,
-            completion=completion,
-            prompt_tokens=prompt_tokens,
-            completion_tokens=length,
-            rewrite_tokens=len(self.tokenizer.encode(rewrite, add_special_tokens=False)),
+            completion=written.text,
+            prompt_tokens=written.prompt_tokens,
+            completion_tokens=written.tokens,
         )
+
+
+class Written(NamedTuple):
+    """What a policy wrote, and the tokens that it read and wrote."""
+
+    text: str
+    prompt_tokens: int
+    tokens: int
+
+
+class LocalPolicy:
+    """A policy in this process; for its arguments see `Reprompter`."""
+
+    def __init__(
+        self, path: str, batch_size: int, max_new_tokens: int, dtype: str, device: str, reasoning: bool,
+        template_kwargs: Mapping[str, Any] | str | None, exact: bool,
+    ) -> None:  # fmt: skip
+        self.tokenizer = load_tokenizer(path, template_kwargs=template_kwargs)
+        self.template = ChatTemplate(self.tokenizer, reasoning)
+        self.model = load_policy(path, dtype, device)
+        self.batch_size, self.max_new_tokens, self.exact = batch_size, max_new_tokens, exact
+        self.end_tokens = _end_tokens(self.model, self.tokenizer)
+
+    def encode(self, conversation: Conversation) -> list[int]:
+        """The tokens that it reads before it answers."""
+        return self.template.encode(conversation)
+
+    def batches(self, inputs: Sequence[list[int]]) -> list[list[int]]:
+        """Positions in batches, shortest first."""
+        order = sorted(range(len(inputs)), key=lambda i: len(inputs[i]))
+        groups: dict[int, list[int]] = {}
+        for i in order:
+            groups.setdefault(len(inputs[i]) if self.exact else 0, []).append(i)
+        size = self.batch_size
+        return [group[first : first + size] for group in groups.values() for first in range(0, len(group), size)]
+
+    def write(self, inputs: Sequence[list[int]], seed: int, temperature: float) -> list[Written]:
+        """Its answers."""
+        width = max(map(len, inputs))
+        pad = self.tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (width - len(row)) + row for row in inputs], device=self.model.device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in inputs], device=self.model.device)
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        self.model.generation_config = GenerationConfig(
+            max_new_tokens=self.max_new_tokens, repetition_penalty=1.0, eos_token_id=self.end_tokens, pad_token_id=pad,
+            **(sampling if temperature > 0 else {"do_sample": False}),
+        )  # fmt: skip
+        with torch.random.fork_rng(devices=[ids.device] if ids.is_cuda else []):
+            torch.manual_seed(seed)
+            out = self.model.generate(input_ids=ids, attention_mask=mask)
+        rows = out[:, width:].tolist()
+        return [self._read(len(asked), row) for asked, row in zip(inputs, rows, strict=True)]
+
+    def _read(self, prompt_tokens: int, row: list[int]) -> Written:
+        length = next((i + 1 for i, token in enumerate(row) if token in self.end_tokens), len(row))
+        written = self.tokenizer.decode(row[:length], skip_special_tokens=True)
+        return Written(self.template.whole(written), prompt_tokens, length)
+
+
+class ServedPolicy:
+    """A policy behind an OpenAI-compatible API: vLLM, transformers serve, llama.cpp, ..."""
+
+    def __init__(self, url: str, model: str, batch_size: int, max_new_tokens: int) -> None:
+        self.client = ChatClient("policy", url, model, concurrency=batch_size)
+        self.max_new_tokens, self.has_answered = max_new_tokens, False
+
+    def encode(self, conversation: Conversation) -> Conversation:
+        """The server has the template."""
+        return conversation
+
+    def batches(self, inputs: Sequence[Conversation]) -> list[list[int]]:
+        """Positions in parts, after each of which nothing is lost."""
+        size = PART * self.client.concurrency
+        return [list(range(len(inputs)))[first : first + size] for first in range(0, len(inputs), size)]
+
+    def write(self, inputs: Sequence[Conversation], seed: int, temperature: float) -> list[Written]:
+        """Its answers; each has a seed of its own.
+
+        Raises:
+            UserError: the first call failed, so the API, its key or the model's name is wrong.
+            Stopped: a later one failed for good.
+        """
+        sampling = {"top_p": 1.0} if temperature > 0 else {}
+
+        async def ask_all() -> list[ChatCompletion]:
+            async with self.client.connect() as complete, asyncio.TaskGroup() as calls:
+                asked = [
+                    calls.create_task(complete(
+                        conversation, temperature=temperature, max_tokens=self.max_new_tokens,
+                        seed=(seed + number) % 2**31, **sampling,
+                    ))
+                    for number, conversation in enumerate(inputs)
+                ]  # fmt: skip
+            return [call.result() for call in asked]
+
+        try:
+            replies = asyncio.run(ask_all())
+        except ExceptionGroup as failed:
+            one = failed.exceptions[0]
+            if not isinstance(one, CallFailed):
+                raise
+            if not self.has_answered:
+                raise self.client.unusable(one) from one
+            raise Stopped(f"policy at {self.client.url}: {one}; what was rewritten is kept: run it again") from one
+        self.has_answered = True
+        return [_read_reply(reply) for reply in replies]
+
+
+def _read_reply(reply: ChatCompletion) -> Written:
+    """With the think block back in its place, if the server took it out or its template opened it."""
+    message, usage = reply.choices[0].message, reply.usage
+    text, more = message.content or "", message.model_extra or {}
+    thought = more.get("reasoning_content") or more.get("reasoning")
+    if thought:
+        text = f"<think>{thought}</think>\n{text}"
+    elif "</think>" in text and "<think>" not in text:
+        text = f"<think>\n{text}"
+    return Written(text, usage.prompt_tokens if usage else 0, usage.completion_tokens if usage else 0)
 
 
 def _end_tokens(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -147,14 +264,5 @@ def _end_tokens(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     return sorted({token for token in (*ends, tokenizer.eos_token_id) if token is not None})
 
 
-def _batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Positions in batches of one length each, shortest first."""
-    groups: dict[int, list[int]] = {}
-    for position, length in enumerate(lengths):
-        groups.setdefault(length, []).append(position)
-    return [group[i : i + batch_size] for _, group in sorted(groups.items()) for i in range(0, len(group), batch_size)]
-
-
-def _batch_seed(seed: int, texts: Sequence[str]) -> int:
-    key = "/".join((str(seed), *(Prompt(text).id for text in texts)))
-    return int(hashlib.sha256(key.encode()).hexdigest()[:15], 16)
+def _seed(seed: int, ids: Sequence[str]) -> int:
+    return int(hashlib.sha256("/".join((str(seed), *ids)).encode()).hexdigest()[:15], 16)

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 from data.prompts import load_prompts
-from inference import Reprompter
+from inference import LocalPolicy
 from interfaces import Prompt
 from miniature import build as miniature
 from prompting import messages
@@ -115,18 +115,14 @@ def bench_cpu(groups: int, group: int) -> dict:
 
 
 def _sample(asked: Sequence[Prompt]) -> tuple[list[str], float]:
-    """One sampled completion per prompt, padded into batches as TRL does, and the seconds that it took."""
-    policy, length = str(ROOT / MINIATURE["gpt_path"]), MINIATURE["max_completion_length"]
-    reprompter = Reprompter(policy, max_new_tokens=length, temperature=1.0, dtype="float32")
-    torch.manual_seed(0)
+    """One sampled completion per prompt, in batches as TRL makes them, and the seconds that it took."""
+    path, length = str(ROOT / MINIATURE["gpt_path"]), MINIATURE["max_completion_length"]
+    policy = LocalPolicy(path, BATCH, length, "float32", "auto", True, None, False)
     texts, seconds = [], 0.0
     for first in range(0, len(asked), BATCH):
-        ids = [reprompter.template.encode(messages(prompt.text)) for prompt in asked[first : first + BATCH]]
-        batch = reprompter.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(reprompter.policy.device)
-        out = []
-        seconds += measure(lambda batch=batch, out=out: out.append(reprompter.policy.generate(**batch)))["seconds"]
-        new_tokens = out[0][:, batch["input_ids"].shape[1] :]
-        texts += reprompter.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
+        ids, out = [policy.encode(messages(prompt.text)) for prompt in asked[first : first + BATCH]], []
+        seconds += measure(lambda ids=ids, out=out: out.extend(policy.write(ids, 0, 1.0)))["seconds"]
+        texts += [written.text for written in out]
     return texts, seconds
 
 

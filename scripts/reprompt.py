@@ -1,6 +1,7 @@
 """Rewrite a file of prompts with a policy and, if a renderer is named, draw the rewrites.
 
     python scripts/reprompt.py --data file.txt --gpt_path PATH --out DIR [--sdmodel_name PATH --samples 4]
+    python scripts/reprompt.py --data file.txt --policy_url http://127.0.0.1:8000/v1 --policy_model NAME --out DIR
 
 Writes DIR/rewrites.jsonl (one row per distinct prompt, in the order of the file), DIR/settings.json, DIR/pictures.json
 and DIR/*.png. Run it again to continue where it stopped; pictures may be added to rewrites. What it leaves out: scores
@@ -36,9 +37,14 @@ class RepromptOptions:
     """What is rewritten, and how."""
 
     data: str = option(help="Prompts: .txt, one a line, or .jsonl.", changes="nothing")  # settings have their ids
-    gpt_path: str = option(help="Policy: folder, PEFT adapter folder or hub name.", changes="run")
     out: str = option(help="Folder to write to, or to continue in.", changes="nothing")
+    gpt_path: str | None = option(None, "Policy: folder, PEFT adapter folder or hub name.", changes="run")
+    policy_url: str | None = option(
+        None, "Or an OpenAI-compatible API that serves it; its key: environment POLICY_API_KEY.", changes="nothing"
+    )
+    policy_model: str | None = option(None, "Its name there.", changes="run")
     rewrite_batch_size: int = option(16, "Prompts rewritten at once.", changes="run", least=1)
+    exact: bool = option(False, "Batch prompts of one length only, so that none is padded.", changes="run")
     max_new_tokens: int = option(512, "Of one answer of the policy.", changes="run", least=1)
     reasoning: bool = option(True, "false for a policy trained with --reasoning false.", changes="run")
     chat_template_kwargs: dict | str | None = template_option()
@@ -65,8 +71,9 @@ def _settings(options: RepromptOptions, drawing: Drawing, prompts: Sequence[Prom
     ignored = pictures | may_differ(options, drawing)
     settings = {name: value for name, value in given.items() if name not in ignored}
     if options.temperature == 0:
-        del settings["rewrite_batch_size"]  # greedy rewrites do not depend on it
-    settings["contents"] = policy_contents(options.gpt_path)
+        del settings["rewrite_batch_size"], settings["exact"]  # greedy rewrites do not depend on it
+    if options.gpt_path:
+        settings["contents"] = policy_contents(options.gpt_path)
     settings["prompt_ids"] = hash_of_ids(prompts)
     return settings, {name: given[name] for name in pictures}
 
@@ -124,6 +131,8 @@ def _texts(row: dict, baseline: bool) -> list[tuple[str, str, str]]:
 
 def run(options: RepromptOptions, drawing: Drawing) -> None:
     """Rewrite, draw, and print a summary."""
+    if bool(options.gpt_path) == bool(options.policy_url and options.policy_model):
+        raise UserError("name the policy: either --gpt_path, or --policy_url with --policy_model")
     if options.baseline and drawing.sdmodel_name is None:
         raise UserError("--baseline true draws pictures: name a renderer with --sdmodel_name")
     drawing.settle(options.device)
@@ -137,8 +146,9 @@ def run(options: RepromptOptions, drawing: Drawing) -> None:
     there, tokens, seconds, drawn_text = len(rows), 0, 1.0, ""
     if there < len(prompts):
         policy = Reprompter(
-            options.gpt_path, options.rewrite_batch_size, options.max_new_tokens, options.temperature, options.seed,
-            options.dtype, options.device, options.reasoning, options.chat_template_kwargs,
+            options.gpt_path or options.policy_model, options.rewrite_batch_size, options.max_new_tokens,
+            options.temperature, options.seed, options.dtype, options.device, options.reasoning,
+            options.chat_template_kwargs, options.exact, options.policy_url,
         )  # fmt: skip
         write_settings(out / "settings.json", settings)
         tokens, seconds = rewrite_all(policy, out, prompts, rows)

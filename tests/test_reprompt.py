@@ -107,7 +107,6 @@ def test_a_trained_policy_is_read(trained_policy):
     rewrite = Reprompter(trained_policy, max_new_tokens=40, device="cpu")(["two dogs"])[0]
     assert (rewrite.readable, rewrite.prompt) == (True, "two dogs")
     assert (rewrite.reasoning, rewrite.rewrite) == ("red it is", "a red cat")
-    assert rewrite.rewrite_tokens == len("a red cat")
     assert rewrite.completion_tokens == len("red it is\na red cat") + 4 + 1  # four tags, end token
     assert "im_end" not in rewrite.completion
 
@@ -133,6 +132,18 @@ def test_greedy_output_is_the_same_for_every_batch_size(random_policy):
     )
     assert one == three == eight
     assert len({rewrite.completion for rewrite in one}) > 1  # the policy does read the prompt
+
+
+def test_batches_of_mixed_lengths_are_full_and_rewrite_as_prompts_alone_do(random_policy):
+    texts = [f"{'very ' * (number % 7)}red cat {number}" for number in range(23)]
+    alone, full, exact = (
+        Reprompter(random_policy, size, max_new_tokens=12, device="cpu", dtype="float32", exact=is_exact)
+        for size, is_exact in ((1, False), (8, False), (8, True))
+    )
+    assert alone(texts) == full(texts) == exact(texts)
+    inputs = [full.policy.encode(messages(text)) for text in texts]
+    assert [len(batch) for batch in full.policy.batches(inputs)] == [8, 8, 7]
+    assert all(len({len(inputs[i]) for i in batch}) == 1 for batch in exact.policy.batches(inputs))
 
 
 def test_sampling_is_seeded_and_leaves_the_global_generator_alone(random_policy):
