@@ -211,6 +211,11 @@ def _adapted(path: str, revision: str | None, options: dict[str, Any], **more: b
         raise UserError(f"cannot read {path} as an adapter ({one_line(error)}): name another folder") from error
 
 
+def merged_policy(path: str) -> PreTrainedModel:
+    """The adapter at `path` merged into its base model, in the precision of the base's weights."""
+    return _adapted(path, None, {"dtype": "auto", "use_safetensors": True}).merge_and_unload()
+
+
 def policy_contents(path: str, revision: str | None = None) -> Contents:
     """What the policy at `path` holds, and the base model of an adapter; both are downloaded if they must be."""
     base = {"base of gpt_path": _folder(*base_of(path, revision))} if is_adapter(path) else {}

@@ -273,14 +273,21 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
-def write_card(run_dir: Path, policy: Path, **logged) -> None:
-    """Write README.md into the folder of trained weights: what a hub shows of them; `logged`: step, metrics, tags."""
-    run, adapter = Folder(run_dir).record("run.json"), (policy / "adapter_config.json").is_file()
-    base = run["config"]["gpt_path"]
+def write_card(run_dir: Path, folder: Path, *, base: str, name: str = "", kind: str = "rewriter", **more) -> None:
+    """Write README.md into a folder of trained weights: what a hub shows of them.
+
+    Args:
+        base: what the run started from.
+        kind: "rewriter", "image model" or "janus".
+        more: step, tags, metrics or table, and what scripts/export.py knows.
+    """
+    run = Folder(run_dir).record("run.json")
     on_hub = base.count("/") == 1 and not Path(base).exists()  # as a base model a hub takes its own names only
-    more = {"name": run_dir.resolve().name, "adapter": adapter, "on_hub": on_hub, **logged}
-    card = _template("README.md.jinja").render(run=run, config=run["config"], **more)
-    (policy / "README.md").write_bytes(f"{card}\n".encode("utf-8", "replace"))
+    more = {"adapter": (folder / "adapter_config.json").is_file(), "metrics": {}, "exported": False, **more}
+    card = _template("README.md.jinja").render(
+        run=run, config=run["config"], base=base, on_hub=on_hub, kind=kind, name=name or run_dir.resolve().name, **more
+    )
+    (folder / "README.md").write_bytes(f"{card}\n".encode("utf-8", "replace"))
 
 
 def _template(name: str) -> Template:

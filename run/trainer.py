@@ -115,7 +115,8 @@ class RunTrainer(Trainer):
         super()._save(output_dir, state_dict)
         shown = [pair for row in self.state.log_history for pair in self.shown(row).items() if pair[1] is not None]
         logged = {"step": self.state.global_step, "metrics": dict(shown), "tags": self._tag_names}
-        write_card(self.folder.path, Path(output_dir or self.args.output_dir), **logged)
+        base = self.folder.config["gpt_path"]
+        write_card(self.folder.path, Path(output_dir or self.args.output_dir), base=base, **logged)
 
     def _get_output_dir(self, trial: Any) -> str:
         run = super()._get_output_dir(trial)

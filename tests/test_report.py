@@ -292,7 +292,7 @@ def test_the_card_of_a_policy_says_what_its_run_knows(tmp_path, monkeypatch, bas
     (tmp_path / "run.json").write_text(json.dumps({**run, "versions": {"torch": "2"}}), "utf-8")
     if adapter:
         (tmp_path / "adapter_config.json").touch()
-    write_card(tmp_path, tmp_path, step=4, metrics={"reward": 0.5}, tags=["trl", "grpo"])
+    write_card(tmp_path, tmp_path, base=base, step=4, metrics={"reward": 0.5}, tags=["trl", "grpo"])
     _, header, text = (tmp_path / "README.md").read_text("utf-8").split("---\n")
     found = yaml.safe_load(header)
     assert found.get("base_model") == (base if shown else None) and found["tags"] == ["trl", "grpo"]
