@@ -38,6 +38,7 @@ class HeldOut:
         labels: system -> what the table calls it.
         pictures: as many for each prompt; None where nothing could be drawn.
         correct: (prompts, samples) of bool: does the picture keep its prompt?
+        surplus: mean number of things in a picture that nobody asked for.
         rewrites: of those that rewrite.
     """
 
@@ -45,6 +46,7 @@ class HeldOut:
     labels: Mapping[str, str]
     pictures: dict[str, list[list[Image.Image | None]]]
     correct: dict[str, np.ndarray]
+    surplus: dict[str, float]
     rewrites: dict[str, list[Rewrite]] = field(default_factory=dict)
 
     def mean(self, system: str) -> float:
@@ -91,16 +93,21 @@ def look(
     many = len(labels) * samples
     print(f"drawing {many} pictures of each of {len(prompts)} held-out prompts for the oracle", flush=True)
     seeds = [render_seed(seed, prompt.id, 0, k) for prompt in prompts for k in range(samples)]
-    pictures, correct = {}, {}
+    pictures, correct, surplus = {}, {}, {}
     for system in labels:
         renderer, texts = drawn[system]
         flat = renderer([text for text in texts for _ in range(samples)], seeds)
         pictures[system] = [flat[i : i + samples] for i in range(0, len(flat), samples)]
-        rows = zip(prompts, pictures[system], strict=True)
-        correct[system] = np.array(
-            [[image is not None and world.holds(p, world.see(image)) for image in row] for p, row in rows]
-        )
-    return HeldOut(prompts, labels, pictures, correct)
+        seen = [
+            (prompt, None if image is None else world.see(image))
+            for prompt, row in zip(prompts, pictures[system], strict=True)
+            for image in row
+        ]
+        holds = [things is not None and world.holds(prompt, things) for prompt, things in seen]
+        correct[system] = np.array(holds).reshape(len(prompts), samples)
+        more = [max(0, len(things) - world.asked_for(prompt)) for prompt, things in seen if things is not None]
+        surplus[system] = float(np.mean(more))
+    return HeldOut(prompts, labels, pictures, correct, surplus)
 
 
 def table(found: HeldOut) -> dict:
@@ -115,7 +122,10 @@ def table(found: HeldOut) -> dict:
         rows.append({
             "name": system, "label": label, "main": system == "trained", "mean": found.mean(system),
             "ci95": [float(end) for end in np.quantile(draws, (0.025, 0.975))],
-            "cells": [float(np.mean(values)) for values in of_task.values()],
+            "cells": [*(float(np.mean(values)) for values in of_task.values()), found.surplus[system]],
         })  # fmt: skip
-    note = "Accuracy of the held-out oracle, which no reward may use; 95 % intervals."
-    return {"title": "oracle accuracy", "note": note, "columns": list(CATEGORIES.values()), "rows": rows}
+    note = (
+        "Accuracy of the held-out oracle, which no reward may use; 95 % intervals. Surplus: things in a picture that "
+        "nobody asked for."
+    )
+    return {"title": "oracle accuracy", "note": note, "columns": [*CATEGORIES.values(), "surplus"], "rows": rows}

@@ -141,6 +141,11 @@ def request(task: str, rng: random.Random) -> Prompt:
     return read(f"{rng.choice(OPENERS)} {body}")
 
 
+def asked_for(prompt: Prompt) -> int:
+    """Number of things that the prompt wants to see."""
+    return sum(number for _, number in prompt.counts) or len(prompt.nouns)
+
+
 def layout(prompt: Prompt, rng: random.Random) -> Scene:
     """A scene in which the prompt holds and nothing else stands; what the prompt leaves open is drawn at random."""
     wanted = [shape for shape, number in prompt.counts for _ in range(number)] or list(prompt.nouns)

@@ -14,6 +14,7 @@ from torch import nn
 from data.grammar import TASKS, read
 from data.prompts import load_prompts
 from miniature import build, fit, janus, meaning, world
+from miniature.held_out import look, table
 
 WEIGHTS = build.WEIGHTS
 
@@ -219,3 +220,23 @@ def test_an_interrupted_build_ends_with_the_same_weights(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run("line", 3)
     assert torch.equal(run("line", None), whole)
+
+
+def test_a_board_of_shapes_keeps_its_prompts_and_the_table_shows_what_nobody_asked_for():
+    prompts = [prompt for prompt in world.splits()[1] if prompt.task == "two_object"][:2]
+
+    def scenes(more: int):
+        def draw(texts, seeds):
+            rng, found = random.Random(0), []
+            for text in texts:
+                scene = world.layout(next(p for p in prompts if p.text == text), rng)
+                free = [place for place in range(9) if place not in {thing.place for thing in scene}]
+                found.append(world.draw((*scene, *(world.Thing("red", "cross", p) for p in free[:more])), rng))
+            return found
+
+        return draw, [prompt.text for prompt in prompts]
+
+    found = look(prompts, {"clean": "clean", "board": "board"}, {"clean": scenes(0), "board": scenes(7)}, 0, 2)
+    assert (found.mean("clean"), found.mean("board")) == (1.0, 1.0)
+    assert found.surplus == {"clean": 0.0, "board": 7.0}
+    assert [row["cells"][-1] for row in table(found)["rows"]] == [0.0, 7.0]
