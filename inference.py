@@ -11,12 +11,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from openai.types.chat import ChatCompletion
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
+from transformers.generation import BaseStreamer
 
 from clients.chat import ChatClient
 from clients.http import CallFailed
@@ -118,6 +120,12 @@ class Reprompter:
                 seed = _seed(self.seed, [Prompt(text).id for text in some])
                 yield self._rewrite(some, [inputs[i] for i in batch], seed, self.temperature)
 
+    def typed(self, text: str) -> Iterator[Rewrite]:
+        """Rewrite one text: what there is of its answer, again and again while it is written; at last all of it."""
+        encoded, seed = self.policy.encode(messages(text, self.reasoning)), _seed(self.seed, [Prompt(text).id])
+        for written in self.policy.typed(encoded, seed, self.temperature):
+            yield self._read(text, written)
+
     def sample(self, text: str, conversation: Conversation, count: int, temperature: float) -> list[Rewrite]:
         """`count` sampled answers to one conversation about `text`: a function of seed, conversation and count."""
         seed = _seed(self.seed, [Prompt("/".join(turn["content"] for turn in conversation)).id])
@@ -174,8 +182,21 @@ class LocalPolicy:
         size = self.batch_size
         return [group[first : first + size] for group in groups.values() for first in range(0, len(group), size)]
 
-    def write(self, inputs: Sequence[list[int]], seed: int, temperature: float) -> list[Written]:
-        """Its answers."""
+    def typed(self, ids: list[int], seed: int, temperature: float) -> Iterator[Written]:
+        """Its answer to one input while it is written, and at last whole."""
+        words, text = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True), ""
+        with ThreadPoolExecutor(1) as worker:
+            answer = worker.submit(self.write, [ids], seed, temperature, words)
+            answer.add_done_callback(lambda _: words.end())  # even if it failed
+            for word in words:
+                text += word
+                yield Written(self.template.whole(text), len(ids), 0)
+            yield from answer.result()
+
+    def write(
+        self, inputs: Sequence[list[int]], seed: int, temperature: float, streamer: BaseStreamer | None = None
+    ) -> list[Written]:
+        """Its answers; a `streamer` is shown the tokens of a single one as they come."""
         width = max(map(len, inputs))
         pad = self.tokenizer.pad_token_id
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in inputs], device=self.model.device)
@@ -187,7 +208,7 @@ class LocalPolicy:
         )  # fmt: skip
         with torch.random.fork_rng(devices=[ids.device] if ids.is_cuda else []):
             torch.manual_seed(seed)
-            out = self.model.generate(input_ids=ids, attention_mask=mask)
+            out = self.model.generate(input_ids=ids, attention_mask=mask, streamer=streamer)
         rows = out[:, width:].tolist()
         return [self._read(len(asked), row) for asked, row in zip(inputs, rows, strict=True)]
 
@@ -212,6 +233,10 @@ class ServedPolicy:
         """Positions in parts, after each of which nothing is lost."""
         size = PART * self.client.concurrency
         return [list(range(len(inputs)))[first : first + size] for first in range(0, len(inputs), size)]
+
+    def typed(self, conversation: Conversation, seed: int, temperature: float) -> Iterator[Written]:
+        """Its answer to one input, whole at once."""
+        yield from self.write([conversation], seed, temperature)
 
     def write(self, inputs: Sequence[Conversation], seed: int, temperature: float) -> list[Written]:
         """Its answers; each has a seed of its own.

@@ -15,9 +15,14 @@ HIDING, SHOWN = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"), ("BF16", "FP16", "AM
 
 
 def pick_device(device: str) -> str:
-    """`device`, or for "auto" the GPU if there is one, else "cpu". UserError if one is named that is not there."""
+    """`device`, or for "auto" the GPU if there is one (a Mac's is "mps"), else "cpu".
+
+    Raises:
+        UserError: a GPU is named that is not there.
+    """
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        on_mac = "mps" if torch.backends.mps.is_available() else "cpu"
+        return "cuda" if torch.cuda.is_available() else on_mac
     if device.startswith("cuda") and (torch.device(device).index or 0) >= torch.cuda.device_count():
         raise UserError(f"device {device!r} is asked for and no such GPU is to be seen; use cpu")
     return device

@@ -41,11 +41,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A skipped test has not run: the suite fails, unless it lacks a GPU."""
+    """A skipped test has not run: the suite fails, unless it lacks a GPU or Chromium (which .ci/run brings)."""
     terminal = session.config.pluginmanager.get_plugin("terminalreporter")
     skipped = terminal.stats.get("skipped", []) if terminal else []
     reasons = [str(report.longrepr) for report in skipped]
-    if any("needs a GPU" not in why for why in reasons):
+    if any("needs a GPU" not in why and "needs Chromium" not in why for why in reasons):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
