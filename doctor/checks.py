@@ -213,7 +213,7 @@ def memory_and_disk(found: Report, options: Options) -> list[Check]:
     total, room = sum(found.memory.values()), found.plan.memory
     state = PROBLEM if total > room else WARNING if 1.2 * total > room else OK
     text = f"about {size_text(total)} and activations, of {size_text(room)}"
-    memory = Check("memory", state, text, "" if state == OK else "see docs/scaling.md")
+    memory = Check("memory", state, text, "" if state == OK else "see docs/speed.md")
     return [memory, _disk(options, found.batch, size)] if found.batch else [memory]
 
 

@@ -7,7 +7,7 @@
 #
 # Under Slurm the three variables are taken from the job. Further options go to r1_prompter.py, the same on every machine.
 # --outdir must lie in a folder that all machines see. Each process keeps whole groups, whatever the number of machines;
-# docs/scaling.md says what that costs and when another lever is cheaper.
+# docs/speed.md says what that costs and when another lever is cheaper.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -33,10 +33,10 @@ FLOOR = {name: number for number, names in enumerate(FLOORS, 1) for name in name
 BUDGETS = {
     "r1_prompter": 500, "pref_grpo": 500, "t2i_r1": 500, "group_training": 400, "sft": 260, "run": 1820,
     "report": 545, "scoring": 1235, "models": 1830, "clients": 770, "rendering": 2230, "rewards": 2465, "data": 1665,
-    "evaluation": 3725, "doctor": 830, "miniature": 2500, "scripts": 3560,
+    "evaluation": 3725, "doctor": 830, "miniature": 2500, "scripts": 3700,
     "comfyui": 150,
 }  # fmt: skip
-WHOLE, TESTS, REWARD, BENCHMARK = 25_100, 15_350, 200, 450
+WHOLE, TESTS, REWARD, BENCHMARK = 25_250, 15_350, 200, 450
 LARGER = {  # imagereward builds its network here; preference holds its prompt; __init__ holds the options of all
     "rewards/gdino.py": 385, "rewards/imagereward.py": 250, "rewards/preference.py": 245, "rewards/__init__.py": 285,
     "evaluation/compbench.py": 500,
