@@ -18,7 +18,14 @@ import torch
 from huggingface_hub import snapshot_download
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoConfig, DynamicCache, GenerationConfig, JanusForConditionalGeneration, JanusProcessor
+from transformers import (
+    AutoConfig,
+    DynamicCache,
+    GenerationConfig,
+    JanusForConditionalGeneration,
+    JanusProcessor,
+    StaticCache,
+)
 
 from errors import UserError
 from models.devices import pick_device, pick_dtype
@@ -209,7 +216,7 @@ class Janus(nn.Module):
             top_p: sample from the likeliest tokens that together have this probability; log-probabilities are those
                 of the whole distribution.
         """
-        state, dice = _Decoding(self, prefixes), uniform(seeds, most, "plan").to(self.device)
+        state, dice = _Decoding(self, prefixes, most), uniform(seeds, most, "plan").to(self.device)
         tokens, log_probs = [], []
         ended = torch.zeros(len(prefixes), dtype=torch.bool, device=self.device)
         for place in range(most):
@@ -239,7 +246,7 @@ class Janus(nn.Module):
         count, rows = len(prefixes), list(prefixes)
         if guidance > 1:
             rows += [self.without_text(prefix) for prefix in prefixes]
-        state, dice = _Decoding(self, rows), uniform(seeds, self.length, "image").to(self.device)
+        state, dice = _Decoding(self, rows, self.length), uniform(seeds, self.length, "image").to(self.device)
         tokens, log_probs = [], []
         for place in range(self.length):
             logits = self.model.model.generation_head(state.last)
@@ -299,22 +306,26 @@ class Janus(nn.Module):
 
 
 class _Decoding:
-    """Rows that grow by a token at a time. Equal prefixes are read once.
+    """Rows that grow by a token at a time. Equal prefixes are read once, and keys and values lie where they will stay.
+
+    Args:
+        most: tokens that will be read beyond the prefixes, at most.
 
     Attributes:
         last: (B, D) states after the newest token.
     """
 
-    def __init__(self, janus: Janus, prefixes: Sequence[Sequence[int]]):
+    def __init__(self, janus: Janus, prefixes: Sequence[Sequence[int]], most: int):
         self.language_model, self.cache = janus.model.model.language_model, DynamicCache()
         places = {tuple(prefix): None for prefix in prefixes}
         places = {prefix: number for number, prefix in enumerate(places)}
         ids, mask = (part.to(janus.device) for part in left_padded(list(places), janus.pad))
         last = self._read(janus.model.get_input_embeddings()(ids), mask, positions(mask))
         chosen = torch.tensor([places[tuple(prefix)] for prefix in prefixes], device=janus.device)
-        if len(places) < len(prefixes):
-            self.cache.batch_select_indices(chosen)
-        self.mask, self.last = mask[chosen], last[chosen]
+        room = StaticCache(self.language_model.config, max_cache_len=ids.shape[1] + most)
+        for layer, prefix in zip(room.layers, self.cache.layers, strict=True):
+            layer.update(prefix.keys[chosen], prefix.values[chosen])
+        self.cache, self.mask, self.last = room, mask[chosen], last[chosen]
 
     def go_on(self, embedded: Tensor) -> None:
         """Read one more token of each row, (B, 1, D)."""
