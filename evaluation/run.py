@@ -25,7 +25,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -190,9 +190,9 @@ def rewritten(policy: Reprompter, out: Path, items: Sequence[Item]) -> tuple[dic
             started = time.perf_counter()
     state.wait_for_everyone()
     known = _read_rewrites(out)
-    rows = {item.id: dict(known[item.prompt.text]) for item in items}
-    seconds = {id: row.pop("seconds") for id, row in rows.items()}
-    return {id: Rewrite(**row) for id, row in rows.items()}, seconds
+    rows, names = {item.id: known[item.prompt.text] for item in items}, [one.name for one in fields(Rewrite)]
+    made = {id: Rewrite(**{name: row[name] for name in names}) for id, row in rows.items()}
+    return made, {id: row["seconds"] for id, row in rows.items()}
 
 
 def _read_rewrites(out: Path, mine: int | None = None) -> dict[str, dict[str, Any]]:

@@ -69,7 +69,7 @@ class Told:
         """The plans, as the demo shows what a picture was drawn from."""
         count = self.renderer.count_tokens
         rows = [(text, self.plans[text]) for text in texts]
-        return [Rewrite(text, "", plan, True, plan, count(text), count(plan), count(plan)) for text, plan in rows]
+        return [Rewrite(text, "", plan, True, plan, count(text), count(plan)) for text, plan in rows]
 
 
 def measure(outdir: Path, samples: int) -> HeldOut:

@@ -248,7 +248,7 @@ class Grey:
 
 
 def said(rewrite: str) -> Rewrite:
-    return Rewrite("", "", rewrite, True, f"<{rewrite}>", 0, 0, 0)
+    return Rewrite("", "", rewrite, True, f"<{rewrite}>", 0, 0)
 
 
 class Policy:
