@@ -8,6 +8,7 @@ how it is learnt from; everything else of a run is here.
 from __future__ import annotations
 
 import os
+import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -367,4 +368,5 @@ def all_options(parts: Sequence[Any], groups: GroupArguments) -> dict[str, Any]:
 
 def progress_metrics(row: Mapping[str, Any]) -> dict[str, float | None]:
     """Of a step's metrics those that its progress line shows."""
-    return {"reward": row.get("reward"), "win_rate": row.get("win_rate"), "grad_norm": row.get("grad_norm")}
+    parts = {name.split("/")[1]: value for name, value in row.items() if re.fullmatch(r"rewards/\w+/mean", name)}
+    return {"reward": row.get("reward"), **parts, "grad_norm": row.get("grad_norm")}

@@ -68,7 +68,7 @@ class Reprompter:
             it; the key is POLICY_API_KEY. dtype, device, template_kwargs and exact are then the server's.
 
     Raises:
-        UserError: the policy or its tokenizer cannot be loaded.
+        UserError: the policy or its tokenizer cannot be loaded, or the API does not answer.
     """
 
     def __init__(
@@ -223,7 +223,26 @@ class ServedPolicy:
 
     def __init__(self, url: str, model: str, batch_size: int, max_new_tokens: int) -> None:
         self.client = ChatClient("policy", url, model, concurrency=batch_size)
-        self.max_new_tokens, self.has_answered = max_new_tokens, False
+        self.max_new_tokens = max_new_tokens
+        self.try_it()
+
+    def try_it(self) -> None:
+        """One token, asked for once, so that a wrong address, key or name is known before anything is written.
+
+        Raises:
+            UserError: it did not answer.
+        """
+
+        async def ask() -> None:
+            async with self.client.connect() as complete:
+                await complete([{"role": "user", "content": "a cat"}], max_tokens=1, temperature=0)
+
+        attempts, self.client.attempts = self.client.attempts, 1
+        try:
+            asyncio.run(ask())
+        except CallFailed as error:
+            raise self.client.unusable(error) from error
+        self.client.attempts = attempts
 
     def encode(self, conversation: Conversation) -> Conversation:
         """The server has the template."""
@@ -242,8 +261,7 @@ class ServedPolicy:
         """Its answers; each has a seed of its own.
 
         Raises:
-            UserError: the first call failed, so the API, its key or the model's name is wrong.
-            Stopped: a later one failed for good.
+            Stopped: a call failed for good.
         """
         sampling = {"top_p": 1.0} if temperature > 0 else {}
 
@@ -264,10 +282,7 @@ class ServedPolicy:
             one = failed.exceptions[0]
             if not isinstance(one, CallFailed):
                 raise
-            if not self.has_answered:
-                raise self.client.unusable(one) from one
             raise Stopped(f"policy at {self.client.url}: {one}; what was rewritten is kept: run it again") from one
-        self.has_answered = True
         return [_read_reply(reply) for reply in replies]
 
 

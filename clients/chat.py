@@ -75,7 +75,7 @@ class ChatClient:
     or sent under its newer name, from then on; one warning says so.
 
     Args:
-        whose: "judge" or "teacher".
+        whose: "judge", "teacher" or "policy".
         url, model: base of the API ("http://127.0.0.1:8080/v1"), and the model's name there.
         concurrency: calls in flight at once.
         call_timeout: seconds for one call, repeats included, from the moment that it is its turn.
@@ -169,7 +169,8 @@ class ChatClient:
         """What the user can do about an API that denies access or is not there."""
         key, one = f"set environment {self.whose.upper()}_API_KEY", {"judge": "one with scripts/serve_judge.sh"}
         start = f"start {one.get(self.whose, 'it')}, or correct --{self.whose}_url"
-        hints = {401: key, 403: key, 404: f"does --{self.whose}_url end in /v1, and is {self.model!r} a model there?"}
+        there = f"does --{self.whose}_url end in /v1, and is {self.model!r} a model there (--{self.whose}_model)?"
+        hints = {401: key, 403: key, 400: there, 404: there}
         return UserError(f"{self.whose} at {self.url} cannot be asked ({error}): {hints.get(error.status, start)}")
 
     def _api(self) -> AsyncOpenAI:

@@ -234,7 +234,7 @@ def _tiles(rows: list[dict], summary: dict) -> list[tuple[str, str]]:
     if rewards:
         ends = max(1, len(rewards) // 10)
         first, last = fmean(rewards[:ends]), fmean(rewards[-ends:])
-        tiles.append((f"reward, first → last {ends} steps", f"{first:.3f} → {last:.3f}"))
+        tiles.append((f"reward, first → last {ends} step{'s' * (ends > 1)}", f"{first:.3f} → {last:.3f}"))
     logged = [value for value in column(rows, "seconds_since_start") if value is not None]
     seconds = number((summary.get("seconds") or {}).get("total")) or max(logged, default=None)
     for label, key, form in (("rollouts", "rollouts", ",.0f"), ("rollouts a second", "rollouts_per_second", ".3g")):

@@ -41,7 +41,7 @@ class OCR(Reward):
         try:
             from rapidocr import RapidOCR
         except ImportError as error:
-            raise UserError(f"reward 'ocr' needs rapidocr ({error}): pip install '.[ocr]'") from error
+            raise UserError(f"reward 'ocr' needs rapidocr ({error}): pip install -e '.[ocr]'") from error
         self.read = RapidOCR(params={"Global.log_level": "error", **READER})
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | None]:

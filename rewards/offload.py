@@ -50,7 +50,7 @@ def offloaded(reward: Reward) -> Reward:
 def describe(reward: Reward, prompts: Sequence[Prompt]) -> str:
     """One line: parameters and memory of the reward's model, if it has one, and what it does not see of `prompts`."""
     if not isinstance(reward, ModelReward):
-        return "; ".join([f"{reward.name}: no weights", *reward.limits(prompts)])
+        return "; ".join([f"{reward.name}: no weights on this device", *reward.limits(prompts)])
     tensors = [*reward.model.parameters(), *reward.model.buffers()]
     mib = sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**20
     dtype = str(next(reward.model.parameters()).dtype).removeprefix("torch.")

@@ -44,7 +44,7 @@ class WatchArguments:
     """How an image model that learns is watched."""
 
     eval_data: str | None = option(None, "Prompts that are drawn again and again; unset: of --data.", changes="run")
-    eval_prompts: int = option(16, "The first so many of them.", changes="run", least=1)
+    eval_prompts: int = option(16, "So many of them, evenly spaced in the file.", changes="run", least=1)
     eval_every: int = option(20, "Rollouts from one evaluation to the next.", changes="run", least=1)
     eval_resolution: int | None = option(None, "Side of its pictures; unset: --resolution.", changes="run", least=1)
     max_drift: float = option(
@@ -56,7 +56,7 @@ class WatchArguments:
         prompts = load_prompts(self.eval_data) if self.eval_data else list(data)
         if len(prompts) < self.eval_prompts:
             raise UserError(f"--eval_prompts {self.eval_prompts}: there are {len(prompts)}; give fewer")
-        return prompts[: self.eval_prompts]
+        return [prompts[i * len(prompts) // self.eval_prompts] for i in range(self.eval_prompts)]
 
 
 class Evaluator:
@@ -224,6 +224,13 @@ class Method(Protocol):
         ...
 
 
+def in_words(metrics: Mapping[str, float]) -> str:
+    """Means of an evaluation's scorers, and how often they prefer it to the untrained model."""
+    means = [f"{key.split('/')[1]} {value:.4g}" for key, value in metrics.items() if key.startswith("eval/")]
+    wins = [f"wins {metrics['win_rate']:.2f} of comparisons"] if "win_rate" in metrics else []
+    return "  ".join([*wins, *(one for one in means if not one.startswith("pictures"))])
+
+
 class Training:
     """A run around a method: watches it, writes it down, publishes what it learnt.
 
@@ -259,6 +266,8 @@ class Training:
         self.loop.heartbeat.enter("evaluate", step)
         with self.method.ema.in_place():
             metrics = self.evaluator(step)
+            if self.accelerator.is_main_process:
+                print(f"evaluation after {step} step(s): {in_words(metrics)}", flush=True)
             if self.collapse.check_evaluation(step, metrics, self.method.held_out):
                 aside, best = self.folder.path / ".best", self.folder.path / "best"
                 self.method.write(aside)

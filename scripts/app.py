@@ -36,8 +36,9 @@ from run.seeds import render_seed
 try:
     import gradio as gr
 except ImportError as missing:
-    sys.exit(f"app: error: {missing}: pip install '.[app]', or `make app`")
+    sys.exit(f"app: error: {missing}: pip install -e '.[app]', or `make app`")
 
+UNREADABLE = "**The answer could not be read, so your own words are drawn.**"
 WAITING, MOST_PICTURES, MOST_REWRITES = 16, 8, 8
 EXAMPLES = [
     "a photo of three circles", "a poster of a red square left of a blue triangle", "a sketch of a green cross",
@@ -66,6 +67,7 @@ class AppOptions:
     chat_template_kwargs: dict | str | None = template_option()
     dtype: str = option("auto", "Of the policies.", changes="run", choices=list(DTYPES))
     device: str = option("auto", "Of everything.", changes="nothing", reads=device)
+    about: str = option("", "A sentence under the title of the page.", changes="nothing")
     port: int = option(7860, "Of this machine.", changes="nothing", least=1)
     share: bool = option(False, "Let Gradio open a tunnel from the internet to the page.", changes="nothing")
 
@@ -99,7 +101,7 @@ class Studio:
             raise UserError("--policy_url and --policy_model go together")
         if not (options.gpt_path or options.policy_url or options.tuned or render.render_plan):
             raise UserError("nothing trained is named: give --gpt_path, --policy_url, --tuned, or --render_plan true")
-        where = pick_device(options.device)
+        where, self.about = pick_device(options.device), options.about
         render.settle(where)
         reward.settle(where)
         how = (options.dtype, options.device, options.reasoning, options.chat_template_kwargs)
@@ -165,6 +167,9 @@ class Studio:
         rows, prompt = [], read(text)
         for name, reward in self.rewards.items():
             low, high = reward.range
+            if blind := [limit for limit in reward.limits([prompt]) if "cuts 0 " not in limit]:
+                rows.append(f"<em>{html.escape(name)}: {html.escape('; '.join(blind))}</em>")
+                continue
             for side, pictures in (("before", before), ("after", after)):
                 known = [one for one in self.scores(name, prompt, pictures) if one is not None]
                 mean = sum(known) / len(known) if known else None
@@ -172,8 +177,6 @@ class Studio:
                 label = f"{html.escape(name)}, {'your words' if side == 'before' else 'trained'}"
                 value = "not scored" if mean is None else f"{mean:.3f}"
                 rows.append(f'<span>{label}</span><i class="{side}" style="width:{width:.1f}%"></i><b>{value}</b>')
-            blind = [limit for limit in reward.limits([prompt]) if "cuts 0 " not in limit]
-            rows += [f"<em>{html.escape(f'{name} {limit}')}</em>" for limit in blind]
         return f'<div class="bars">{"".join(rows)}</div>' if rows else ""
 
 
@@ -185,7 +188,7 @@ def told(step: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
         try:
             yield from step(*given)
         except (UserError, Stopped) as error:
-            raise gr.Error(str(error), duration=None, print_exception=False) from error
+            raise gr.Error(str(error), print_exception=False) from error
 
     return careful
 
@@ -195,7 +198,7 @@ def page(studio: Studio) -> gr.Blocks:
     names = list(studio.policies)
     after = "Its rewrite" if names else "What the trained model draws"
     with gr.Blocks(title="R1-Prompter", analytics_enabled=False) as blocks:
-        gr.Markdown("# R1-Prompter\nA model that thinks before it draws.")
+        gr.Markdown(f"# R1-Prompter\nA model that thinks before it draws. {studio.about}")
         with gr.Tab("Try"):
             inputs, start = _inputs(studio)
             with gr.Row():
@@ -213,8 +216,7 @@ def page(studio: Studio) -> gr.Blocks:
             seen = gr.State([])
             outputs = [reasoning, rewrite, said, left, right, bars, history, seen]
             ask = partial(try_it, studio, names[0] if names else None)
-            for event in (start.click, inputs[0].submit):
-                event(told(ask), [*inputs, seen], outputs, concurrency_id="one", concurrency_limit=1, api_name="try")
+            start.click(told(ask), [*inputs, seen], outputs, concurrency_id="one", concurrency_limit=1, api_name="try")
         if len(names) > 1:
             with gr.Tab("Compare"):
                 fields, start = _inputs(studio)
@@ -296,7 +298,8 @@ def compare_them(studio: Studio, *given: Any) -> Iterator[tuple]:
     studio.check(asked)
     for policy in (one, other):
         *_, found = studio.rewrite(policy, asked)
-        columns += [thought_so_far(found), found.rewrite, _there(studio.draw(studio.after, found.rewrite, asked)[0])]
+        rewrite = found.rewrite if found.readable else f"{found.rewrite}\n({UNREADABLE.strip('*')})"
+        columns += [thought_so_far(found), rewrite, _there(studio.draw(studio.after, found.rewrite, asked)[0])]
         yield (*columns, *[gr.skip()] * (6 - len(columns)))
 
 
@@ -319,9 +322,14 @@ def serve(options: AppOptions, render: RenderOptions, reward: RewardOptions) -> 
     """Load everything, then answer until Ctrl-C."""
     blocks = page(Studio(options, render, reward))
     try:
-        blocks.launch(server_name="127.0.0.1", server_port=options.port, share=options.share, css=CSS, max_file_size=1)
+        blocks.launch(
+            server_name="127.0.0.1", server_port=options.port, share=options.share, css=CSS, max_file_size=1,
+            quiet=True, prevent_thread_lock=True,
+        )  # fmt: skip
     except OSError as error:
         raise UserError(f"--port {options.port} cannot be had ({error}): name another") from error
+    print(f"open http://127.0.0.1:{options.port}; stop with Ctrl-C", flush=True)
+    blocks.block_thread()
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from PIL import Image
@@ -34,8 +35,9 @@ from run.options import option, parse, run_main
 KINDS = {"gpt_path": "rewriter", "model_path": "janus", "sdmodel_name": "image model"}  # by what a run starts from
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model")
 NOT_MODEL = ("run.json", "summary.json", "heartbeat_*.json", "results.json")
+MEAN_OF = 5  # values, where there are so many
 PICTURE, SHOWN = "before_after.png", 6  # prompts of a picture that is made of evaluations
-MEASURES = ("reward", "eval/", "rewards/", "held_out/")  # of metrics.jsonl that a card shows, by their beginnings
+MEASURES = ("win_rate", "eval/", "reward", "held_out/")  # of metrics.jsonl that a card shows, by their beginnings
 
 
 @dataclass
@@ -66,7 +68,7 @@ def export(options: ExportOptions) -> Path:
     record = Folder(run).record("run.json")
     kind = next((kind for key, kind in KINDS.items() if key in record.get("config", {})), None)
     if kind is None:
-        raise UserError(f"--run {run} holds no run of ours: name the --outdir of one")
+        raise UserError(f"--run {run} is no folder of a run: name the --outdir of one")
     source = run if options.weights == "last" or kind == "rewriter" else run / options.weights
     if not any((source / name).is_file() for name in MARKERS[kind]):
         raise UserError(f"{source} holds no trained weights: is the run complete, and are these its --weights?")
@@ -75,6 +77,8 @@ def export(options: ExportOptions) -> Path:
     staged.mkdir(parents=True)
     more = WRITERS[kind](source, staged, options, record["config"])
     _card(run, staged, kind, options, record, more)
+    for file in staged.rglob("*"):
+        file.chmod(0o755 if file.is_dir() else 0o644)  # weights are written for their owner alone
     staged.rename(out)
     return out
 
@@ -167,14 +171,17 @@ def _card(
 
 
 def progress(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, float]]:
-    """(measure, first value, last value) of each measure of a run's metrics that a reader knows."""
+    """(measure, mean of its first values, of its last) of each measure of a run's metrics that a reader knows."""
     seen: dict[str, list[float]] = {}
     for row in rows:
         for name, value in row.items():
-            is_mean = name.startswith(("rewards/", "held_out/")) and not name.endswith("/mean")
-            if name.startswith(MEASURES) and not is_mean and isinstance(value, float):
+            is_other = "/" in name and not name.endswith("/mean") and not name.startswith("win_rate")
+            if name.startswith(MEASURES) and not is_other and isinstance(value, float):
                 seen.setdefault(name, []).append(value)
-    return [(name, values[0], values[-1]) for name, values in seen.items()]
+    order = sorted(seen, key=lambda name: next(i for i, start in enumerate(MEASURES) if name.startswith(start)))
+    return [
+        (name, *(float(np.mean(part)) for part in (seen[name][:MEAN_OF], seen[name][-MEAN_OF:]))) for name in order
+    ]
 
 
 def _picture(run: Path, out: Path) -> str | None:

