@@ -179,8 +179,9 @@ def progress(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, float]
             if name.startswith(MEASURES) and not is_other and isinstance(value, float):
                 seen.setdefault(name, []).append(value)
     order = sorted(seen, key=lambda name: next(i for i, start in enumerate(MEASURES) if name.startswith(start)))
+    few = {name: min(MEAN_OF, max(1, len(values) // 2)) for name, values in seen.items()}
     return [
-        (name, *(float(np.mean(part)) for part in (seen[name][:MEAN_OF], seen[name][-MEAN_OF:]))) for name in order
+        (name, float(np.mean(seen[name][: few[name]])), float(np.mean(seen[name][-few[name] :]))) for name in order
     ]
 
 

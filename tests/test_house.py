@@ -32,8 +32,8 @@ FLOOR = {name: number for number, names in enumerate(FLOORS, 1) for name in name
 # evaluation (what could not be judged is counted by reason, asked again, and left out of paired means).
 BUDGETS = {
     "r1_prompter": 500, "pref_grpo": 500, "t2i_r1": 500, "group_training": 400, "sft": 260, "run": 1820,
-    "report": 545, "scoring": 1235, "models": 1830, "clients": 770, "rendering": 2230, "rewards": 2465, "data": 1665,
-    "evaluation": 3725, "doctor": 830, "miniature": 2500, "scripts": 3700,
+    "report": 545, "scoring": 1245, "models": 1840, "clients": 770, "rendering": 2230, "rewards": 2465, "data": 1665,
+    "evaluation": 3725, "doctor": 830, "miniature": 2500, "scripts": 3710,
     "comfyui": 150,
 }  # fmt: skip
 WHOLE, TESTS, REWARD, BENCHMARK = 25_250, 15_350, 200, 450
