@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,13 +22,16 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation import BaseStreamer
 
 from clients.chat import ChatClient
-from clients.http import CallFailed
+from clients.http import CallFailed, run_async
 from errors import Stopped
 from interfaces import Prompt
 from models.policy import ChatTemplate, Conversation, load_policy, load_tokenizer
 from prompting import messages, parse, well_formed
 
-PART = 4  # times the calls in flight: what is asked of a server before rows are written
+logger = logging.getLogger(__name__)
+
+REFUSED = (400, 413, 422)  # of one prompt, which says nothing against the others
+TOKENS = ("prompt_tokens", "completion_tokens")  # of a server's usage
 
 
 @dataclass(frozen=True)
@@ -239,7 +243,7 @@ class ServedPolicy:
 
         attempts, self.client.attempts = self.client.attempts, 1
         try:
-            asyncio.run(ask())
+            run_async(ask())
         except CallFailed as error:
             raise self.client.unusable(error) from error
         self.client.attempts = attempts
@@ -250,7 +254,7 @@ class ServedPolicy:
 
     def batches(self, inputs: Sequence[Conversation]) -> list[list[int]]:
         """Positions in parts, after each of which nothing is lost."""
-        size = PART * self.client.concurrency
+        size = self.client.concurrency
         return [list(range(len(inputs)))[first : first + size] for first in range(0, len(inputs), size)]
 
     def typed(self, conversation: Conversation, seed: int, temperature: float) -> Iterator[Written]:
@@ -265,37 +269,43 @@ class ServedPolicy:
         """
         sampling = {"top_p": 1.0} if temperature > 0 else {}
 
-        async def ask_all() -> list[ChatCompletion]:
+        async def ask(complete: Callable[..., Awaitable[ChatCompletion]], number: int) -> Written:
+            seeded = {"seed": (seed + number) % 2**31, "max_tokens": self.max_new_tokens, **sampling}
+            try:
+                return _read_reply(await complete(inputs[number], temperature=temperature, **seeded))
+            except CallFailed as error:
+                if error.status not in REFUSED:
+                    raise
+                logger.warning("a prompt is refused, its answer counts as unreadable: %s", error)
+                return Written("", 0, 0)
+
+        async def ask_all() -> list[Written]:
             async with self.client.connect() as complete, asyncio.TaskGroup() as calls:
-                asked = [
-                    calls.create_task(complete(
-                        conversation, temperature=temperature, max_tokens=self.max_new_tokens,
-                        seed=(seed + number) % 2**31, **sampling,
-                    ))
-                    for number, conversation in enumerate(inputs)
-                ]  # fmt: skip
+                asked = [calls.create_task(ask(complete, number)) for number in range(len(inputs))]
             return [call.result() for call in asked]
 
         try:
-            replies = asyncio.run(ask_all())
+            return run_async(ask_all())
         except ExceptionGroup as failed:
             one = failed.exceptions[0]
             if not isinstance(one, CallFailed):
                 raise
             raise Stopped(f"policy at {self.client.url}: {one}; what was rewritten is kept: run it again") from one
-        return [_read_reply(reply) for reply in replies]
 
 
 def _read_reply(reply: ChatCompletion) -> Written:
     """With the think block back in its place, if the server took it out or its template opened it."""
     message, usage = reply.choices[0].message, reply.usage
-    text, more = message.content or "", message.model_extra or {}
-    thought = more.get("reasoning_content") or more.get("reasoning")
-    if thought:
+    more = message.model_extra or {}
+    text, thought = message.content, more.get("reasoning_content") or more.get("reasoning")
+    if not isinstance(text, str):  # the SDK does not check what it was sent
+        text = ""
+    if isinstance(thought, str) and thought:
         text = f"<think>{thought}</think>\n{text}"
     elif "</think>" in text and "<think>" not in text:
         text = f"<think>\n{text}"
-    return Written(text, usage.prompt_tokens if usage else 0, usage.completion_tokens if usage else 0)
+    counts = [vars(usage).get(name) if usage and not isinstance(usage, str) else 0 for name in TOKENS]
+    return Written(text, *(count if isinstance(count, int) else 0 for count in counts))
 
 
 def _end_tokens(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -52,7 +52,7 @@ class Prompt:
     def texts(self) -> tuple[str, ...]:
         """What the text quotes, between marks of any kind: words that the picture is to show."""
         inner = self.text.strip()
-        if (whole := QUOTED.fullmatch(inner)) is not None:  # marks around all of it mean nothing
+        if (whole := QUOTED.match(inner)) and whole.end() == len(inner):  # marks around all of it mean nothing
             inner = whole[0][1:-1]
         found = (match[0].strip(" \t'\"`＂“”„‟〝〞«»‹›「」『』‘’‚,") for match in QUOTED.finditer(inner))
         return tuple(text for text in found if text)

@@ -38,6 +38,7 @@ from clients.http import (
     checked_url,
     finished,
     repeat,
+    run_async,
 )
 from errors import UserError, one_line
 from prompting import MAX_PROMPT_CHARS, well_formed
@@ -154,7 +155,7 @@ class ChatClient:
                 return [model.id for model in models.data]
 
         try:
-            known = asyncio.run(names())
+            known = run_async(names())
         except (AttributeError, TypeError):  # the SDK does not check what it was sent
             known = "no models"
         except CallFailed as error:
@@ -199,7 +200,7 @@ async def _answer(request: Awaitable[Any]) -> Any:
         wait = min(float(wait), LONGEST_WAIT) if wait.isdecimal() else 0.0
         said = error if " - " in str(error) else CallFailed(f"{error} - {error.body}")  # some have words of their own
         raise CallFailed(one_line(said), status=error.status_code, code=error.code or "", retry_after=wait) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CallFailed(f"an answer that is no JSON ({one_line(error)})") from error
 
 
@@ -316,7 +317,7 @@ class VLMClient(ChatClient):
         deadline = time.monotonic() + self.batch_timeout
         known = self.cache.get(questions) if self.cache and questions else {}
         to_ask = {key: question for key, question in questions.items() if key not in known}
-        asked = asyncio.run(self._ask_all(to_ask, deadline)) if to_ask else {}
+        asked = run_async(self._ask_all(to_ask, deadline)) if to_ask else {}
         new = {key: outcome.verdict for key, outcome in asked.items() if outcome.verdict is not None}
         if self.cache and new:
             self.cache.put(new)

@@ -10,8 +10,9 @@ import ipaddress
 import os
 import random
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from errors import UserError
@@ -61,6 +62,16 @@ class Circuit:
     def succeeded(self) -> None:
         """The server answered."""
         self.failures = 0
+
+
+def run_async(work: Coroutine[Any, Any, Result]) -> Result:
+    """What comes of `work`; from within a running event loop too (ComfyUI, notebooks), in a thread of its own."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, work).result()
 
 
 async def repeat(request: Callable[[], Awaitable[Result]], circuit: Circuit, attempts: int, timeout: float) -> Result:

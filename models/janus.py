@@ -426,9 +426,8 @@ def find_janus(path: str) -> Path:
     folder = resolve(path, ("config.json",), download=_download)
     kind = model_type(folder)
     if kind == OLD_JANUS:
-        raise UserError(
-            f"{path} has its authors' layout: convert it with `python scripts/convert_janus.py {path} OUT`"
-        )
+        convert = f"python scripts/convert_janus.py --source {path} --out OUT"
+        raise UserError(f"{path} has its authors' layout: convert it with `{convert}`")
     if kind != "janus":
         raise UserError(f"{path} holds a {kind!r} model: give a Janus, as deepseek-community/Janus-Pro-1B")
     return folder
@@ -442,8 +441,9 @@ def longest_prefix(path: str, prompts: Sequence[str], max_plan_tokens: int) -> i
     """
     folder = find_janus(path)
     config, processor = read(AutoConfig, folder), read(JanusProcessor, folder)
-    longest = max(prompts, key=len)
-    most = len(processor.tokenizer(SYSTEM + longest + INSTRUCTION).input_ids) + MARKUP + max_plan_tokens
+    lengths = {prompt: len(processor.tokenizer(SYSTEM + prompt + INSTRUCTION).input_ids) for prompt in prompts}
+    longest = max(lengths, key=lengths.get)
+    most = lengths[longest] + MARKUP + max_plan_tokens
     room = config.text_config.max_position_embeddings - config.vision_config.num_image_tokens
     if most > room:
         raise UserError(

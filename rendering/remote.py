@@ -55,6 +55,7 @@ from clients.http import (
     checked_key,
     checked_url,
     finished,
+    run_async,
 )
 from errors import UserError, one_line
 from interfaces import OnImage
@@ -222,7 +223,7 @@ class RemoteRenderer:
     # ----- one batch
 
     def _draw(self, rows: list[Row], on_row: OnRow) -> dict[Row, Outcome]:
-        outcomes = asyncio.run(self._draw_all(rows, on_row))
+        outcomes = run_async(self._draw_all(rows, on_row))
         reasons = [outcome for outcome in outcomes.values() if isinstance(outcome, str)]
         if reasons:
             logger.warning("%d of %d pictures could not be had, one: %s", len(reasons), len(rows), reasons[0])

@@ -24,7 +24,7 @@ from models.frozen import check_pictures, distinct_pictures, mean
 
 READER = {"Det.limit_type": "max", "Det.limit_side_len": 960, "Global.use_cls": False}  # PP-OCR's size; no turned text
 NOTHING_QUOTED = 1.0
-MOST_PERMUTED = 4  # texts of one prompt that are tried in every order; more keep the prompt's
+MOST_PERMUTED, LONGEST_PERMUTED = 4, 200  # texts and letters that are tried in every order; more keep the prompt's
 
 
 class OCR(Reward):
@@ -82,8 +82,8 @@ def text_score(texts: Sequence[str], read: str) -> float:
     if not missing:
         return 1.0
     rest, left = rest.replace("\n", ""), sum(map(len, missing))
-    in_order = [text for text in wanted if text in missing]
-    orders = permutations(in_order) if len(in_order) <= MOST_PERMUTED else [in_order]
+    in_order = sorted(missing, key=wanted.index)
+    orders = permutations(in_order) if len(in_order) <= MOST_PERMUTED and left <= LONGEST_PERMUTED else [in_order]
     edits = min(distance("".join(order), rest) for order in orders)
     return 1 - min(edits, left) / sum(map(len, wanted))
 

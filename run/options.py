@@ -290,6 +290,9 @@ def run_main(program: str, work: Callable[[], int | None]) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, UserError) else 1
+    except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:  # a path of the user's
+        print(f"{program}: error: {error}: name another path", file=sys.stderr, flush=True)
+        return 2
 
 
 def set_renamed(outdir: str, gpt_path: str, training: TrainingArguments, model: ModelConfig) -> None:

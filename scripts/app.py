@@ -23,6 +23,7 @@ from PIL import Image
 from data.grammar import read
 from errors import Stopped, UserError
 from evaluation.run import with_tuned
+from group_training import NEEDS_REWRITE
 from inference import Reprompter, Rewrite
 from interfaces import Prompt, Renderer, Reward, Sample
 from models.devices import DTYPES, pick_device
@@ -39,7 +40,8 @@ except ImportError as missing:
     sys.exit(f"app: error: {missing}: pip install -e '.[app]', or `make app`")
 
 UNREADABLE = "**The answer could not be read, so your own words are drawn.**"
-WAITING, MOST_PICTURES, MOST_REWRITES = 16, 8, 8
+WAITING, MOST_PICTURES, MOST_REWRITES, MOST_SEED = 16, 8, 8, 2**31 - 1
+KEPT = (3600, 3600)  # seconds between looks, and that a picture is kept in Gradio's folder
 EXAMPLES = [
     "a photo of three circles", "a poster of a red square left of a blue triangle", "a sketch of a green cross",
 ]  # fmt: skip
@@ -68,7 +70,7 @@ class AppOptions:
     dtype: str = option("auto", "Of the policies.", changes="run", choices=list(DTYPES))
     device: str = option("auto", "Of everything.", changes="nothing", reads=device)
     about: str = option("", "A sentence under the title of the page.", changes="nothing")
-    port: int = option(7860, "Of this machine.", changes="nothing", least=1)
+    port: int = option(7860, "Of this machine.", changes="nothing", least=1, most=65535)
     share: bool = option(False, "Let Gradio open a tunnel from the internet to the page.", changes="nothing")
 
 
@@ -101,6 +103,8 @@ class Studio:
             raise UserError("--policy_url and --policy_model go together")
         if not (options.gpt_path or options.policy_url or options.tuned or render.render_plan):
             raise UserError("nothing trained is named: give --gpt_path, --policy_url, --tuned, or --render_plan true")
+        if odd := [name for name in options.rewards if name in NEEDS_REWRITE]:
+            raise UserError(f"reward {odd[0]!r} judges an answer, and pictures are judged here: leave it out")
         where, self.about = pick_device(options.device), options.about
         render.settle(where)
         reward.settle(where)
@@ -121,8 +125,15 @@ class Studio:
         }
 
     def check(self, asked: Asked) -> None:
-        """UserError for what cannot be drawn, in words."""
-        if not asked.text.strip():
+        """UserError for what cannot be drawn, in words; the API sends whatever it likes."""
+        whole = {"seed": (0, MOST_SEED), "pictures": (1, MOST_PICTURES), "rewrites": (1, MOST_REWRITES)}
+        for name, (low, high) in whole.items():
+            value = vars(asked)[name]
+            if not isinstance(value, int) or not low <= value <= high:
+                raise UserError(f"{name} {value!r}: give a whole number from {low} to {high}")
+        if not isinstance(asked.temperature, int | float) or not 0 <= asked.temperature <= 2:
+            raise UserError(f"temperature {asked.temperature!r}: give a number from 0 to 2")
+        if not isinstance(asked.text, str) or not asked.text.strip():
             raise UserError("Write what the picture is to show.")
         if len(asked.text) > MAX_PROMPT_CHARS:
             raise UserError(f"{len(asked.text):,} characters: at most {MAX_PROMPT_CHARS:,} are read. Shorten it.")
@@ -197,7 +208,7 @@ def page(studio: Studio) -> gr.Blocks:
     """The page: one tab to try, one to compare two policies."""
     names = list(studio.policies)
     after = "Its rewrite" if names else "What the trained model draws"
-    with gr.Blocks(title="R1-Prompter", analytics_enabled=False) as blocks:
+    with gr.Blocks(title="R1-Prompter", analytics_enabled=False, delete_cache=KEPT) as blocks:
         gr.Markdown(f"# R1-Prompter\nA model that thinks before it draws. {studio.about}")
         with gr.Tab("Try"):
             inputs, start = _inputs(studio)
@@ -245,7 +256,7 @@ def _inputs(studio: Studio) -> tuple[list[Any], gr.Button]:
     )
     gr.Examples([[one] for one in EXAMPLES], [text], label="Examples")
     with gr.Accordion("Settings", open=False):
-        seed = gr.Number(0, label="Seed", precision=0, minimum=0)
+        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MOST_SEED)
         pictures = gr.Slider(1, MOST_PICTURES, 2, step=1, label="Pictures")
         temperature = gr.Slider(0, 2, 0, step=0.1, label="Temperature (0: the likeliest rewrite)")
         rewrites = gr.Slider(

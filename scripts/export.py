@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from errors import Stopped, UserError, one_line
 from models.hub import HUB_NAME, is_adapter
 from models.policy import ChatTemplate, load_tokenizer, merged_policy
-from models.weights import locked
+from models.weights import check_folder, locked
 from prompting import DIRECT_PROMPT, SYSTEM_PROMPT
 from report.page import Folder, write_card
 from run.options import option, parse, run_main
@@ -63,24 +64,39 @@ def export(options: ExportOptions) -> Path:
         UserError: no complete run, or `out` is there already.
     """
     run, out = Path(options.run), Path(options.out)
+    if options.push_to_hub and not HUB_NAME.fullmatch(options.push_to_hub):
+        raise UserError(f"--push_to_hub {options.push_to_hub!r}: give organisation/name")
     if out.exists():
         raise UserError(f"--out {out} is there already: name a new folder")
     record = Folder(run).record("run.json")
     kind = next((kind for key, kind in KINDS.items() if key in record.get("config", {})), None)
     if kind is None:
         raise UserError(f"--run {run} is no folder of a run: name the --outdir of one")
-    source = run if options.weights == "last" or kind == "rewriter" else run / options.weights
+    if kind == "rewriter" and options.weights != "last" or kind != "rewriter" and options.adapter:
+        raise UserError(f"{run} is a run of a {kind}: --weights is for image models, --adapter for rewriters")
+    source = run if options.weights == "last" else run / options.weights
     if not any((source / name).is_file() for name in MARKERS[kind]):
         raise UserError(f"{source} holds no trained weights: is the run complete, and are these its --weights?")
-    staged = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
-    more = WRITERS[kind](source, staged, options, record["config"])
-    _card(run, staged, kind, options, record, more)
-    for file in staged.rglob("*"):
-        file.chmod(0o755 if file.is_dir() else 0o644)  # weights are written for their owner alone
-    staged.rename(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+        staged = Path(folder, "export")
+        staged.mkdir()
+        more = WRITERS[kind](source, staged, options, record["config"])
+        check_weights(source, staged)
+        _card(run, staged, kind, options, record, more)
+        for file in staged.rglob("*"):
+            file.chmod(0o755 if file.is_dir() else 0o644)  # weights are written for their owner alone
+        staged.rename(out)
     return out
+
+
+def check_weights(source: Path, staged: Path) -> None:
+    """UserError if the weights are not there, or are damaged."""
+    folders = [staged, *(path for path in staged.iterdir() if path.is_dir())]
+    for folder in folders:
+        check_folder(folder)
+    if not any(staged.rglob("*.safetensors")):
+        raise UserError(f"{source} has no weights in safetensors: is the run complete?")
 
 
 MARKERS = {
@@ -101,8 +117,7 @@ def write_rewriter(source: Path, out: Path, options: ExportOptions, config: Mapp
     if options.adapter and not is_adapter(str(source)):
         raise UserError(f"--adapter true: {source} holds a whole model: leave it out")
     if options.adapter:
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            shutil.copy(source / name, out)
+        copy_model(source, out, ("adapter_config.json", "adapter_model.safetensors"))
     elif is_adapter(str(source)):
         merged_policy(str(source)).save_pretrained(out)
     else:
@@ -142,9 +157,9 @@ def copy_weights(source: Path, out: Path, options: ExportOptions, config: Mappin
     return {"adapter": False}
 
 
-def copy_model(source: Path, out: Path) -> None:
+def copy_model(source: Path, out: Path, patterns: Sequence[str] = MODEL_FILES) -> None:
     """The files of a model, without those of its run."""
-    for pattern in MODEL_FILES:
+    for pattern in patterns:
         for file in source.glob(pattern):
             if not any(file.match(name) for name in NOT_MODEL):
                 shutil.copy(file, out)
@@ -163,7 +178,7 @@ def _card(
     rows = Folder(run).rows("metrics.jsonl")
     known = locked(base).licence if HUB_NAME.fullmatch(base) else ""
     write_card(
-        run, out, kind=kind, base=base, name=options.push_to_hub or out.name.removesuffix(".partial"),
+        run, out, kind=kind, base=base, name=options.push_to_hub or Path(options.out).name,
         licence=options.licence or known or "other", table=progress(rows), picture=_picture(run, out),
         step=rows[-1].get("step") if rows else None, tags=["r1-prompter", kind.replace(" ", "-")], exported=True,
         **more,
@@ -194,7 +209,11 @@ def _picture(run: Path, out: Path) -> str | None:
     if len(steps) < 2:
         return None
     sides = [
-        {row["prompt"]: run / row["image"] for row in Folder(run).rows(f"evaluations/{step.name}") if row["image"]}
+        {
+            row["prompt"]: run / row["image"]
+            for row in Folder(run).rows(f"evaluations/{step.name}")
+            if row["image"] and (run / row["image"]).is_file()  # a full disk costs pictures first
+        }
         for step in (steps[0], steps[-1])
     ]
     prompts = [prompt for prompt in sides[0] if prompt in sides[1]][:SHOWN]
@@ -220,13 +239,15 @@ def push(folder: Path, name: str, private: bool) -> str:
         Stopped: the hub could not be reached, or refused; nothing of the folder is there then.
     """
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    if not HUB_NAME.fullmatch(name):
-        raise UserError(f"--push_to_hub {name!r}: give organisation/name")
     if not sys.stdin.isatty():
         raise UserError(
             f"--push_to_hub asks before it uploads, and there is no terminal: {folder} is made, not uploaded"
         )
-    if input(f"Upload {size / 1e6:.0f} MB of {folder} to {name}? [y/N] ").strip().lower() not in ("y", "yes"):
+    try:
+        answer = input(f"Upload {size / 1e6:.0f} MB of {folder} to {name}? [y/N] ")
+    except EOFError:
+        answer = ""
+    if answer.strip().lower() not in ("y", "yes"):
         raise UserError(f"not uploaded; {folder} is made")
     try:
         api = HfApi()

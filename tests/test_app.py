@@ -49,6 +49,9 @@ def test_the_api_rewrites_draws_and_judges_and_says_in_words_what_it_cannot(addr
     for text, says in (("  ", "Write"), ("x" * 100_000, "100,000 characters")):
         with pytest.raises(AppError, match=says):
             client.predict(text, *SETTINGS, api_name="/try")
+    for settings in ((2**64, 2, 0, 1, "git"), (0, 1.5, 0, 1, "git"), (0, 2, None, 1, "git"), (0, 1000, 0, 1, "git")):
+        with pytest.raises(AppError, match="give a"):
+            client.predict(PROMPT, *settings, api_name="/try")
     two = client.predict(PROMPT, *SETTINGS, "miniature/weights/policy", "miniature/weights/instruct",
                          api_name="/compare")  # fmt: skip
     assert two[1] == rewrite and two[4] != rewrite and len(two[2]) == len(two[5]) == 2

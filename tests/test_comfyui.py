@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import json
 import sys
 
 import pytest
 
+from errors import UserError
 from inference import Reprompter
-from tests.processes import ROOT
+from tests.processes import ROOT, closed_port
 
 PACKAGE, POLICY = ROOT / "comfyui", str(ROOT / "miniature" / "weights" / "policy")
 
@@ -39,6 +41,16 @@ def test_it_gives_the_rewrite_and_the_reasoning_of_the_policy(node):
     assert found == (expected.rewrite, expected.reasoning) and len(found) == len(node.RETURN_TYPES)
     sampled = {call(node, policy=POLICY, max_new_tokens=120, temperature=1.0, seed=seed) for seed in range(4)}
     assert len(sampled) > 1
+
+
+def test_it_works_where_a_loop_is_running_and_the_policy_is_behind_a_url(node):
+    """As ComfyUI calls nodes; nobody listens there, which is said."""
+
+    async def called() -> tuple:
+        return call(node, policy="m", url=f"http://127.0.0.1:{closed_port()}/v1")
+
+    with pytest.raises(UserError, match="policy_url"):
+        asyncio.run(called())
 
 
 def test_without_a_policy_it_says_what_to_do(node):

@@ -93,13 +93,19 @@ def test_an_image_model_is_a_pipeline_or_a_lora_of_diffusers(flow_runs, tmp_path
 
 def test_what_is_no_complete_run_or_would_be_overwritten_is_refused(tmp_path):
     run = as_run(POLICY, tmp_path / "run")
+    cut = as_run(POLICY, tmp_path / "cut")
+    (cut / "model.safetensors").write_bytes((POLICY / "model.safetensors").read_bytes()[:1000])
+    (tmp_path / "out.partial").mkdir()
+    there = sorted(tmp_path.iterdir())
     for options in (
         ExportOptions(str(tmp_path / "nothing"), str(tmp_path / "out")), ExportOptions(str(run), str(run)),
-        ExportOptions(str(run), str(tmp_path / "out"), adapter=True),
+        ExportOptions(str(run), str(tmp_path / "out"), adapter=True), ExportOptions(str(cut), str(tmp_path / "out")),
+        ExportOptions(str(run), str(tmp_path / "out"), weights="best"),
+        ExportOptions(str(run), str(tmp_path / "out"), push_to_hub="no name"),
     ):  # fmt: skip
         with pytest.raises(UserError):
             export(options)
-    assert not (tmp_path / "out").exists()
+    assert sorted(tmp_path.iterdir()) == there
 
 
 def test_nothing_is_uploaded_unasked_and_an_upload_that_breaks_off_is_said(tmp_path, monkeypatch):

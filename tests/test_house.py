@@ -31,9 +31,9 @@ FLOOR = {name: number for number, names in enumerate(FLOORS, 1) for name in name
 # trained.py, janus.py and bicot.py, rendering/trajectory.py and janus.py, scoring/progress.py, miniature/janus.py),
 # evaluation (what could not be judged is counted by reason, asked again, and left out of paired means).
 BUDGETS = {
-    "r1_prompter": 500, "pref_grpo": 500, "t2i_r1": 500, "group_training": 400, "sft": 260, "run": 1820,
+    "r1_prompter": 500, "pref_grpo": 500, "t2i_r1": 500, "group_training": 400, "sft": 260, "run": 1825,
     "report": 545, "scoring": 1245, "models": 1840, "clients": 770, "rendering": 2230, "rewards": 2465, "data": 1665,
-    "evaluation": 3725, "doctor": 830, "miniature": 2500, "scripts": 3710,
+    "evaluation": 3725, "doctor": 830, "miniature": 2500, "scripts": 3750,
     "comfyui": 150,
 }  # fmt: skip
 WHOLE, TESTS, REWARD, BENCHMARK = 25_250, 15_350, 200, 450

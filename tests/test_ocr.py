@@ -23,6 +23,7 @@ WORDS = "open daily fresh bread market street coffee house summer garden music n
         ("the dog's bowl, the cat's toy and a 6\" ruler", ()),
         ('"a cat on a mat"', ()),
         ("an open door", ()),
+        ("'OPEN' and 'CLOSED'", ("OPEN", "CLOSED")),
     ],
 )
 def test_a_prompt_knows_what_it_quotes(text, quoted):
@@ -46,6 +47,7 @@ def test_the_distance_is_levenshteins(one, other, edits):
         (["fresh", "bread"], "braed fresh", 8 / 10),
         (["fresh", "bread"], "braed frosh", 7 / 10),  # in the better of both orders
         (["go", "go"], "go", 1 / 2),  # each is looked for once
+        (["open", "open"], "open opan", 7 / 8),
         (["特価"], "特值", 1 / 2),
         (["ＯＰＥＮ"], "open", 1),
     ],
