@@ -335,7 +335,7 @@ def serve(options: AppOptions, render: RenderOptions, reward: RewardOptions) -> 
     try:
         blocks.launch(
             server_name="127.0.0.1", server_port=options.port, share=options.share, css=CSS, max_file_size=1,
-            quiet=True, prevent_thread_lock=True,
+            quiet=True, show_error=True, prevent_thread_lock=True,
         )  # fmt: skip
     except OSError as error:
         raise UserError(f"--port {options.port} cannot be had ({error}): name another") from error

@@ -36,7 +36,7 @@ BUDGETS = {
     "evaluation": 3725, "doctor": 830, "miniature": 2500, "scripts": 3750,
     "comfyui": 150,
 }  # fmt: skip
-WHOLE, TESTS, REWARD, BENCHMARK = 25_250, 15_350, 200, 450
+WHOLE, TESTS, REWARD, BENCHMARK = 25_300, 15_400, 200, 450
 LARGER = {  # imagereward builds its network here; preference holds its prompt; __init__ holds the options of all
     "rewards/gdino.py": 385, "rewards/imagereward.py": 250, "rewards/preference.py": 245, "rewards/__init__.py": 285,
     "evaluation/compbench.py": 500,
