@@ -75,8 +75,10 @@ def test_in_a_browser_words_are_typed_a_button_is_clicked_and_pictures_appear(ad
         browser.close()
 
 
-def test_what_is_missing_is_one_line_before_the_page_is_up():
-    for options in ([], ["--gpt_path", "nowhere"]):
-        command = [sys.executable, "scripts/app.py", *options, "--sdmodel_name", "miniature/weights/flux"]
-        done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
-        assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("app: error:")
+@pytest.mark.parametrize("options", [[], ["--gpt_path", "nowhere"], ["--gpt_path", "x", "--rewards", "format"]])
+def test_what_is_missing_is_one_line_before_the_page_is_up(options, capsys, monkeypatch):
+    from scripts import app
+
+    monkeypatch.chdir(ROOT)
+    assert app.main([*options, "--sdmodel_name", "miniature/weights/flux"]) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("app: error:")

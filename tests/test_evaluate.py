@@ -477,7 +477,7 @@ def test_what_pref_grpo_tuned_draws_the_users_own_words_from_the_noise_of_raw(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["gpt_path", "sdmodel_name", "git_path"])
+@pytest.mark.parametrize("model", ["gpt_path", "git_path"])
 def test_another_model_behind_the_same_path_is_refused_and_a_moved_one_is_not(tmp_path, capfd, model):
     folder, out = WEIGHTS / {"gpt_path": "policy", "sdmodel_name": "flux", "git_path": "git"}[model], tmp_path / "out"
     copies = [Path(shutil.copytree(folder, tmp_path / name)) for name in ("first", "moved")]

