@@ -80,7 +80,7 @@ def flow_runs(tmp_path_factory) -> dict[str, Path]:
     words = f"--config {ROOT}/configs/miniature_flow.yaml --max_steps 1 --prompts_per_step 2 --num_generations 2 "
     words += "--render_batch_size 4 --render_steps 2 --resolution 16 --rewards git --reward_weights 1 "
     words += "--eval_prompts 4 --learning_rate"
-    kinds = {"lora": "0.05 --use_peft true --lora_r 4 --lora_alpha 12", "full": "0.002"}
+    kinds = {"lora": "0.1 --use_peft true --lora_r 4 --lora_alpha 12", "full": "0.002"}
     runs = {kind: tmp_path_factory.mktemp("flow") / kind for kind in kinds}
     for kind, more in kinds.items():
         assert pref_grpo.main([*words.split(), *more.split(), "--outdir", str(runs[kind])]) == 0
