@@ -19,7 +19,7 @@ from scoring.rollouts import Scorer
 from scripts import bench, bench_gpu
 from scripts.bench_common import plain_loop, table
 from scripts.bench_levers import bench_levers
-from scripts.bench_own import bench_flow, bench_janus, bench_real
+from scripts.bench_own import bench_janus, bench_real
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -132,9 +132,8 @@ def test_the_table_of_levers_has_gains_differences_and_reasons():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bench", [bench_flow, bench_janus])
-def test_the_own_targets_measure_every_phase_of_every_side(bench):
-    rows = bench(1, 2)["rows"]
+def test_the_own_targets_measure_every_phase_of_every_side():
+    rows = bench_janus(1, 2)["rows"]
     assert [row["phase"] for row in rows] == ["render", "score", "train", "all", "times the published speed"]
     assert all(value > 0 for row in rows for value in list(row.values())[1:]) and rows[-1]["published"] == 1
 

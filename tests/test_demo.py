@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,10 +36,10 @@ def rows(path: Path) -> list[dict]:
 
 def test_reward_rises_on_the_miniature_and_the_demo_shows_it(tmp_path):
     out = tmp_path / "demo"
-    shorter = ["--max_steps", 24, "--per_device_train_batch_size", 32, "--save_steps", 24]
+    shorter = ["--max_steps", 16, "--per_device_train_batch_size", 32, "--save_steps", 16]
     done = run("scripts/demo.py", "--outdir", out, "--samples", 1, *shorter, forked=False)
     rewards = [row["reward"] for row in rows(out / "metrics.jsonl")]
-    assert np.mean(rewards[-6:]) > np.mean(rewards[:6])
+    assert np.mean(rewards[-5:]) > np.mean(rewards[:5])
     summary = json.loads((out / "summary.json").read_text())
     rows_of_table = {row["name"]: row for row in summary["table"]["rows"]}
     for row in rows_of_table.values():
@@ -51,7 +50,7 @@ def test_reward_rises_on_the_miniature_and_the_demo_shows_it(tmp_path):
         assert surplus >= 0
     means = {name: row["mean"] for name, row in rows_of_table.items()}
     assert means["written"] > means["raw"]
-    assert summary["rollouts"] == 24 * 64
+    assert summary["rollouts"] == 16 * 64
     assert set(summary["seconds"]) == {"total", "generate", "render", "score", "train"}
     assert "policy after" in done.stdout and str(out / "report.html") in done.stdout
     assert (out / "before_after.png").stat().st_size > 10_000 and len(rows(out / "gallery.jsonl")) == 24
@@ -64,7 +63,7 @@ def test_reward_rises_on_the_miniature_and_the_demo_shows_it(tmp_path):
     assert cells[4] == round(summary["gap_closed"], 3)
 
 
-def test_the_demo_of_the_image_model_shows_untrained_trained_and_averaged_weights_and_goes_on(tmp_path):
+def test_the_demo_of_the_image_model_shows_untrained_trained_and_averaged_weights(tmp_path):
     out = tmp_path / "flow"
     small = ["--prompts_per_step", 4, "--num_generations", 4, "--render_batch_size", 8, "--eval_prompts", 4]
     words = ["scripts/demo_flow.py", "--outdir", out, "--samples", 1, "--max_steps", 2, "--save_steps", 2, *small]
@@ -78,13 +77,6 @@ def test_the_demo_of_the_image_model_shows_untrained_trained_and_averaged_weight
     assert any((out / row["start"]["image"]).read_bytes() != (out / row["ema"]["image"]).read_bytes() for row in shown)
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "Through training" in page and "averaged weights" in page and (out / "before_after.png").exists()
-    (out / "summary.json").unlink()  # and then as if it had been stopped after its last checkpoint
-    published = [out / "ema", *(file.parent for file in out.glob("*/*config.json") if file.parent.name != "best")]
-    for folder in dict.fromkeys(published):
-        shutil.rmtree(folder)
-    assert "averaged weights" in run(*words).stdout
-    assert [row["step"] for row in rows(out / "metrics.jsonl") if "reward" in row] == [1, 2]
-    assert json.loads((out / "summary.json").read_text())["table"] == summary["table"]
 
 
 @pytest.mark.slow

@@ -298,7 +298,7 @@ def test_a_step_that_is_not_finite_is_skipped_on_all_processes_and_counted(toy, 
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("processes", [2])
+@pytest.mark.parametrize("processes", [1])
 def test_three_steps_in_a_row_that_are_not_finite_stop_the_run(toy, tmp_path, processes):
     done = run(FAULTY, toy, tmp_path / "run", "nan_loss", "2+", 0, processes=processes)
     assert done.returncode == 1 and "3 optimiser steps in a row is not finite" in last_error(done)

@@ -90,21 +90,6 @@ def test_a_disk_that_is_full_while_saving_stops_the_run_and_costs_no_checkpoint(
     assert record(tmp_path / "run") == record(undisturbed)
 
 
-@pytest.mark.slow
-def test_two_processes_told_to_leave_then_out_of_disk_then_killed_end_where_undisturbed_ones_end(tmp_path):
-    reference, outdir = undisturbed_run(tmp_path / "reference", 2), tmp_path / "run"
-    done = run(outdir, fault=("terminate", 5), processes=2)
-    assert done.returncode == 1 and "told to leave after step 5" in done.stdout, done.stderr[-3000:]
-    done = run(outdir, "--resume", fault=("full_disk", 6), processes=2)
-    assert "continuing after step 5" in done.stdout
-    assert done.returncode == 1 and "the last checkpoint is checkpoint-5" in done.stderr
-    assert run(outdir, "--resume", fault=("kill_saving", 9), processes=2).returncode != 0
-    assert saved(outdir) == ["checkpoint-6", "checkpoint-5"]
-    done = run(outdir, "--resume", processes=2)
-    assert done.returncode == 0 and "continuing after step 6" in done.stdout, done.stderr[-3000:]
-    assert record(outdir) == record(reference)
-
-
 def test_a_save_that_fails_is_tried_once_more_in_place_of_the_pictures(tmp_path):
     folder = RunFolder(tmp_path / "run", {})
     folder.start({}, ["toy"], None)

@@ -77,13 +77,13 @@ def near_miss(words: list[str], rng: random.Random) -> str:
 def test_the_right_sign_beats_near_misses():
     pytest.importorskip("rapidocr", reason="needs the extra ocr")
     reward, rng, won = OCR(), random.Random(0), 0
-    for _ in range(200):
+    for _ in range(60):  # of 200 it was right in 199 (RESULTS.md)
         words = rng.sample(WORDS, rng.choice((1, 2, 3)))
         prompt = Prompt(f'a sign that says "{" ".join(words)}"')
         pictures = [sign(text.title(), rng) for text in (" ".join(words), near_miss(words, rng))]
         right, wrong = reward([Sample(prompt, "", "", (picture,)) for picture in pictures])
         won += right > wrong
-    assert won >= 190
+    assert won >= 57
 
 
 @pytest.mark.slow

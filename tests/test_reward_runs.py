@@ -192,6 +192,6 @@ def test_an_offloaded_reward_is_on_its_device_only_while_it_scores(monkeypatch):
         outside([])
     assert moves[-1] == "cpu"
     plain = build(["format"], RewardOptions(reward_offload=True), RewardContext())[0]
-    assert describe(plain, ()) == "format: no weights" and describe(reward, ()).startswith(
+    assert describe(plain, ()) == "format: no weights on this device" and describe(reward, ()).startswith(
         "model: 0.0 M parameters, 0 MiB"
     )
