@@ -115,11 +115,10 @@ class Studio:
                 options.policy_model, 4, options.max_new_tokens, reasoning=options.reasoning, url=options.policy_url
             )
             self.policies[options.policy_model] = served
-        self.before: Renderer = load_renderer(replace(render, render_plan=False), where)
+        untouched = replace(render, render_plan=False)
         tuned = with_tuned(render, options.tuned) if options.tuned else render
-        self.after: Renderer = (
-            self.before if tuned == replace(render, render_plan=False) else load_renderer(tuned, where)
-        )
+        self.before: Renderer = load_renderer(untouched, where)
+        self.after: Renderer = self.before if tuned == untouched else load_renderer(tuned, where)
         self.rewards: dict[str, Reward] = {
             one.name: one for one in build(options.rewards, reward, RewardContext(where, self.before))
         }
@@ -251,19 +250,16 @@ def _gallery(label: str, name: str) -> gr.Gallery:
 
 def _inputs(studio: Studio) -> tuple[list[Any], gr.Button]:
     """The fields of `Asked`, and the button."""
-    text = gr.Textbox(
-        label="What is the picture to show?", lines=3, max_length=10 * MAX_PROMPT_CHARS, elem_id="prompt"
-    )
+    text = gr.Textbox(label="What is the picture to show?", lines=3, elem_id="prompt")
     gr.Examples([[one] for one in EXAMPLES], [text], label="Examples")
     with gr.Accordion("Settings", open=False):
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MOST_SEED)
         pictures = gr.Slider(1, MOST_PICTURES, 2, step=1, label="Pictures")
         temperature = gr.Slider(0, 2, 0, step=0.1, label="Temperature (0: the likeliest rewrite)")
-        rewrites = gr.Slider(
-            1, MOST_REWRITES, 1, step=1, label="Best of so many rewrites", visible=bool(studio.policies)
-        )
         names = list(studio.rewards)
-        chosen = gr.Dropdown(names, value=names[0] if names else None, label="Chosen by", visible=len(names) > 0)
+        can_choose = bool(names and studio.policies)
+        rewrites = gr.Slider(1, MOST_REWRITES, 1, step=1, label="Best of so many rewrites", visible=can_choose)
+        chosen = gr.Dropdown(names, value=names[0] if names else None, label="Chosen by", visible=can_choose)
     return [text, seed, pictures, temperature, rewrites, chosen], gr.Button("Draw", variant="primary", elem_id="draw")
 
 

@@ -35,7 +35,7 @@ from run.options import option, parse, run_main
 
 KINDS = {"gpt_path": "rewriter", "model_path": "janus", "sdmodel_name": "image model"}  # by what a run starts from
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model")
-NOT_MODEL = ("run.json", "summary.json", "heartbeat_*.json", "results.json")
+NOT_MODEL = ("run.json", "summary.json", "heartbeat_*.json")
 MEAN_OF = 5  # values, where there are so many
 PICTURE, SHOWN = "before_after.png", 6  # prompts of a picture that is made of evaluations
 MEASURES = ("win_rate", "eval/", "reward", "held_out/")  # of metrics.jsonl that a card shows, by their beginnings

@@ -45,27 +45,23 @@ def record(outdir: Path) -> tuple:
     return weights, logged, rollouts
 
 
-def undisturbed_run(outdir: Path, processes: int) -> Path:
-    done = run(outdir, processes=processes)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert saved(outdir) == ["checkpoint-10", "checkpoint-9"]  # the newest two
-    assert len(record(outdir)[1]) == STEPS
-    return outdir
-
-
 def saved(outdir: Path) -> list[str]:
     return [path.name for path in checkpoints.found(outdir)]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> Path:
-    return undisturbed_run(tmp_path_factory.mktemp("toy") / "run", 1)
+    outdir = tmp_path_factory.mktemp("toy") / "run"
+    done = run(outdir)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert saved(outdir) == ["checkpoint-10", "checkpoint-9"]  # the newest two
+    assert len(record(outdir)[1]) == STEPS
+    return outdir
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("fault", "at"), [("kill_between", 6)])
-def test_a_loop_killed_anywhere_ends_bit_for_bit_where_the_undisturbed_one_ends(undisturbed, tmp_path, fault, at):
-    assert run(tmp_path / "run", fault=(fault, at)).returncode == -signal.SIGKILL
+def test_a_loop_killed_between_two_steps_ends_bit_for_bit_where_the_undisturbed_one_ends(undisturbed, tmp_path):
+    assert run(tmp_path / "run", fault=("kill_between", 6)).returncode == -signal.SIGKILL
     assert saved(tmp_path / "run") == ["checkpoint-3"]
     done = run(tmp_path / "run", "--resume")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -88,6 +84,13 @@ def test_a_disk_that_is_full_while_saving_stops_the_run_and_costs_no_checkpoint(
     assert done.returncode == 1 and "the last checkpoint is checkpoint-3" in done.stderr
     assert run(tmp_path / "run", "--resume").returncode == 0
     assert record(tmp_path / "run") == record(undisturbed)
+
+
+@pytest.mark.slow
+def test_two_processes_told_to_leave_save_the_step_that_is_done(tmp_path):
+    done = run(tmp_path / "run", fault=("terminate", 5), processes=2)
+    assert done.returncode == 1 and "told to leave after step 5" in done.stdout, done.stderr[-3000:]
+    assert saved(tmp_path / "run") == ["checkpoint-5", "checkpoint-3"]
 
 
 def test_a_save_that_fails_is_tried_once_more_in_place_of_the_pictures(tmp_path):

@@ -1,7 +1,7 @@
 """Run toy_trainer.train with one fault in it: `toy_fault.py FAULT AT OUTDIR STEPS [--resume]`.
 
-Faults of the main process: "kill_step" before the AT-th optimiser step; "kill_between" before and "kill_saving" while
-step AT is saved; "terminate" after it is logged; "full_disk" while its state is written. Real signals, a real error.
+Faults of the main process: "kill_between" before step AT is saved; "terminate" after it is logged; "full_disk" while
+its state is written. Real signals, a real error.
 """
 
 import errno
@@ -12,7 +12,6 @@ import sys
 import toy_trainer
 from accelerate import Accelerator
 
-from run import checkpoints
 from run.loop import Loop
 from run.options import run_main
 
@@ -40,10 +39,8 @@ def full():
 fault, at, outdir, steps = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 resume = "auto" if "--resume" in sys.argv else None
 FAULTS = {
-    "kill_step": lambda: happen(Loop, "optimizer_step", lambda loop, _: loop.done + 1 == at, send(signal.SIGKILL)),
     "kill_between": lambda: happen(Loop, "_save", lambda loop: loop.done == at, send(signal.SIGKILL)),
     "terminate": lambda: happen(Loop, "log", lambda loop, *_: loop.done + 1 == at, send(signal.SIGTERM)),
-    "kill_saving": lambda: happen(checkpoints, "write_manifest", lambda _, step, __: step == at, send(signal.SIGKILL)),
     "full_disk": lambda: happen(Accelerator, "save_state", lambda _, path: path.endswith(f"-{at}"), full),
 }
 if os.environ.get("RANK", "0") == "0":
